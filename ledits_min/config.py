@@ -1,0 +1,492 @@
+"""Frozen descriptions of the networks and the noise schedule, and the only reader of their `config.json` files.
+
+Nothing here imports torch, so that `ledits --help` and header inspection stay instant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+class InputError(ValueError):
+    """An input was refused: one line that names the value, the reason and the way out."""
+
+
+class RunError(RuntimeError):
+    """Something went wrong while running, through no fault of the input: one line, the program's exit code is 1."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The Stable Diffusion UNet; field names and meanings are those of diffusers' `UNet2DConditionModel`.
+
+    `num_attention_heads` is the number of heads at each level (diffusers calls the same number `attention_head_dim`).
+    """
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: int
+    num_attention_heads: tuple[int, ...]
+    cross_attention_dim: int
+    norm_num_groups: int
+    norm_eps: float
+    use_linear_projection: bool
+    sample_size: int
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "num_attention_heads"):
+            if len(getattr(self, name)) != levels:
+                raise InputError(
+                    f"unet config: {name} has {len(getattr(self, name))} entries but block_out_channels has "
+                    f"{levels}; both must have one entry a level"
+                )
+        _check_types("down_block_types", self.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
+        _check_types("up_block_types", self.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
+        _check_positive("unet", self)
+        for width, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
+            if width % self.norm_num_groups or width % heads:
+                raise InputError(
+                    f"unet config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups} "
+                    f"and of its {heads} attention heads"
+                )
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any], source: str) -> UNetConfig:
+        """Read a diffusers `unet/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
+        read = _Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
+        widths = read.wholes("block_out_channels", _UNET_WIDTHS)
+        heads = read.wholes("attention_head_dim", 8, repeat=len(widths))
+        config = cls(
+            in_channels=read.whole("in_channels", 4),
+            out_channels=read.whole("out_channels", 4),
+            block_out_channels=widths,
+            down_block_types=read.strings("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)),
+            up_block_types=read.strings("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
+            layers_per_block=read.whole("layers_per_block", 2),
+            num_attention_heads=heads,
+            cross_attention_dim=read.whole("cross_attention_dim", 1280),
+            norm_num_groups=read.whole("norm_num_groups", 32),
+            norm_eps=read.number("norm_eps", 1e-5),
+            use_linear_projection=read.flag("use_linear_projection", False),
+            sample_size=read.whole("sample_size", 64),
+        )
+        read.refuse_the_rest()
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The diffusers-style dictionary that `from_json` reads back."""
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": list(self.down_block_types),
+            "up_block_types": list(self.up_block_types),
+            "layers_per_block": self.layers_per_block,
+            "attention_head_dim": list(self.num_attention_heads),
+            "cross_attention_dim": self.cross_attention_dim,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+            "use_linear_projection": self.use_linear_projection,
+            "sample_size": self.sample_size,
+        }
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder; field names and meanings are those of diffusers' `AutoencoderKL`."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    scaling_factor: float
+    mid_block_add_attention: bool
+    sample_size: int
+
+    def __post_init__(self) -> None:
+        _check_positive("vae", self)
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise InputError(
+                    f"vae config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups}"
+                )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side: every level but the last halves the picture."""
+        halvings = len(self.block_out_channels) - 1
+        return 1 << halvings
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any], source: str) -> VAEConfig:
+        """Read a diffusers `vae/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
+        read = _Reader(mapping, source, "AutoencoderKL", _VAE_DEFAULTS)
+        widths = read.wholes("block_out_channels", (64,))
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if read.strings(key, (kind,)) != (kind,) * len(widths):
+                raise InputError(f"{source}: {key} must be {kind!r} at each of the {len(widths)} levels")
+        config = cls(
+            in_channels=read.whole("in_channels", 3),
+            out_channels=read.whole("out_channels", 3),
+            latent_channels=read.whole("latent_channels", 4),
+            block_out_channels=widths,
+            layers_per_block=read.whole("layers_per_block", 1),
+            norm_num_groups=read.whole("norm_num_groups", 32),
+            scaling_factor=read.number("scaling_factor", 0.18215),
+            mid_block_add_attention=read.flag("mid_block_add_attention", True),
+            sample_size=read.whole("sample_size", 32),
+        )
+        read.flag("force_upcast", True)  # a precision hint for another family's VAE; harmless here
+        read.refuse_the_rest()
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The diffusers-style dictionary that `from_json` reads back."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "latent_channels": self.latent_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups,
+            "scaling_factor": self.scaling_factor,
+            "mid_block_add_attention": self.mid_block_add_attention,
+            "sample_size": self.sample_size,
+        }
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text model; field names and meanings are those of transformers' `CLIPTextConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    hidden_act: str
+    layer_norm_eps: float
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        _check_positive("text_encoder", self, zero_allowed=("bos_token_id", "eos_token_id", "pad_token_id"))
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"text_encoder config: hidden_size {self.hidden_size} must be a multiple of its "
+                f"{self.num_attention_heads} attention heads"
+            )
+        _check_types("hidden_act", (self.hidden_act,), ("quick_gelu", "gelu"))
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any], source: str) -> TextConfig:
+        """Read a Hugging Face `text_encoder/config.json`; training-only keys (dropout, initialisers) are ignored."""
+        read = _Reader(mapping, source, None, {})
+        kind = mapping.get("model_type", "clip_text_model")
+        if kind != "clip_text_model":
+            raise InputError(f"{source}: model_type is {kind!r}; only a 'clip_text_model' can be the text encoder")
+        return cls(
+            vocab_size=read.whole("vocab_size", 49408),
+            hidden_size=read.whole("hidden_size", 512),
+            intermediate_size=read.whole("intermediate_size", 2048),
+            num_hidden_layers=read.whole("num_hidden_layers", 12),
+            num_attention_heads=read.whole("num_attention_heads", 8),
+            max_position_embeddings=read.whole("max_position_embeddings", 77),
+            hidden_act=read.string("hidden_act", "quick_gelu"),
+            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+            bos_token_id=read.whole("bos_token_id", 49406),
+            eos_token_id=read.whole("eos_token_id", 49407),
+            pad_token_id=read.whole("pad_token_id", 1),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The Hugging-Face-style dictionary that `from_json` reads back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The training noise schedule; field names and meanings are those of diffusers' schedulers."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    steps_offset: int = 1
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        _check_types("beta_schedule", (self.beta_schedule,), ("scaled_linear", "linear"))
+        _check_types("prediction_type", (self.prediction_type,), ("epsilon", "v_prediction"))
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise InputError(
+                f"scheduler config: beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy "
+                "0 < beta_start <= beta_end < 1"
+            )
+        if not 2 <= self.num_train_timesteps <= 100_000 or self.steps_offset not in (0, 1):
+            raise InputError(
+                f"scheduler config: num_train_timesteps {self.num_train_timesteps} must lie in 2 .. 100000 and "
+                f"steps_offset {self.steps_offset} must be 0 or 1"
+            )
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
+        """Read a diffusers `scheduler/scheduler_config.json`.
+
+        Only the keys that define the noise schedule count: which sampler the file names does not matter, because
+        LEDITS brings its own. Keys that would change the schedule in a way we do not implement are refused.
+        """
+        read = _Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
+        config = cls(
+            num_train_timesteps=read.whole("num_train_timesteps", 1000),
+            beta_start=read.number("beta_start", 0.00085),
+            beta_end=read.number("beta_end", 0.012),
+            beta_schedule=read.string("beta_schedule", "scaled_linear"),
+            steps_offset=read.whole("steps_offset", 1),
+            prediction_type=read.string("prediction_type", "epsilon"),
+        )
+        read.refuse_if_changed()
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The diffusers-style dictionary that `from_json` reads back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"_class_name": "DDIMScheduler", **values, "clip_sample": False, "set_alpha_to_one": False}
+
+
+@dataclass(frozen=True)
+class EditDefaults:
+    """What `None` stands for in the public interface: LEDITS Table 1, or a checkpoint's own `ledits.json`."""
+
+    num_steps: int = 100
+    skip: int = 36
+    guidance_scale: float = 15.0
+    source_guidance_scale: float = 3.5
+    concept_guidance_scale: float = 7.0
+    threshold: float = 0.95
+    warmup_steps: int = 1
+
+    @classmethod
+    def from_json(cls, mapping: Mapping[str, Any], source: str) -> EditDefaults:
+        """Read a `ledits.json`; every key is optional, an unknown one is refused."""
+        paper = cls()
+        unknown = sorted(set(mapping) - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise InputError(f"{source}: unknown key {unknown[0]!r}; the keys are {known}")
+        read = _Reader(mapping, source, None, {})
+        return cls(
+            num_steps=read.whole("num_steps", paper.num_steps),
+            skip=read.whole("skip", paper.skip),
+            guidance_scale=read.number("guidance_scale", paper.guidance_scale),
+            source_guidance_scale=read.number("source_guidance_scale", paper.source_guidance_scale),
+            concept_guidance_scale=read.number("concept_guidance_scale", paper.concept_guidance_scale),
+            threshold=read.number("threshold", paper.threshold),
+            warmup_steps=read.whole("warmup_steps", paper.warmup_steps),
+        )
+
+
+class _Reader:
+    """Typed access to a parsed JSON object that remembers which keys were honoured."""
+
+    def __init__(
+        self, mapping: Mapping[str, Any], source: str, class_name: str | None, defaults: Mapping[str, Any]
+    ) -> None:
+        if not isinstance(mapping, Mapping):
+            raise InputError(f"{source}: a JSON object is wanted, not {type(mapping).__name__}")
+        found = mapping.get("_class_name", class_name)
+        if class_name is not None and found != class_name:
+            raise InputError(f"{source}: _class_name is {found!r}; only {class_name!r} is supported here")
+        self.mapping, self.source, self.defaults = mapping, source, defaults
+        self.honoured: set[str] = set()
+
+    def _get(self, key: str, default: Any) -> Any:
+        self.honoured.add(key)
+        value = self.mapping.get(key)
+        return default if value is None else value
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> InputError:
+        return InputError(f"{self.source}: {key} is {_short(value)}; {wanted} is wanted")
+
+    def whole(self, key: str, default: int) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or abs(value) > 2**31:
+            raise self._wrong(key, value, "a whole number below 2^31")
+        return int(value)
+
+    def number(self, key: str, default: float) -> float:
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+            raise self._wrong(key, value, "a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if type(value) is not bool:
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def string(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if type(value) is not str:
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def strings(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        value = self._get(key, default)
+        if not isinstance(value, list | tuple) or not all(type(item) is str for item in value):
+            raise self._wrong(key, value, "a list of strings")
+        return tuple(value)
+
+    def wholes(self, key: str, default: int | tuple[int, ...], repeat: int = 1) -> tuple[int, ...]:
+        """A list of positive whole numbers, or one of them standing for `repeat` equal ones."""
+        value = self._get(key, default)
+        items = value if isinstance(value, list | tuple) else [value] * repeat
+        if not 1 <= len(items) <= 16 or not all(type(item) is int and 0 < item < 2**31 for item in items):
+            raise self._wrong(key, value, "a short list of positive whole numbers")
+        return tuple(items)
+
+    def refuse_if_changed(self) -> None:
+        """Refuse a key of the defaults table that holds another value than the one we implement."""
+        for key, default in self.defaults.items():
+            value = self.mapping.get(key)
+            if value is not None and not _same(value, default):
+                raise InputError(
+                    f"{self.source}: {key} = {_short(value)} is not supported; only {_short(default)} is implemented"
+                )
+
+    def refuse_the_rest(self) -> None:
+        """As `refuse_if_changed`, and an unknown key may only be null or false."""
+        self.refuse_if_changed()
+        for key, value in self.mapping.items():
+            if key in self.honoured or key in self.defaults or key.startswith("_"):
+                continue
+            if value is not None and value is not False:
+                raise InputError(f"{self.source}: {key} = {_short(value)} is a setting this program does not know")
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, list):
+        return all(_same(item, default) for item in value)
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise InputError(f"config: {name} {_short(value)} is not supported; the choices are {', '.join(known)}")
+
+
+def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        least = 0 if field.name in zero_allowed else 1
+        if (type(value) is int and not least <= value <= 2**20) or (type(value) is float and not value > 0.0):
+            raise InputError(f"{part} config: {field.name} = {value} is out of range; a positive number is wanted")
+
+
+def check_number(name: str, value: float | None, low: float, high: float, optional: bool = False) -> None:
+    """InputError unless `value` is a finite number in low .. high (or None, where that is allowed)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(f"{name} is {_short(value)}; a number in {low:g} .. {high:g} is wanted")
+
+
+def check_whole(name: str, value: int | None, low: int, high: int, optional: bool = False) -> None:
+    """InputError unless `value` is a whole number in low .. high (or None, where that is allowed)."""
+    if value is None and optional:
+        return
+    if type(value) is not int or not low <= value <= high:
+        raise InputError(f"{name} is {_short(value)}; a whole number in {low} .. {high} is wanted")
+
+
+_UNET_WIDTHS = (320, 640, 1280, 1280)
+
+# What diffusers' UNet2DConditionModel means when a key is left out. A config may repeat these values, nothing else.
+_UNET_DEFAULTS: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type_num_heads": 64,
+    "center_input_sample": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1,
+    "upcast_attention": False,
+    "attention_type": "default",
+}
+_VAE_DEFAULTS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+_SCHEDULE_DEFAULTS: dict[str, Any] = {"rescale_betas_zero_snr": False, "trained_betas": None}
+
+SD15_UNET = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=_UNET_WIDTHS,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    layers_per_block=2,
+    num_attention_heads=(8, 8, 8, 8),
+    cross_attention_dim=768,
+    norm_num_groups=32,
+    norm_eps=1e-5,
+    use_linear_projection=False,
+    sample_size=64,
+)
+SD15_VAE = VAEConfig(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    norm_num_groups=32,
+    scaling_factor=0.18215,
+    mid_block_add_attention=True,
+    sample_size=512,
+)
+SD15_TEXT = TextConfig(
+    vocab_size=49408,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    bos_token_id=49406,
+    eos_token_id=49407,
+    pad_token_id=49407,
+)
+SD15_SCHEDULE = ScheduleConfig()

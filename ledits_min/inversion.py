@@ -1,0 +1,61 @@
+"""Edit-friendly DDPM inversion [2304.06140]: independent noisy copies of a picture, and what each step must add.
+
+Nothing here knows a network: predictions come in as tensors. Everything is float32 or float64, whatever the network
+runs in, because sigma_t falls to 0.02 and the residuals must carry a picture exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ledits_min.schedule import Scalar, sqrt
+
+
+def draw_noise(seeds: Sequence[int], num_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """n_t for the last `num_steps` timesteps: float32 (num_steps, B, *shape), item 0 belongs to the noisiest one.
+
+    Each image has its own CPU generator, drawn from the last timestep upward, so that another skip, another batch or
+    another device sees the same noise.
+    """
+    columns = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(shape, generator=generator) for _ in range(num_steps)]
+        columns.append(torch.stack(drawn[::-1]))
+    return torch.stack(columns, dim=1)
+
+
+def noisy_latents(x_0: Tensor, noise: Tensor, alpha_bar_t: Scalar) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t        [2304.06140, Eq. 6: n_t independent for every t]"""
+    return sqrt(alpha_bar_t) * x_0 + sqrt(1.0 - alpha_bar_t) * noise
+
+
+def trajectory(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """x_t of every executed step, and x_0 itself behind them.
+
+    x_0 (B, C, h, w), noise (T, B, C, h, w), alpha_bar_t float64 (T,); returns (T + 1, B, C, h, w) in x_0's dtype.
+    """
+    copies = [noisy_latents(x_0, n_t, level) for n_t, level in zip(noise.to(x_0), alpha_bar_t.tolist(), strict=True)]
+    return torch.stack([*copies, x_0])
+
+
+def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar) -> Tensor:
+    """pred_x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)        [2010.02502, Eq. 12, first term]"""
+    return (x_t - sqrt(1.0 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)
+
+
+def posterior_mean(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar, alpha_bar_prev: Scalar, sigma_t: Scalar) -> Tensor:
+    """mu_t = sqrt(alpha_bar_prev) pred_x0 + sqrt(1 - alpha_bar_prev - sigma_t^2) eps        [2010.02502, Eq. 12]
+
+    sigma_t^2 carries eta^2. Both original repositories wrote eta there, which eta in {0, 1} hides.
+    """
+    pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
+    return sqrt(alpha_bar_prev) * pred_x0 + sqrt(1.0 - alpha_bar_prev - sigma_t**2) * eps
+
+
+def eps_from_v(v: Tensor, x_t: Tensor, alpha_bar_t: Scalar) -> Tensor:
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t        [2202.00512, appendix D]"""
+    return sqrt(alpha_bar_t) * v + sqrt(1.0 - alpha_bar_t) * x_t

@@ -1,0 +1,90 @@
+"""Every equation about noise levels. All tables are float64; they are rounded once, where they meet a latent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ledits_min.config import InputError, ScheduleConfig
+
+Scalar = TypeVar("Scalar", float, Tensor)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels that one run visits, from noisy to clean.
+
+    timesteps      int64 (T,)    descending; item i is t of step i
+    t_prev         int64 (T,)    the timestep that step i leads to; -1 after the last one
+    alpha_bar_t    float64 (T,)  alphas_cumprod[t]
+    alpha_bar_prev float64 (T,)  alphas_cumprod[t_prev]; alphas_cumprod[0] after the last one, so its sigma is not 0
+    alphas_cumprod float64 (num_train_timesteps,)  prod (1 - betas)
+    """
+
+    timesteps: Tensor
+    t_prev: Tensor
+    alpha_bar_t: Tensor
+    alpha_bar_prev: Tensor
+    alphas_cumprod: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def sigmas(self, eta: float) -> Tensor:
+        """sigma_t of every step, float64 (T,)."""
+        return sigma(self.alpha_bar_t, self.alpha_bar_prev, eta)
+
+
+def make_schedule(config: ScheduleConfig, num_steps: int) -> Schedule:
+    """The "leading" timesteps of DDIM for `num_steps` steps: t = i * (1000 // num_steps) + steps_offset, descending.
+
+    num_steps is at least 1 and at most half the training timesteps: a stride of one would run past the table or
+    start far from pure noise. InputError outside that range.
+    """
+    longest = config.num_train_timesteps // 2
+    if not 1 <= num_steps <= longest:
+        raise InputError(f"num_steps is {num_steps}; it must lie in 1 .. {longest}")
+    stride = config.num_train_timesteps // num_steps
+    timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config.steps_offset
+    t_prev = torch.cat([timesteps[1:], torch.tensor([-1])])
+    alphas_cumprod = torch.cumprod(1.0 - betas(config), dim=0)
+    return Schedule(
+        timesteps=timesteps,
+        t_prev=t_prev,
+        alpha_bar_t=alphas_cumprod[timesteps],
+        alpha_bar_prev=alphas_cumprod[t_prev.clamp(min=0)],
+        alphas_cumprod=alphas_cumprod,
+    )
+
+
+def betas(config: ScheduleConfig) -> Tensor:
+    """Variance added at each training timestep, float64 (num_train_timesteps,).
+
+    scaled_linear: betas = linspace(sqrt(beta_start), sqrt(beta_end))^2        [2112.10752, released code]
+    linear:        betas = linspace(beta_start, beta_end)                      [2006.11239, section 4]
+    """
+    n = config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        return torch.linspace(config.beta_start, config.beta_end, n, dtype=torch.float64)
+    return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float64) ** 2
+
+
+def sigma(alpha_bar_t: Scalar, alpha_bar_prev: Scalar, eta: float) -> Scalar:
+    """Standard deviation of the noise that a DDIM step adds.
+
+    sigma_t = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
+
+    eta = 0 is deterministic DDIM, eta = 1 is DDPM. [2010.02502, Eq. 16]
+    """
+    variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_prev)
+    return eta * sqrt(variance)
+
+
+def sqrt(level: Scalar) -> Scalar:
+    """Square root of a number or of every item of a tensor."""
+    return level.sqrt() if isinstance(level, Tensor) else math.sqrt(level)

@@ -1,0 +1,167 @@
+"""Semantic guidance, SEGA [2301.12247]: a concept's direction, where it acts, when it acts, and its momentum.
+
+Pure functions over predicted noise; no network, no text. `threshold` is the paper's lambda, `guidance_scale` its s_e,
+`weight` its g_i, `momentum_scale` its s_m, `momentum_beta` its beta_m, `warmup_steps` its delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ledits_min.config import EditDefaults, InputError, check_number, check_whole
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One direction of an edit: what to add (or, with `reverse`, to remove), how strongly, where and when.
+
+    text            the concept in words; "" is a no-op
+    guidance_scale  strength s, 0 .. 1000
+    threshold       lambda, 0 .. 1: the share of each channel that is left alone; 0.95 edits the strongest 5 %
+    warmup_steps    the first executed step in which it acts
+    cooldown_steps  the first executed step in which it acts no more; None: it acts to the end
+    weight          multiplies guidance_scale, 0 .. 1000
+    reverse         move away from the concept
+
+    None in guidance_scale, threshold or warmup_steps means the checkpoint's default, else LEDITS Table 1: 7, 0.95, 1.
+    InputError for a value out of range.
+    """
+
+    text: str
+    guidance_scale: float | None = None
+    threshold: float | None = None
+    warmup_steps: int | None = None
+    cooldown_steps: int | None = None
+    weight: float = 1.0
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"concept: its text is {self.text!r}; a string is wanted")
+        name = f"concept {self.text[:40]!r}"
+        check_number(f"{name}: guidance_scale", self.guidance_scale, 0.0, 1000.0, optional=True)
+        check_number(f"{name}: threshold", self.threshold, 0.0, 1.0, optional=True)
+        check_number(f"{name}: weight", self.weight, 0.0, 1000.0)
+        check_whole(f"{name}: warmup_steps", self.warmup_steps, 0, 100_000, optional=True)
+        check_whole(f"{name}: cooldown_steps", self.cooldown_steps, 0, 100_000, optional=True)
+        if not isinstance(self.reverse, bool):
+            raise InputError(f"{name}: reverse is {self.reverse!r}; True or False is wanted")
+
+    def resolve(self, defaults: EditDefaults) -> ConceptTerm:
+        """The same concept with every None replaced by its default."""
+        return ConceptTerm(
+            text=self.text,
+            guidance_scale=defaults.concept_guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            threshold=defaults.threshold if self.threshold is None else self.threshold,
+            warmup_steps=defaults.warmup_steps if self.warmup_steps is None else self.warmup_steps,
+            cooldown_steps=self.cooldown_steps,
+            weight=self.weight,
+            reverse=self.reverse,
+        )
+
+
+@dataclass(frozen=True)
+class ConceptTerm:
+    """A `Concept` whose numbers are all known: one term of the sum that SEGA adds to the prediction.
+
+    Steps are counted from the first executed one.
+    """
+
+    text: str
+    guidance_scale: float
+    threshold: float
+    warmup_steps: int
+    cooldown_steps: int | None
+    weight: float
+    reverse: bool
+
+    def is_warm(self, step: int) -> bool:
+        return step >= self.warmup_steps
+
+    def is_cooled_down(self, step: int) -> bool:
+        return self.cooldown_steps is not None and step >= self.cooldown_steps
+
+    def acts(self, step: int) -> bool:
+        return self.is_warm(step) and not self.is_cooled_down(step)
+
+    def is_noop(self, base: str) -> bool:
+        """True where the term is zero at every step: its text is that of eps_uncond, or its strength is 0."""
+        return self.text == base or self.guidance_scale == 0.0 or self.weight == 0.0
+
+    def matters(self, step: int, momentum_scale: float) -> bool:
+        """Whether its prediction changes anything at this step: when it acts, or while it warms the momentum up."""
+        return not self.is_cooled_down(step) and (self.is_warm(step) or momentum_scale > 0.0)
+
+
+def edit_direction(eps_concept: Tensor, eps_uncond: Tensor, term: ConceptTerm) -> Tensor:
+    """psi = d s (eps_concept - eps_uncond),  d = -1 to remove, +1 to add        [2301.12247, Eq. 4 and 5]"""
+    direction = -1.0 if term.reverse else 1.0
+    return direction * term.guidance_scale * (eps_concept - eps_uncond)
+
+
+def percentile_mask(psi: Tensor, threshold: float) -> Tensor:
+    """mask = |psi| >= quantile(|psi|, threshold), per sample and per channel        [2301.12247, Eq. 5 and 6]
+
+    psi float32 or float64 (B, C, h, w); returns bool (B, C, h, w). The quantile interpolates linearly between order
+    statistics, as torch.quantile does. threshold 0 keeps everything; on a constant map everything ties, and is kept.
+    """
+    magnitude = psi.abs()
+    cut = torch.quantile(magnitude.flatten(2), threshold, dim=-1)
+    return magnitude >= cut[..., None, None]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What SEGA adds at one step.
+
+    gamma     (B, C, h, w)  the guidance term gamma_t
+    momentum  (B, C, h, w)  nu for the next step
+    masks     one bool (B, C, h, w) a concept, None for a concept that did not act
+    """
+
+    gamma: Tensor
+    momentum: Tensor
+    masks: list[Tensor | None]
+
+
+def semantic_guidance(
+    eps_uncond: Tensor,
+    eps_concepts: Sequence[Tensor | None],
+    terms: Sequence[ConceptTerm],
+    step: int,
+    momentum: Tensor,
+    momentum_scale: float,
+    momentum_beta: float,
+) -> Guidance:
+    """The guidance term of one step and the momentum it leaves behind.
+
+    raw_t    = sum over concepts not cooled down of  g_i mask_i psi_i
+    full_t   = raw_t + momentum_scale nu
+    nu      <- momentum_beta nu + (1 - momentum_beta) full_t               also during warm-up
+    gamma_t  = full_t                                                      once every concept is past its warm-up
+             = sum over the acting concepts of  g_i mask_i psi_i           before that
+
+    [2301.12247, Eq. 3, 7 to 10]. The weights g_i are never renormalised: an early concept keeps its strength when a
+    later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false.
+    """
+    raw = torch.zeros_like(eps_uncond)
+    acting = torch.zeros_like(eps_uncond)
+    masks: list[Tensor | None] = []
+    for eps_concept, term in zip(eps_concepts, terms, strict=True):
+        masks.append(None)
+        if eps_concept is None:
+            continue
+        psi = edit_direction(eps_concept, eps_uncond, term)
+        mask = percentile_mask(psi, term.threshold)
+        contribution = term.weight * psi * mask
+        raw = raw + contribution
+        if term.acts(step):
+            acting = acting + contribution
+            masks[-1] = mask
+    full = raw + momentum_scale * momentum
+    gamma = full if all(term.is_warm(step) for term in terms) else acting
+    return Guidance(gamma, momentum_beta * momentum + (1.0 - momentum_beta) * full, masks)

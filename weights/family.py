@@ -1,0 +1,218 @@
+"""Tell from names and shapes alone what a safetensors file holds: which parts, in which dialect, of which family.
+
+Nothing defaults to Stable Diffusion 1.x. A file is what its own tensors say, and what is not supported is refused by
+name with the way out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ledits_min.config import InputError, UNetConfig, VAEConfig
+from ledits_min.weights import ldm, legacy
+from ledits_min.weights.header import Header, TensorInfo, quoted
+from ledits_min.weights.shapes import Config
+
+PARTS = ("unet", "vae", "text")
+SUPPORTED = "supported are Stable Diffusion 1.x checkpoints"
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies: the file, its name in it, and what the header says of it."""
+
+    path: Path
+    name: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one file, or one part of a folder, holds.
+
+    `parts` maps "unet", "vae" and "text" to {name inside the part, as the file spells it: tensor}; `dialects` maps them
+    to "LDM" or "diffusers"; `ignored` counts what is left aside knowingly; `unknown` belongs to no part;
+    `refusal` completes the sentence "<file> ..." where the family is not supported.
+    """
+
+    family: str
+    dialects: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, Stored]]
+    ignored: Mapping[str, int]
+    unknown: tuple[str, ...]
+    markers: frozenset[str]
+    refusal: str | None
+
+
+def stored(path: Path, header: Header) -> dict[str, Stored]:
+    """The header's tensors with the file they lie in."""
+    return {name: Stored(path, name, info) for name, info in header.tensors.items()}
+
+
+def identify(tensors: Mapping[str, Stored]) -> Layout:
+    """Sort the tensors of a file into parts and name the family; reads nothing."""
+    parts: dict[str, dict[str, Stored]] = {}
+    dialects: dict[str, str] = {}
+    ignored: dict[str, int] = {}
+    rest: dict[str, Stored] = {}
+    markers = set()
+    for name, tensor in tensors.items():
+        if (reason := _ignorable(name)) is not None:
+            ignored[reason] = ignored.get(reason, 0) + 1
+        elif name in ("v_pred", "ztsnr"):
+            markers.add(name)
+        elif (match := _prefixed(name)) is not None:
+            part, inner = match
+            parts.setdefault(part, {})[inner] = tensor
+            dialects[part] = "LDM"
+        else:
+            rest[name] = tensor
+    if not parts and (alone := _bare_part(rest)) is not None:
+        part, dialects[part] = alone
+        parts[part] = {
+            name: tensor for name, tensor in rest.items() if not legacy.is_beside_the_text_model(name)
+        }
+        if beside := len(rest) - len(parts[part]):
+            ignored["projections and picture half of CLIP"] = beside
+        rest = {}
+    family, refusal = _family(tensors, parts)
+    return Layout(family, dialects, parts, ignored, tuple(sorted(rest)), frozenset(markers), refusal)
+
+
+def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[str, Stored]:
+    """The tensors of one part under the names of our modules; a name no table knows stays, to be reported later."""
+    result: dict[str, Stored] = {}
+    table: Mapping[str, str] = {}
+    if isinstance(config, UNetConfig) and layout.dialects[part] == "LDM":
+        table = ldm.unet_table(config)
+    elif isinstance(config, VAEConfig) and layout.dialects[part] == "LDM":
+        table = ldm.vae_table(config)
+    for name, tensor in layout.parts[part].items():
+        ours = table.get(name, name)
+        if part == "vae":
+            ours = legacy.modern_vae_name(ours)
+        elif part == "text":
+            ours = legacy.flat_text_name(ours)
+        if ours in result:
+            raise InputError(
+                f"{source} holds the tensor {quoted(ours, 80)} twice, as {quoted(result[ours].name, 80)} and as "
+                f"{quoted(tensor.name, 80)}; use an unmodified checkpoint"
+            )
+        result[ours] = tensor
+    return result
+
+
+def old_attention_names(layout: Layout) -> bool:
+    """Whether the VAE still spells its attention query, key, value, proj_attn."""
+    return any(legacy.modern_vae_name(name) != name for name in layout.parts.get("vae", {}))
+
+
+def _ignorable(name: str) -> str | None:
+    if legacy.is_buffer(name):
+        return "training buffers"
+    if name.startswith(ldm.EMA_PREFIX):
+        return "EMA copy of the UNet"
+    if legacy.is_position_ids(name):
+        return "position_ids (recomputed)"
+    if name.startswith(("loss.", f"{ldm.VAE_PREFIX}loss.", f"{ldm.VAE_PREFIX}{ldm.EMA_PREFIX}")):
+        return "training loss of the VAE"
+    return None
+
+
+def _prefixed(name: str) -> tuple[str, str] | None:
+    prefixes = (("unet", ldm.UNET_PREFIX), ("vae", ldm.VAE_PREFIX), ("text", ldm.TEXT_PREFIX))
+    return next(((part, name[len(prefix) :]) for part, prefix in prefixes if name.startswith(prefix)), None)
+
+
+def _bare_part(names: Iterable[str]) -> tuple[str, str] | None:
+    """(part, dialect) of a file without prefixes, from the names only that part has."""
+    names = set(names)
+    for signature, part, dialect in (
+        ({"input_blocks.0.0.weight", "time_embed.0.weight"}, "unet", "LDM"),
+        ({"conv_in.weight", "time_embedding.linear_1.weight"}, "unet", "diffusers"),
+        ({"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"}, "vae", "LDM"),
+        ({"decoder.conv_in.weight", "decoder.mid_block.resnets.0.conv1.weight"}, "vae", "diffusers"),
+        ({"text_model.embeddings.token_embedding.weight"}, "text", "diffusers"),
+        ({"embeddings.token_embedding.weight", "final_layer_norm.weight"}, "text", "diffusers"),
+    ):
+        if signature <= names:
+            return part, dialect
+    return None
+
+
+# What a name somewhere in the file gives away, in this order: (pattern, family, what to do).
+_FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
+    (re.compile(pattern), family, advice)
+    for pattern, family, advice in (
+        (r"lora_|\.lora\.|hada_w|lokr_|oft_blocks|dora_scale", "LoRA",
+         "it only changes another checkpoint: pass that one; add-ons are not supported yet"),
+        (r"^control_model\.|^controlnet_|^input_hint_block\.", "ControlNet",
+         "it only steers another checkpoint: pass that one"),
+        (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
+        (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion", "it is a word, not a model: pass a checkpoint"),
+        (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
+        (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),
+        (r"(^|\.)joint_blocks\.|\.attn\.add_[kq]_proj\.", "SD 3", f"not supported; {SUPPORTED}"),
+        (r"^conditioner\.embedders\.|(^|\.)label_emb\.0\.0\.|^add_embedding\.linear_1\.", "SDXL",
+         f"not supported yet; {SUPPORTED}"),
+        (r"(^|\.)transformer\.resblocks\.", "SD 2.x", f"not supported yet; {SUPPORTED}"),
+    )
+)  # fmt: skip
+
+_CONTEXT_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL", 2048: "SDXL"}
+_SPECIAL_INPUTS = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth-to-image", 7: "upscaler"}
+
+
+def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -> tuple[str, str | None]:
+    """(family, refusal or None) from give-away names, then from the widths of the parts."""
+    names = list(tensors)
+    foreign = next((rule for rule in _FOREIGN if any(rule[0].search(name) for name in names)), None)
+    family = foreign[1] if foreign is not None else _family_by_width(parts)
+    channels = _input_channels(parts.get("unet", {}))
+    if channels is not None and channels in _SPECIAL_INPUTS and family in ("SD 1.x", "SD 2.x", "SDXL"):
+        kind = _SPECIAL_INPUTS[channels]
+        return f"{family} {kind}", (
+            f"is the {kind} variant of {family}: its UNet takes {channels} channels where editing has 4; "
+            "pass the plain SD 1.x checkpoint it was made from"
+        )
+    if foreign is not None:
+        return family, f"is {_article(family)} {family} file: {foreign[2]}"
+    if family in ("SD 2.x", "SDXL", "SD 3 or Flux"):
+        return family, f"is {_article(family)} {family} file: not supported yet; {SUPPORTED}"
+    if family == "unknown":
+        shown = ", ".join(quoted(name, 60) for name in sorted(names)[:3])
+        return (
+            family,
+            f"holds no Stable Diffusion weights that are known here (its tensors: {shown}, ...); {SUPPORTED}",
+        )
+    return family, None
+
+
+def _family_by_width(parts: Mapping[str, Mapping[str, Stored]]) -> str:
+    if unet := parts.get("unet"):
+        contexts = [
+            t.info.shape[-1] for n, t in unet.items() if n.endswith("attn2.to_k.weight") and t.info.shape
+        ]
+        return _CONTEXT_FAMILIES.get(contexts[0], "SD 1.x, another size") if contexts else "unknown"
+    if text := parts.get("text"):
+        widths = [
+            t.info.shape[-1] for n, t in text.items() if n.endswith("token_embedding.weight") and t.info.shape
+        ]
+        return _CONTEXT_FAMILIES.get(widths[0], "SD 1.x, another size") if widths else "unknown"
+    if vae := parts.get("vae"):
+        latents = vae.get("decoder.conv_in.weight")
+        channels = latents.info.shape[1] if latents is not None and len(latents.info.shape) == 4 else 4
+        return "SD 3 or Flux" if channels == 16 else "SD 1.x"
+    return "unknown"
+
+
+def _input_channels(unet: Mapping[str, Stored]) -> int | None:
+    first = unet.get("input_blocks.0.0.weight") or unet.get("conv_in.weight")
+    return first.info.shape[1] if first is not None and len(first.info.shape) == 4 else None
+
+
+def _article(family: str) -> str:
+    return "an" if family.startswith(("SD", "IP")) else "a"

@@ -1,0 +1,162 @@
+"""Say what a checkpoint is without reading a weight: the report behind `ledits inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ledits_min.config import InputError
+from ledits_min.weights.family import PARTS, Layout, Stored, identify, old_attention_names, stored
+from ledits_min.weights.folder import FOLDERS, option, part_tensors
+from ledits_min.weights.header import quoted, read_header
+from ledits_min.weights.shapes import FLOAT_DTYPES
+from ledits_min.weights.survey import TINY, Survey, check_complete, survey_checkpoint
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part in numbers: how many tensors and parameters, and how many tensors of each dtype."""
+
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `path` is, and whether it can be edited with; `reason` says why not.
+
+    verdict   "loads", "incomplete" (a part must be supplied), "part" (to be supplied to a checkpoint), or "refused"
+    """
+
+    path: str
+    size: int
+    dialect: str
+    family: str
+    parts: tuple[PartReport, ...]
+    oddities: tuple[str, ...]
+    missing: tuple[str, ...]
+    verdict: str
+    reason: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"file      {self.path}, {self.size:,} bytes",
+            f"dialect   {self.dialect}",
+            f"family    {self.family}",
+        ]
+        for part in self.parts:
+            dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
+            lines.append(
+                f"{part.name:<9} {part.parameters:,} parameters in {part.tensors} tensors ({dtypes})"
+            )
+        lines += [f"note      {oddity}" for oddity in self.oddities]
+        lines += [f"missing   {part}: pass {option(part)}" for part in self.missing]
+        return "\n".join([*lines, f"verdict   {self.verdict}" + (f": {self.reason}" if self.reason else "")])
+
+
+def inspect(path: str | Path) -> Report:
+    """Describe a checkpoint, a part of one, or a folder, from headers and configs alone.
+
+    Raises InputError only where there is no header to describe: no such file, not safetensors, damaged.
+    """
+    path = TINY if path == "tiny" else Path(path)
+    layouts = _folder_layouts(path) if path.is_dir() else [identify(stored(path, read_header(path)))]
+    parts = {part: layout.parts[part] for layout in layouts for part in PARTS if part in layout.parts}
+    survey, reason = _try_to_load(path)
+    missing = tuple(part for part in PARTS if part not in parts)
+    verdict = (
+        "refused" if survey is None else "part" if "unet" in missing else "incomplete" if reason else "loads"
+    )
+    return Report(
+        path=quoted(path),
+        size=_size(path),
+        dialect=_dialect(path, layouts),
+        family=_family(layouts),
+        parts=tuple(_part_report(part, tensors.values()) for part, tensors in parts.items()),
+        oddities=tuple(_oddities(layouts, parts, survey)),
+        missing=missing if parts and not any(layout.refusal for layout in layouts) else (),
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _try_to_load(path: Path) -> tuple[Survey | None, str]:
+    """(survey, "") if it loads; (survey, reason) if parts are missing; (None, reason) if it is refused."""
+    survey = None
+    try:
+        survey = survey_checkpoint(path)
+        check_complete(survey)
+    except InputError as error:
+        return survey, str(error)
+    return survey, ""
+
+
+def _folder_layouts(path: Path) -> list[Layout]:
+    """The layouts of the parts that can be read; what cannot be read is named by the verdict."""
+    layouts = []
+    for part in PARTS:
+        if (path / FOLDERS[part]).is_dir():
+            try:
+                tensors, _ = part_tensors(path / FOLDERS[part], part)
+            except InputError:
+                continue
+            layouts.append(identify(tensors))
+    return layouts
+
+
+def _part_report(name: str, tensors: Iterable[Stored]) -> PartReport:
+    infos = [tensor.info for tensor in tensors]
+    dtypes = dict(Counter(info.dtype for info in infos).most_common())
+    return PartReport(name, len(infos), sum(info.numel for info in infos), dtypes)
+
+
+def _size(path: Path) -> int:
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _dialect(path: Path, layouts: Iterable[Layout]) -> str:
+    if path.is_dir():
+        return "diffusers folder"
+    dialects = {dialect for layout in layouts for dialect in layout.dialects.values()}
+    if not dialects:
+        return "unknown"
+    return "LDM single file" if dialects == {"LDM"} else "one part of a diffusers folder"
+
+
+def _family(layouts: Iterable[Layout]) -> str:
+    """The UNet's family decides; a part alone names its own."""
+    layouts = sorted(layouts, key=lambda layout: "unet" not in layout.parts)
+    return layouts[0].family if layouts else "unknown"
+
+
+def _oddities(
+    layouts: Iterable[Layout], parts: Mapping[str, Mapping[str, Stored]], survey: Survey | None
+) -> Iterable[str]:
+    if survey is not None:
+        yield from survey.notes
+    for layout in layouts:
+        if survey is None:
+            yield from (f"ignored: {count} tensors, {reason}" for reason, count in layout.ignored.items())
+        if old_attention_names(layout):
+            yield "vae: attention layers carry their old names (query, key, value, proj_attn)"
+        if any(name.startswith("text_model.") for name in layout.parts.get("text", {})):
+            yield "text: names carry the prefix text_model. (written by transformers before 5.6)"
+    for part, tensors in parts.items():
+        dtypes = Counter(tensor.info.dtype for tensor in tensors.values())
+        if len(dtypes) > 1:
+            yield f"{part}: mixed dtypes ({', '.join(f'{count} {dtype}' for dtype, count in dtypes.most_common())})"
+        for dtype in dtypes:
+            if dtype == "F64":
+                yield f"{part}: float64 tensors will be cast to float32"
+            elif dtype not in FLOAT_DTYPES:
+                yield f"{part}: {dtypes[dtype]} tensors of dtype {dtype}, which cannot be loaded"
+        if not all(tensor.info.numel for tensor in tensors.values()):
+            yield f"{part}: some tensors are empty"
+    if set(parts) == {"vae"}:
+        yield "vae: SD 1.x, SD 2.x and SDXL share this layout, and a file does not say which it was trained for"

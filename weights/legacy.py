@@ -1,0 +1,61 @@
+"""Older spellings of the same tensors: VAE attention, text-model prefixes, and keys that carry no weights at all."""
+
+from __future__ import annotations
+
+import re
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION_NAME = re.compile(
+    r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)"
+)
+
+# What a training run leaves in a single file beside the weights: the noise schedule, the state of its averages.
+_BUFFERS = frozenset(
+    [
+        *("alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "lvlb_weights"),
+        *(
+            "posterior_log_variance_clipped",
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "posterior_variance",
+        ),
+        *("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+        *(
+            "sqrt_recipm1_alphas_cumprod",
+            "scale_factor",
+            "global_step",
+            "model_ema.decay",
+            "model_ema.num_updates",
+        ),
+    ]
+)
+_NOT_THE_TEXT_MODEL = ("text_projection", "logit_scale", "vision_model.", "visual_projection.")
+
+
+def modern_vae_name(name: str) -> str:
+    """`...attentions.0.query.weight` -> `...attentions.0.to_q.weight`; other names unchanged.
+
+    diffusers renamed these layers in version 0.13; most published VAEs still carry the old names.
+    """
+    match = _OLD_ATTENTION_NAME.fullmatch(name)
+    return f"{match['block']}.{_OLD_ATTENTION[match['layer']]}.{match['rest']}" if match else name
+
+
+def flat_text_name(name: str) -> str:
+    """Drop the `text_model.` that transformers wrote before version 5.6; its modules in memory have no such prefix."""
+    return name.removeprefix("text_model.")
+
+
+def is_position_ids(name: str) -> bool:
+    """0 .. 76, recomputed by the model: absent, whole or ruined by a merge (75 -> 74.9975), it never matters."""
+    return name.endswith("position_ids")
+
+
+def is_buffer(name: str) -> bool:
+    """A key of a single file that describes its training, not its weights."""
+    return name in _BUFFERS
+
+
+def is_beside_the_text_model(name: str) -> bool:
+    """Parts of a full CLIP that Stable Diffusion does not use: the picture half and the projections."""
+    return name.startswith(_NOT_THE_TEXT_MODEL)

@@ -1,0 +1,54 @@
+"""The recipe's stages, one command each: python -m ledits_min.weights.train_tiny STAGE --out RUNDIR"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ledits_min.weights.train_tiny import classifier, diffusion, export, portraits, text, vae
+
+TRAINERS = {
+    "classifier": (classifier.train_classifier, classifier.PLAN),
+    "vae": (vae.train_vae, vae.PLAN),
+    "text": (text.train_text, text.PLAN),
+    "diffusion": (diffusion.train_diffusion, diffusion.PLAN),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ledits_min.weights.train_tiny", description=__doc__)
+    parser.add_argument("stage", choices=("data", *TRAINERS, "export", "evaluate"))
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder, outside the repository")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="train for another number of steps than the recipe's")
+    parser.add_argument("--train-count", type=int, default=24_000, help="portraits to train on")
+    parser.add_argument("--test-count", type=int, default=1_000, help="portraits held out")
+    parser.add_argument("--processes", type=int, default=2, help="processes that draw")
+    parser.add_argument("--model", type=Path, default=export.TINY, help="the folder to export to or to evaluate")
+    parser.add_argument("--report", type=Path, default=Path("bench/results"), help="where evaluate writes")
+    parser.add_argument("--count", type=int, default=64, help="portraits an edit is evaluated on")
+    arguments = parser.parse_args()
+    run: Path = arguments.out
+    run.mkdir(parents=True, exist_ok=True)
+    # The thread count is torch's own (OMP_NUM_THREADS); a stopped stage may go on with another one.
+    torch.set_flush_denormal(True)
+    if arguments.stage == "data":
+        size = vae.CONFIG.sample_size
+        for split, count in (("test", arguments.test_count), ("train", arguments.train_count)):
+            portraits.render_split(run / "data", split, count, size, arguments.processes)
+    elif arguments.stage == "export":
+        export.export(run, arguments.seed, arguments.model)
+    elif arguments.stage == "evaluate":
+        from ledits_min.weights.train_tiny.evaluate import evaluate
+
+        evaluate(run, arguments.model, arguments.report, arguments.count, arguments.seed)
+    else:
+        train, plan = TRAINERS[arguments.stage]
+        train(run, arguments.seed, replace(plan, steps=arguments.steps or plan.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The UNet's training on whitened latents, the text encoder frozen: noise prediction with Min-SNR weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+from ledits_min.config import ScheduleConfig, UNetConfig
+from ledits_min.schedule import make_schedule
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
+from ledits_min.weights.train_tiny.loop import Plan, ema_weights, generator_at, save_atomically, train
+from ledits_min.weights.train_tiny.portraits import Portrait, caption, load_split, sample_portrait, seeds
+from ledits_min.weights.train_tiny.text import load_text, tokenize
+from ledits_min.weights.train_tiny.vae import from_image, load_vae, to_image
+
+CONFIG = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(64, 96, 128),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    num_attention_heads=(4, 4, 4),
+    cross_attention_dim=128,
+    norm_num_groups=16,
+    norm_eps=1e-5,
+    use_linear_projection=False,
+    sample_size=16,
+)
+SCHEDULE = ScheduleConfig()
+BATCH = 32
+PLAN = Plan(steps=9000, rate=7e-4, flat=0.6)
+SNR_LIMIT = 5.0
+
+
+def encode_pictures(run: Path, vae: VAE) -> tuple[Tensor, Tensor]:
+    """Latents of the training pictures and of their mirror images, float16 (N, 4, 16, 16) each, encoded once."""
+    path = run / "latents.safetensors"
+    if not path.exists():
+        pixels, _ = load_split(run / "data", "train")
+        parts: dict[str, list[Tensor]] = {"plain": [], "mirrored": []}
+        with torch.no_grad():
+            for part in np.array_split(pixels, max(1, len(pixels) // 200)):
+                image = to_image(part)
+                parts["plain"].append(vae.encode(image).half())
+                parts["mirrored"].append(vae.encode(image.flip(-1)).half())
+        save_atomically({name: torch.cat(latents) for name, latents in parts.items()}, path)
+    latents = load_file(path)
+    return latents["plain"], latents["mirrored"]
+
+
+def noise_loss(
+    unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Squared error of the predicted noise, weighted by min(SNR, 5) / SNR; t is drawn one per stratum of the batch.
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n,   SNR = alpha_bar_t / (1 - alpha_bar_t)
+
+    [Min-SNR weighting, 2303.09556]
+    """
+    batch = len(x_0)
+    strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    t = (strata * len(alphas_cumprod)).long()
+    noise = torch.randn(x_0.shape, generator=generator)
+    alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = alpha_bar_t.sqrt() * x_0 + (1.0 - alpha_bar_t).sqrt() * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        eps = unet(x_t, t, context)
+    snr = (alpha_bar_t / (1.0 - alpha_bar_t)).flatten()
+    weight = snr.clamp(max=SNR_LIMIT) / snr
+    return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+
+
+def captions_of(portraits: list[Portrait], index: Tensor, seed: int, step: int) -> list[str]:
+    return [caption(portraits[i], Random(f"{seed} {step} {place}"))[0] for place, i in enumerate(index.tolist())]
+
+
+@torch.no_grad()
+def embed(tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModel, texts: list[str]) -> Tensor:
+    """context (N, L, D), float32."""
+    hidden: Tensor = encoder(input_ids=tokenize(tokenizer, texts)).last_hidden_state
+    return hidden
+
+
+def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> None:
+    torch.manual_seed(seed)
+    unet = UNet(CONFIG)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    tokenizer, encoder = load_text(run)
+    plain, mirrored = encode_pictures(run, load_vae(run))
+    portraits = [sample_portrait(name) for name in seeds("train", len(plain))]
+    alphas_cumprod = make_schedule(SCHEDULE, 1).alphas_cumprod.float()
+
+    def loss_at(step: int) -> Tensor:
+        generator = generator_at(seed, step)
+        index = torch.randint(len(plain), (BATCH,), generator=generator)
+        flip = torch.rand(BATCH, generator=generator) < 0.5
+        x_0 = torch.where(flip[:, None, None, None], mirrored[index], plain[index]).float()
+        context = embed(tokenizer, encoder, captions_of(portraits, index, seed, step))
+        return noise_loss(unet, x_0, context, alphas_cumprod, generator)
+
+    # The plain attention kernel has the faster backward pass on CPUs.
+    with sdpa_kernel(SDPBackend.MATH):
+        train(unet, loss_at, plan, run / "unet.safetensors", run / "unet.jsonl")
+
+
+def load_unet(run: Path) -> UNet:
+    unet = UNet(CONFIG)
+    unet.load_state_dict(ema_weights(run / "unet.safetensors"), strict=True)
+    return unet.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def generate(run: Path, texts: list[str], seed: int, guidance_scale: float, num_steps: int = 50) -> np.ndarray:
+    """Pictures from text by DDIM (eta = 0) with classifier-free guidance, uint8 (N, 64, 64, 3)."""
+    unet, vae = load_unet(run), load_vae(run)
+    tokenizer, encoder = load_text(run)
+    context = torch.cat([embed(tokenizer, encoder, [""] * len(texts)), embed(tokenizer, encoder, texts)])
+    schedule = make_schedule(SCHEDULE, num_steps)
+    side = CONFIG.sample_size
+    x_t = torch.randn(len(texts), CONFIG.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
+    for t, alpha_bar_t, alpha_bar_prev in zip(
+        schedule.timesteps, schedule.alpha_bar_t, schedule.alpha_bar_prev, strict=True
+    ):
+        eps_uncond, eps_text = unet(torch.cat([x_t, x_t]), t.expand(2 * len(texts)), context).chunk(2)
+        eps = eps_uncond + guidance_scale * (eps_text - eps_uncond)
+        pred_x0 = (x_t - float((1 - alpha_bar_t).sqrt()) * eps) / float(alpha_bar_t.sqrt())
+        x_t = float(alpha_bar_prev.sqrt()) * pred_x0 + float((1 - alpha_bar_prev).sqrt()) * eps
+    return from_image(vae.decode(x_t))
