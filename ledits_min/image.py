@@ -1,4 +1,4 @@
-"""Pictures in and out: any usual file to 8-bit sRGB, sizes, tensors in [-1, 1], and files that are never half-written."""
+"""Pictures in and out: any usual file to 8-bit sRGB, sizes, tensors in [-1, 1], files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ledits_min.config import InputError, RunError
 from ledits_min.weights.header import quoted
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # a short list: Pillow's other readers have been attacked
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # short: Pillow's other readers were attacked
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 MAX_ASPECT = 8
-MIN_LATENTS, MAX_SIDE = 8, 4096  # of the size the model works at: latents of the shorter side, pixels of the longer
-OUTPUT_SIDES = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # what each format can hold
+MIN_LATENTS, MAX_SIDE = 8, 4096  # at the model's size: latents of the shorter side, pixels of the longer
+OUTPUT_SIDES = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # what a format can hold
 
 _WANTED = "PNG, JPEG, WEBP, TIFF, BMP or GIF"
 _RAW_SUFFIXES = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw")
@@ -52,13 +52,16 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK", "a zip archive"),
     (0, b"version https://git-lfs", "a git-lfs pointer, not the picture"),
 )
-# What Pillow's readers raise on damaged files: plug-ins parse with struct, indices and int(), and few of them wrap it.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error)
+# What Pillow's readers raise on damaged files: they parse with struct, indices and int(), and rarely wrap it.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error,
+)  # fmt: skip
 
 
-def open_image(source: Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any], *, notices: list[str] | None = None
-               ) -> Image.Image:  # fmt: skip
-    """An upright 8-bit sRGB picture, whatever it was: alpha over white, first frame, embedded profile applied.
+def open_image(
+    source: Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any], *, notices: list[str] | None = None
+) -> Image.Image:
+    """An upright 8-bit sRGB picture, whatever it was: alpha over white, first frame, colour profile applied.
 
     source   a file (PNG, JPEG, WEBP, TIFF, BMP, GIF), a PIL image, or a uint8 array (H, W, 3)
     notices  receives one line for everything that was not taken as it came
@@ -74,17 +77,18 @@ def open_image(source: Image.Image | str | os.PathLike[str] | np.ndarray[Any, An
     if isinstance(source, Image.Image):
         return _read(source, "image", notices)
     if not isinstance(source, str | os.PathLike):
-        raise InputError(f"image is {type(source).__name__}; a path, a PIL image or a uint8 array (H, W, 3) is wanted")
+        kind = type(source).__name__
+        raise InputError(f"image is {kind}; a path, a PIL image or a uint8 array (H, W, 3) is wanted")
     name = quoted(os.fspath(source))
     with warnings.catch_warnings(), _open_file(Path(source), name) as file:
         warnings.simplefilter("ignore")  # what matters of Pillow's warnings is refused or noted below
         try:
             image = Image.open(file, formats=list(FORMATS))
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise InputError(_why_no_picture(file, Path(source), name)) from None
         except Image.DecompressionBombError:
-            raise InputError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} megapixels; scale it down first") from None
+            raise InputError(f"{name} is far above {MAX_PIXELS / 1e6:.0f} megapixels; scale it down") from None
         except _DAMAGED as error:
             raise _damaged(name, error) from error
         if frames > 1:
@@ -97,8 +101,8 @@ def fit_size(
 ) -> tuple[int, int]:
     """(width, height) the model works at: both multiples of `factor`, the pixels of one latent.
 
-    size  the longer side, with the aspect kept; or (width, height); None: `native` for the longer side, or more where
-          the shorter one would have fewer than 8 latents. InputError outside 8 latents .. 4096 px.
+    size  the longer side, with the aspect kept; or (width, height); None: `native` for the longer side, or more
+          where the shorter one would have fewer than 8 latents. InputError outside 8 latents .. 4096 px.
     """
     least = MIN_LATENTS * factor
     if size is None:
@@ -116,14 +120,13 @@ def fit_size(
     scale = longer / max(picture)
     width, height = (max(1, round(side * scale / factor)) * factor for side in picture)
     if min(width, height) < least:
-        raise InputError(
-            f"size {width} x {height} is too small for this model, which needs {least} pixels a side; pass a larger size"
-        )
+        why = f"is too small for this model, which needs {least} pixels a side; pass a larger one"
+        raise InputError(f"size {width} x {height} {why}")
     return width, height
 
 
 def to_tensor(images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """RGB pictures as float32 (B, 3, H, W) in [-1, 1]; resized (Lanczos) to (W, H) without rounding in between."""
+    """RGB pictures as float32 (B, 3, H, W) in [-1, 1]; Lanczos to `size` (W, H), without rounding in between."""
     return torch.from_numpy(np.stack([_planes(image, size) for image in images])) / 127.5 - 1.0
 
 
@@ -133,25 +136,27 @@ def to_images(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in levels]
 
 
-def lay_change(original: Image.Image, before: Image.Image | Tensor, after: Image.Image | Tensor) -> Image.Image:
-    """clip(original + upsample(after - before)): what changed between two small pictures, laid over the large one.
+def lay_change(
+    original: Image.Image, before: Image.Image | Tensor, after: Image.Image | Tensor
+) -> Image.Image:
+    """clip(original + upsample(after - before)): the change of a small picture, laid over the large one.
 
-    before and after are RGB pictures of one size, or tensors (3, h, w) in [-1, 1]. Where they agree, the original's
-    bytes come back exactly.
+    before and after are RGB pictures of one size, or tensors (3, h, w) in [-1, 1]. Where they agree, the
+    original's bytes come back exactly.
     """
     change = (_as_levels(after) - _as_levels(before)).numpy()
-    planes = []
+    planes, size = [], original.size
     for plane, delta in zip(original.split(), change, strict=True):
         small = Image.fromarray(delta)
         # Bicubic: Lanczos would ring two pixels further out of an edited region.
-        large = small if small.size == original.size else small.resize(original.size, Image.Resampling.BICUBIC)
+        large = small if small.size == size else small.resize(size, Image.Resampling.BICUBIC)
         summed = np.asarray(plane, dtype=np.float32) + np.asarray(large)
         planes.append(Image.fromarray(np.rint(summed).clip(0, 255).astype(np.uint8)))
     return Image.merge("RGB", planes)
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write PNG, JPEG or WEBP by the name's ending, atomically; a PNG carries `metadata` as text, key by key."""
+    """Write PNG, JPEG or WEBP by the name's ending, atomically; a PNG carries `metadata` as text."""
     suffix = Path(path).suffix.lower()
     check_output_picture(path, image.size)
     buffer = io.BytesIO()
@@ -168,19 +173,19 @@ def save_image(image: Image.Image, path: str | Path, metadata: Mapping[str, str]
 
 
 def check_output_picture(path: str | Path, size: tuple[int, int]) -> None:
-    """InputError unless the format that the name asks for is one we write and can hold a picture of this size."""
+    """InputError unless the name asks for a format we write, and that can hold a picture of this size."""
     suffix = Path(path).suffix.lower()
     if suffix not in OUTPUT_SIDES:
         raise InputError(f"{quoted(path)} does not end in a format we write; use {', '.join(OUTPUT_SIDES)}")
     if max(size) > OUTPUT_SIDES[suffix]:
         raise InputError(
-            f"{quoted(path)}: {suffix[1:].upper()} holds {OUTPUT_SIDES[suffix]} pixels a side, the picture is "
-            f"{size[0]} x {size[1]}; use .png"
+            f"{quoted(path)}: {suffix[1:].upper()} holds {OUTPUT_SIDES[suffix]} pixels a side, the picture "
+            f"is {size[0]} x {size[1]}; use .png"
         )
 
 
 def atomic_write(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole or not at all: a new file beside it, synced, then renamed over it.
+    """Write a file so that it is there whole or not at all: a new one beside it, synced, then renamed over it.
 
     `content` is the bytes, or a function that writes them to the path it is given. OSError as for any file.
     """
@@ -208,7 +213,7 @@ def _open_file(path: Path, name: str) -> io.BufferedReader:
             raise InputError(f"{name} is {what}; a picture ({_WANTED}) is wanted here")
         if status.st_size == 0:
             raise InputError(f"{name} is an empty file; a picture ({_WANTED}) is wanted here")
-        if path.suffix.lower() in _RAW_SUFFIXES:  # these are TIFF inside, and a reader would find only the thumbnail
+        if path.suffix.lower() in _RAW_SUFFIXES:  # TIFF inside, with a thumbnail as first page
             raise InputError(f"{name} is a camera RAW file by its name; develop it to {_WANTED} first")
         return open(path, "rb")
     except FileNotFoundError:
@@ -219,7 +224,7 @@ def _open_file(path: Path, name: str) -> io.BufferedReader:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} is not a usable path ({error}); check it") from None  # an embedded null byte
+        raise InputError(f"{name} is not a usable path ({error}); check it") from None
 
 
 def _why_no_picture(file: io.BufferedReader, path: Path, name: str) -> str:
@@ -240,7 +245,11 @@ def _why_no_picture(file: io.BufferedReader, path: Path, name: str) -> str:
 
 
 def _damaged(name: str, error: BaseException) -> InputError:
-    return InputError(f"{name} is damaged or cut short ({quoted(error, 100).strip(chr(39))}); use a whole copy of it")
+    return InputError(f"{name} is damaged or cut short ({_reason(error)}); use a whole copy of it")
+
+
+def _reason(error: BaseException) -> str:
+    return quoted(error, 100).strip("'") or type(error).__name__
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -256,7 +265,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
-    """Decode `image`, which may still be lazy, and bring it to upright 8-bit sRGB with nothing else attached."""
+    """Decode `image`, which may still be lazy; upright 8-bit sRGB with nothing else attached."""
     _check_size(image.size, name)  # before decoding: a small file can promise gigabytes
     try:
         image.load()
@@ -271,7 +280,7 @@ def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
 
 def _to_srgb(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
     if image.mode == "F":
-        raise InputError(f"{name} holds floating-point values of unknown range; save it with 8 or 16 bits a channel")
+        raise InputError(f"{name} holds floating-point values of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         return _from_16_bit(image, name)
     alpha = _alpha(image)
@@ -291,7 +300,7 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     """16-bit grey, scaled by 1/257 so that 65535 becomes 255 (Pillow's own conversion clips)."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65_535:
-        raise InputError(f"{name} holds values in {values.min()} .. {values.max()}; save it with 8 or 16 bits a channel")
+        raise InputError(f"{name} holds values in {values.min()} .. {values.max()}; save it with 8 or 16 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -303,7 +312,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def _apply_profile(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
-    """The colours as sRGB where an embedded profile says they are something else; the image itself otherwise."""
+    """The colours as sRGB where an embedded profile says they are something else; else the image itself."""
     data = image.info.get("icc_profile")
     if not data:
         return image
@@ -315,7 +324,8 @@ def _apply_profile(image: Image.Image, name: str, notices: list[str]) -> Image.I
         colour = image.convert({"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space])
         if (colour.mode == "CMYK") != (image.mode == "CMYK"):
             raise ImageCms.PyCMSError(f"a {space} profile in a picture of mode {image.mode}")
-        converted = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(colour, profile, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, *_DAMAGED):
         notices.append(f"{name} has a colour profile that cannot be used; its colours are taken as sRGB")
         return image
@@ -350,7 +360,7 @@ def _planes(image: Image.Image, size: tuple[int, int]) -> np.ndarray[Any, Any]:
 def _levels(image: Tensor) -> Tensor:
     """[-1, 1] to 0 .. 255, float32 on the CPU. A cast to uint8 would turn NaN into a silent black."""
     if not bool(image.isfinite().all()):
-        raise RunError("the decoded picture holds values that are not finite, nothing is written; try --dtype float32")
+        raise RunError("the decoded picture holds values that are not finite; try --dtype float32")
     return (image.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5
 
 

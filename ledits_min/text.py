@@ -52,9 +52,9 @@ class TextEncoder:
         if unknown in ids and unknown != self.tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
             words = self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt.lower())
             vocabulary = self.tokenizer.get_vocab()
-            strange = [word for word, _ in words if word not in vocabulary]
+            strange = ", ".join(word for word, _ in words if word not in vocabulary)
             known = ", ".join(sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens))
-            raise InputError(f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}; it knows: {known}")
+            raise InputError(f"prompt {prompt!r}: this model does not know {strange!r}; it knows: {known}")
         room = self.length - 2  # begin and end tokens
         if len(ids) > room:
             dropped = self.tokenizer.decode(ids[room:])

@@ -182,7 +182,7 @@ class Attention(nn.Module):
         tokens = self.group_norm(hidden).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
-        return hidden + attended[:, 0].transpose(1, 2).unflatten(2, hidden.shape[-2:])
+        return hidden + attended[:, 0].transpose(1, 2).reshape(hidden.shape)
 
 
 class Downsample(nn.Module):

@@ -1,7 +1,7 @@
 """The CLIP vocabulary for checkpoints that bring none: a single file never does.
 
-`bpe_simple_vocab_16e6.txt.gz` is OpenAI's own file (MIT, see CLIP_LICENSE); the rule that turns it into token numbers
-is that of openai/CLIP, clip/simple_tokenizer.py.
+`bpe_simple_vocab_16e6.txt.gz` is OpenAI's own file (MIT, see CLIP_LICENSE); the rule that turns it into token
+numbers is that of openai/CLIP, clip/simple_tokenizer.py.
 """
 
 from __future__ import annotations

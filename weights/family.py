@@ -1,7 +1,7 @@
-"""Tell from names and shapes alone what a safetensors file holds: which parts, in which dialect, of which family.
+"""Tell from names and shapes alone what a safetensors file holds: its parts, their dialect, their family.
 
-Nothing defaults to Stable Diffusion 1.x. A file is what its own tensors say, and what is not supported is refused by
-name with the way out.
+Nothing defaults to Stable Diffusion 1.x. A file is what its own tensors say, and what is not supported is
+refused by name with the way out.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ class Stored(NamedTuple):
 class Layout:
     """What one file, or one part of a folder, holds.
 
-    `parts` maps "unet", "vae" and "text" to {name inside the part, as the file spells it: tensor}; `dialects` maps them
-    to "LDM" or "diffusers"; `ignored` counts what is left aside knowingly; `unknown` belongs to no part;
-    `refusal` completes the sentence "<file> ..." where the family is not supported.
+    parts     "unet", "vae", "text" -> {name inside the part, as the file spells it: tensor}
+    dialects  the same keys -> "LDM" or "diffusers"
+    ignored   why tensors are left aside -> how many
+    unknown   names that belong to no part
+    markers   which of the marker tensors v_pred and ztsnr are there
+    refusal   completes the sentence "<file> ..." where the family is not supported
     """
 
     family: str
@@ -83,7 +86,7 @@ def identify(tensors: Mapping[str, Stored]) -> Layout:
 
 
 def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[str, Stored]:
-    """The tensors of one part under the names of our modules; a name no table knows stays, to be reported later."""
+    """The tensors of one part under the names of our modules; unknown names stay, to be reported later."""
     result: dict[str, Stored] = {}
     table: Mapping[str, str] = {}
     if isinstance(config, UNetConfig) and layout.dialects[part] == "LDM":
@@ -98,8 +101,8 @@ def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[st
             ours = legacy.flat_text_name(ours)
         if ours in result:
             raise InputError(
-                f"{source} holds the tensor {quoted(ours, 80)} twice, as {quoted(result[ours].name, 80)} and as "
-                f"{quoted(tensor.name, 80)}; use an unmodified checkpoint"
+                f"{source} holds the tensor {quoted(ours, 80)} twice, as {quoted(result[ours].name, 80)} and "
+                f"as {quoted(tensor.name, 80)}; use an unmodified checkpoint"
             )
         result[ours] = tensor
     return result
@@ -152,7 +155,8 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"^control_model\.|^controlnet_|^input_hint_block\.", "ControlNet",
          "it only steers another checkpoint: pass that one"),
         (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
-        (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion", "it is a word, not a model: pass a checkpoint"),
+        (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion",
+         "it is a word, not a model: pass a checkpoint"),
         (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
         (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),
         (r"(^|\.)joint_blocks\.|\.attn\.add_[kq]_proj\.", "SD 3", f"not supported; {SUPPORTED}"),

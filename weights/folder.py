@@ -1,8 +1,8 @@
 """The files of a diffusers folder: which one holds a part's weights, and its JSON configs.
 
-Where a folder offers a part several times, the first of this list that exists is taken, and the choice is noted:
-  NAME.safetensors, NAME.fp32.safetensors, NAME.fp16.safetensors, NAME.bf16.safetensors, NAME.non_ema.safetensors,
-each either as one file or as an index of shards (NAME.safetensors.index.json, NAME.safetensors.index.fp16.json).
+Where a folder offers a part several times, the first of this list is taken and the choice is noted:
+  NAME.safetensors, NAME.fp32.safetensors, NAME.fp16.safetensors, NAME.bf16..., NAME.non_ema...
+each as one file or as an index of shards (NAME.safetensors.index.json, NAME.safetensors.index.fp16.json).
 The full-precision file comes first because every other one can be made from it.
 """
 
@@ -85,7 +85,7 @@ def _variant(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:
 
 
 def _shards(index: Path) -> dict[str, Stored]:
-    """The tensors of all files that an index lists; each must hold exactly what the index says."""
+    """The tensors of all files that an index lists; each must hold what the index says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{quoted(index)} has no weight_map of file names; download it again")
@@ -94,12 +94,12 @@ def _shards(index: Path) -> dict[str, Stored]:
         # A shard lies beside its index: a name with a separator would reach outside the folder.
         if Path(name).name != name or "\\" in name:
             raise InputError(f"{quoted(index)} lists {quoted(name, 80)}, which is not a plain file name")
-        tensors |= {key: tensor for key, tensor in stored(index.parent / name, read_header(index.parent / name)).items()
-                    if weight_map.get(key) == name}  # fmt: skip
+        shard = stored(index.parent / name, read_header(index.parent / name))
+        tensors |= {key: tensor for key, tensor in shard.items() if weight_map.get(key) == name}
     if absent := sorted(set(weight_map) - set(tensors)):
         raise InputError(
-            f"{quoted(index)} lists {len(absent)} tensors that its files do not hold ({quoted(absent[0], 80)}, ...); "
-            "download them again"
+            f"{quoted(index)} lists {len(absent)} tensors that its files do not hold "
+            f"({quoted(absent[0], 80)}, ...); download them again"
         )
     return tensors
 
@@ -109,6 +109,7 @@ def _refuse_missing(folder: Path, part: str) -> None:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise InputError(
-            f"{quoted(folder)} holds only {quoted(pickles[0], 80)}, a pickle, which can run code; {wanted} is wanted there"
+            f"{quoted(folder)} holds only {quoted(pickles[0], 80)}, a pickle, which can run code; "
+            f"{wanted} is wanted there"
         )
     raise InputError(f"{quoted(folder)} holds no {wanted}; take the folder whole")

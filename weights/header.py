@@ -2,9 +2,10 @@
 
 A safetensors file is  u64 little-endian n | n bytes of JSON | data,  the JSON being
 {"name": {"dtype": "F16", "shape": [320, 4, 3, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {...}}.
-The rules are those of the format's description (huggingface/safetensors, README): the JSON starts at its first byte,
-no name appears twice, and the tensors tile the data exactly. The library that reads the data later accepts a leading
-space and some duplicates; this check does not, so that no two readers can see different things in one file.
+The rules are those of the format's description (huggingface/safetensors, README): the JSON starts at its
+first byte, no name appears twice, and the tensors tile the data exactly. The library that reads the data
+later accepts a leading space and some duplicates; this check does not, so that no two readers see different
+things in one file.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors by name, the free metadata, where the data starts, and the file's size."""
+    """A checked header: the tensors by name, the free metadata, where the data starts, the file's size."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -153,7 +154,8 @@ def _header_length(start: bytes, size: int, source: str) -> int:
         )
     if 8 + length > size:
         raise InputError(
-            f"{source} is cut short: its header ends at byte {8 + length}, the file at {size}; download it again"
+            f"{source} is cut short: its header ends at byte {8 + length}, the file at {size}; "
+            "download it again"
         )
     if not plausible:
         _damaged(source, "its JSON does not start with '{'")
@@ -204,7 +206,8 @@ def _tensor_info(name: str, value: Any, source: str) -> TensorInfo:
     if bits != 8 * (end - begin):
         _damaged(
             source,
-            f"{entry}, {dtype} {quoted(shape, 60)}, takes {quoted(bits, 40)} bits, its offsets span {8 * (end - begin)}",
+            f"{entry}, {dtype} {quoted(shape, 60)}, takes {quoted(bits, 40)} bits, "
+            f"its offsets span {8 * (end - begin)}",
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
@@ -224,7 +227,8 @@ def _check_tiling(tensors: Mapping[str, TensorInfo], found: int, source: str) ->
         position, last = info.end, name
     if found < position:
         raise InputError(
-            f"{source} is cut short: its header promises {position} bytes of data, {found} are there; download it again"
+            f"{source} is cut short: its header promises {position} bytes of data, {found} are there; "
+            "download it again"
         )
     if found > position:
         _damaged(source, f"{found - position} bytes follow the last tensor")

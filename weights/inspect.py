@@ -12,7 +12,7 @@ from ledits_min.weights.family import PARTS, Layout, Stored, identify, old_atten
 from ledits_min.weights.folder import FOLDERS, option, part_tensors
 from ledits_min.weights.header import quoted, read_header
 from ledits_min.weights.shapes import FLOAT_DTYPES
-from ledits_min.weights.survey import TINY, Survey, check_complete, survey_checkpoint
+from ledits_min.weights.survey import TINY, Survey, check_complete, describe_ignored, survey_checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PartReport:
 class Report:
     """What `path` is, and whether it can be edited with; `reason` says why not.
 
-    verdict   "loads", "incomplete" (a part must be supplied), "part" (to be supplied to a checkpoint), or "refused"
+    verdict   "loads", "incomplete" (a part must be supplied), "part" (of a checkpoint, no unet), or "refused"
     """
 
     path: str
@@ -142,7 +142,7 @@ def _oddities(
         yield from survey.notes
     for layout in layouts:
         if survey is None:
-            yield from (f"ignored: {count} tensors, {reason}" for reason, count in layout.ignored.items())
+            yield from describe_ignored(layout)
         if old_attention_names(layout):
             yield "vae: attention layers carry their old names (query, key, value, proj_attn)"
         if any(name.startswith("text_model.") for name in layout.parts.get("text", {})):
@@ -150,7 +150,8 @@ def _oddities(
     for part, tensors in parts.items():
         dtypes = Counter(tensor.info.dtype for tensor in tensors.values())
         if len(dtypes) > 1:
-            yield f"{part}: mixed dtypes ({', '.join(f'{count} {dtype}' for dtype, count in dtypes.most_common())})"
+            counts = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+            yield f"{part}: mixed dtypes ({counts})"
         for dtype in dtypes:
             if dtype == "F64":
                 yield f"{part}: float64 tensors will be cast to float32"
@@ -159,4 +160,4 @@ def _oddities(
         if not all(tensor.info.numel for tensor in tensors.values()):
             yield f"{part}: some tensors are empty"
     if set(parts) == {"vae"}:
-        yield "vae: SD 1.x, SD 2.x and SDXL share this layout, and a file does not say which it was trained for"
+        yield "vae: SD 1.x, SD 2.x and SDXL share this layout; a file does not say which it was trained for"

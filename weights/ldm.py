@@ -1,8 +1,9 @@
-"""THE table: names of a latent-diffusion single file -> names of our modules (diffusers' names), by rule from a config.
+"""THE table: names of a latent-diffusion (LDM) single file -> names of our modules, by rule from a config.
 
-An LDM file numbers the UNet's layers in one running list a side (`input_blocks.7.1`), diffusers by level and kind
-(`down_blocks.2.attentions.0`). Both are walks over the same network, so one walk yields the table. Source of the left
-column: CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py and model.py.
+An LDM file numbers the UNet's layers in one running list a side (`input_blocks.7.1`), our modules and
+diffusers by level and kind (`down_blocks.2.attentions.0`). Both are walks over the same network, so one
+walk yields the table. Source of the left column: CompVis/stable-diffusion,
+ldm/modules/diffusionmodules/openaimodel.py and model.py.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def vae_table(config: VAEConfig) -> dict[str, str]:
 
 
 def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """(our block, LDM block) along the UNet's walk: every resnet, transformer and resampling takes its turn."""
+    """(our block, LDM block) along the UNet's walk: each resnet, transformer and resampling in turn."""
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
@@ -66,7 +67,7 @@ def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
             if kind == "CrossAttnUpBlock2D":
                 yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks.{number}.1"
             if layer == config.layers_per_block and level < last:
-                # The upsampling shares its number with the level's last layer and stands behind what is there.
+                # The upsampling shares its number with the level's last layer and stands behind it.
                 place = 2 if kind == "CrossAttnUpBlock2D" else 1
                 yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{number}.{place}.conv"
             number += 1
@@ -96,7 +97,7 @@ def _vae_blocks(config: VAEConfig) -> Iterator[tuple[str, str]]:
 def _table(
     names: dict[str, tuple[int, ...]], blocks: dict[str, str], resnet: dict[str, str]
 ) -> dict[str, str]:
-    """Rename each of our names by the longest block that starts it; inside a resnet the layers are renamed too."""
+    """Rename each of our names by the longest block that starts it, and the layers inside a resnet."""
     table = {}
     for name in names:
         module, parameter = name.rsplit(".", 1)

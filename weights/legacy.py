@@ -1,4 +1,4 @@
-"""Older spellings of the same tensors: VAE attention, text-model prefixes, and keys that carry no weights at all."""
+"""Older spellings of the same tensors (VAE attention, text-model prefix), and keys that carry no weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OLD_ATTENTION_NAME = re.compile(
     r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)"
 )
 
-# What a training run leaves in a single file beside the weights: the noise schedule, the state of its averages.
+# What a training run leaves in a file beside the weights: the noise schedule, the state of its averages.
 _BUFFERS = frozenset(
     [
         *("alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "lvlb_weights"),
@@ -42,12 +42,12 @@ def modern_vae_name(name: str) -> str:
 
 
 def flat_text_name(name: str) -> str:
-    """Drop the `text_model.` that transformers wrote before version 5.6; its modules in memory have no such prefix."""
+    """Drop the `text_model.` that transformers wrote before 5.6; modules in memory have no such prefix."""
     return name.removeprefix("text_model.")
 
 
 def is_position_ids(name: str) -> bool:
-    """0 .. 76, recomputed by the model: absent, whole or ruined by a merge (75 -> 74.9975), it never matters."""
+    """0 .. 76, recomputed by the model: absent, whole or ruined by a merge, it never matters."""
     return name.endswith("position_ids")
 
 

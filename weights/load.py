@@ -1,7 +1,7 @@
-"""From files to state dicts: survey the checkpoint, then map its tensors into memory under the names of our modules.
+"""From files to state dicts: survey the checkpoint, then map its tensors under the names of our modules.
 
-Everything is decided from headers and configs first (survey.py); only then are tensors mapped, never copied: they stay
-in the file until a layer needs them. No network is built here and nothing is downloaded.
+Everything is decided from headers and configs first (survey.py); only then are tensors mapped, never
+copied: they stay in the file until a layer needs them. No network is built here and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a pipeline needs: three state dicts under the names of our modules, their configs, and where it is from.
+    """Everything a pipeline needs: three state dicts under our modules' names, and what describes them.
 
     unet, vae, text   tensors in the file's dtype, memory-mapped (float64 is cast to float32)
     tokenizer         a folder, or None for the CLIP vocabulary shipped here
@@ -70,8 +70,9 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a Stable Diffusion 1.x checkpoint: "tiny", a single .safetensors file, or a diffusers folder.
 
-    `vae` and `text_encoder` (a file or a folder) replace or supply a part, `tokenizer` is a folder, `prediction_type`
-    is "epsilon" or "v_prediction". Raises InputError for whatever does not fit, before any tensor is read.
+    `vae` and `text_encoder` (a file or a folder) replace or supply a part, `tokenizer` is a folder,
+    `prediction_type` is "epsilon" or "v_prediction" (or eps, v). Raises InputError for whatever does not
+    fit, before any tensor is read.
     """
     supplied = {part: Path(path) for part, path in (("vae", vae), ("text", text_encoder)) if path is not None}
     survey = survey_checkpoint(model, supplied)
@@ -116,7 +117,7 @@ def _note_dtypes(survey: Survey, part: str) -> None:
 
 
 def _map_tensors(tensors: Mapping[str, Stored], config: Config) -> dict[str, Tensor]:
-    """Views into memory-mapped files, in module order; only float64 is copied, and 1x1 convolutions lose their 1s."""
+    """Views into memory-mapped files, in module order; only float64 is copied; 1x1 kernels lose their 1s."""
     wanted = expected_shapes(config)
     files = {path: _open(path) for path in {tensor.path for tensor in tensors.values()}}
     result = {}
@@ -139,7 +140,7 @@ def _open(path: Path) -> Any:
 def _fingerprint(survey: Survey) -> str:
     """sha256 over the configs, and for each file its header and the first 64 KiB of every tensor used.
 
-    The bytes are read, not mapped, so that this leaves nothing resident; a NaN or infinity among them is refused.
+    The bytes are read, not mapped, so that nothing stays resident; a NaN or infinity among them is refused.
     """
     configs = [survey.configs[part].to_json() for part in PARTS] + [survey.schedule.to_json()]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
@@ -155,8 +156,8 @@ def _fingerprint(survey: Survey) -> str:
                 digest.update(start)
                 if not torch.frombuffer(start, dtype=_TORCH_DTYPES[tensor.info.dtype]).isfinite().all():
                     raise InputError(
-                        f"{quoted(path)}: tensor {quoted(tensor.name, 80)} holds NaN or infinity; the file is damaged or "
-                        "its merge failed, use another"
+                        f"{quoted(path)}: tensor {quoted(tensor.name, 80)} holds NaN or infinity; the file "
+                        "is damaged or its merge failed, use another"
                     )
                 all_zero = all_zero and start.count(0) == len(start)
     if all_zero:

@@ -1,7 +1,8 @@
 """The name and shape of every tensor of the three networks, by rule from their configs.
 
-This is what a checkpoint is held against before anything is read, so a wrong file is refused by name and not by a
-failing layer. Names are those of the modules: diffusers' for the UNet and VAE, transformers' for the text model.
+This is what a checkpoint is held against before anything is read, so a wrong file is refused by name and
+not by a failing layer. Names are those of the modules: diffusers' for UNet and VAE, transformers' for the
+text model.
 """
 
 from __future__ import annotations
@@ -116,13 +117,13 @@ def expected_shapes(config: Config) -> Shapes:
 
 
 def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, source: str) -> None:
-    """Hold one part against its config: dtypes first, then names both ways, then shapes. Raises InputError."""
+    """Hold one part against its config: dtypes, then names both ways and shapes; InputError if it differs."""
     for name, info in found.items():
         if info.dtype not in FLOAT_DTYPES:
             kind = "8-bit or smaller float" if info.dtype.startswith("F") else "non-float"
             raise InputError(
-                f"{source}: {part} tensor {quoted(name, 80)} is {info.dtype}; {kind} weights are not supported, "
-                "use an fp32, fp16 or bf16 file"
+                f"{source}: {part} tensor {quoted(name, 80)} is {info.dtype}; {kind} weights are not "
+                "supported, use an fp32, fp16 or bf16 file"
             )
     wanted = expected_shapes(config)
     as_conv = (

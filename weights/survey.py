@@ -1,6 +1,7 @@
 """Find the parts of a checkpoint and hold them against their configs, from headers and configs alone.
 
-Nothing is read but headers and JSON, nothing is downloaded, and torch is not needed: `ledits inspect` stays instant.
+Nothing is read but headers and JSON, nothing is downloaded, and torch is not needed: `ledits inspect` is
+instant.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def survey_checkpoint(model: str | Path, supplied: Collection[str] = ()) -> Surv
         ) from error
     if not exists:
         raise InputError(
-            f"{quoted(model)} is neither a file nor a folder here, and nothing is ever downloaded; pass the path of "
-            "an SD 1.x .safetensors file or diffusers folder, or 'tiny'"
+            f"{quoted(model)} is neither a file nor a folder here, and nothing is ever downloaded; pass the "
+            "path of an SD 1.x .safetensors file or diffusers folder, or 'tiny'"
         )
     return survey_folder(path, supplied) if is_folder else survey_file(path, supplied)
 
@@ -119,25 +120,26 @@ def check_complete(survey: Survey) -> None:
                 {"vae": "--vae (vae=)", "text": "text_encoder="}[part] for part in survey.parts
             )
             raise InputError(
-                f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and this file as {uses}"
+                f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and "
+                f"this file as {uses}"
             )
         supply = ", ".join(f"pass {option(part)} for the {part}" for part in missing)
         raise InputError(f"{survey.source} holds no {' and no '.join(missing)} (found: {found}); {supply}")
     unet, vae, text = typed_configs(survey)
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise InputError(
-            f"{survey.source}: the unet takes {unet.in_channels} and gives {unet.out_channels} channels, the vae has "
-            f"{vae.latent_channels}; use parts of one family"
+            f"{survey.source}: the unet takes {unet.in_channels} and gives {unet.out_channels} channels, the "
+            f"vae has {vae.latent_channels}; use parts of one family"
         )
     if text.hidden_size != unet.cross_attention_dim:
         raise InputError(
-            f"{survey.source}: the text encoder is {text.hidden_size} wide, the unet wants {unet.cross_attention_dim}; "
-            "use parts of one family"
+            f"{survey.source}: the text encoder is {text.hidden_size} wide, the unet wants "
+            f"{unet.cross_attention_dim}; use parts of one family"
         )
     if survey.tokenizer is None and text.vocab_size != _CLIP_VOCABULARY:
         raise InputError(
-            f"{survey.source} brings no tokenizer and its text encoder knows {text.vocab_size} tokens, not CLIP's "
-            f"{_CLIP_VOCABULARY}; pass tokenizer= with its folder"
+            f"{survey.source} brings no tokenizer and its text encoder knows {text.vocab_size} tokens, not "
+            f"CLIP's {_CLIP_VOCABULARY}; pass tokenizer= with its folder"
         )
     if survey.tokenizer is None:
         survey.notes.append(
@@ -196,8 +198,8 @@ def _refuse_other_scale(survey: Survey, vae: VAEConfig, source: str) -> None:
     unet = survey.configs.get("unet")
     if unet == SD15_UNET and vae.scaling_factor != SD15_VAE.scaling_factor:
         raise InputError(
-            f"{source}: scaling_factor {vae.scaling_factor} belongs to another family than the unet (its VAE has "
-            f"{SD15_VAE.scaling_factor}); use an SD 1.x VAE"
+            f"{source}: scaling_factor {vae.scaling_factor} belongs to another family than the unet (its VAE "
+            f"has {SD15_VAE.scaling_factor}); use an SD 1.x VAE"
         )
 
 
@@ -237,6 +239,19 @@ def _schedule_of_file(survey: Survey, layout: Layout, metadata: Mapping[str, str
     return SD15_SCHEDULE
 
 
+def describe_ignored(layout: Layout) -> list[str]:
+    """One line for each kind of tensor that no module of ours takes."""
+    notes = [f"ignored: {_tensors(count)}, {reason}" for reason, count in layout.ignored.items()]
+    if layout.unknown:
+        shown = ", ".join(quoted(name, 60) for name in layout.unknown[:5])
+        notes.append(f"ignored: {_tensors(len(layout.unknown))} of no part known here ({shown})")
+    return notes
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
+
+
 def prediction_type_named(value: str) -> str:
     """eps and v in their short and their long spelling."""
     if value not in _PREDICTION_TYPES:
@@ -247,11 +262,7 @@ def prediction_type_named(value: str) -> str:
 def _note_layout(survey: Survey, layout: Layout) -> None:
     if layout.refusal is not None:
         raise InputError(f"{survey.source} {layout.refusal}")
-    for reason, count in layout.ignored.items():
-        survey.notes.append(f"ignored: {count} tensors, {reason}")
-    if layout.unknown:
-        shown = ", ".join(quoted(name, 60) for name in layout.unknown[:5])
-        survey.notes.append(f"ignored: {len(layout.unknown)} tensors that belong to no part ({shown})")
+    survey.notes.extend(describe_ignored(layout))
 
 
 def typed_configs(survey: Survey) -> tuple[UNetConfig, VAEConfig, TextConfig]:

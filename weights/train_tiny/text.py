@@ -29,7 +29,7 @@ from ledits_min.weights.train_tiny.portraits import ATTRIBUTES, caption, labels,
 LENGTH = 40
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 BATCH = 64
-PLAN = Plan(steps=1500, rate=1e-3, flat=0.5, ema=0.99)
+PLAN = Plan(steps=1500, rate=1e-3, flat=0.5, ema=0.99, save_every=500)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

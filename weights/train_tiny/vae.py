@@ -25,7 +25,7 @@ CONFIG = VAEConfig(
     sample_size=64,
 )
 BATCH = 12
-PLAN = Plan(steps=7000, rate=1.5e-3, flat=0.5)
+PLAN = Plan(steps=4800, rate=1.5e-3, flat=0.5)
 
 
 def to_image(pixels: Pixels) -> Tensor:
