@@ -64,7 +64,7 @@ class Inversion:
         """Read what `save` wrote. InputError for any other file, or one whose numbers do not fit together."""
         header = read_header(path)
         if header.metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: not a saved inversion (its format is not {FORMAT!r}); make one with `ledits invert`")
+            raise InputError(f"{path}: not a saved inversion; make one with `ledits invert`")
         settings = _read_settings(header.metadata.get("settings", ""), str(path))
         _check_shapes(header.tensors, settings, str(path))
         tensors = load_file(str(path))
@@ -83,7 +83,7 @@ def _read_settings(text: str, path: str) -> InversionSettings:
         values["seeds"] = tuple(values["seeds"])
         settings = InversionSettings(**values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path}: its settings are damaged ({type(error).__name__}); make the inversion again") from None
+        raise InputError(f"{path}: damaged settings ({type(error).__name__}); make the inversion again") from None
     check_settings(settings, path)
     return settings
 

@@ -45,7 +45,7 @@ def invert(
     source_guidance_scale: float = 3.5,
     on_step: Callable[[int], None] = lambda index: None,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1, lines 1 to 8: the noisy start x_T and the residual of every executed step.
+    """Algorithm 1, the inversion: the noisy start x_T and the residual of every executed step.
 
     x_0 (B, C, h, w), noise (T, B, C, h, w) with T = num_steps - skip; returns (B, C, h, w) and (T, B, C, h, w).
     """
@@ -59,8 +59,9 @@ def invert(
         step = skip + i
         t = schedule.timesteps[step].to(x.device).expand(len(x_0))
         texts = guided_texts("", source, source_guidance_scale)
-        eps = guided_eps({text: eps_model(x[i], t, contexts[text]) for text in texts}, "", source, source_guidance_scale)
-        mu_t = posterior_mean(x[i], eps, *levels(schedule, sigmas, step))
+        eps = {text: eps_model(x[i], t, contexts[text]) for text in texts}
+        eps_source = guided_eps(eps, "", source, source_guidance_scale)
+        mu_t = posterior_mean(x[i], eps_source, *levels(schedule, sigmas, step))
         residuals[i] = x[i + 1] - mu_t  # the paper's sigma_t z_t, never divided by sigma_t
         on_step(i)
     return x[0], residuals
@@ -82,7 +83,7 @@ def edit(
     momentum_beta: float = 0.6,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Tensor:
-    """Algorithm 1, lines 9 to 16: denoise x_T again, guided by the target prompt and by every concept; returns x_0.
+    """Algorithm 1, the editing: denoise x_T again, guided by the target prompt and by every concept; returns x_0.
 
     x_t and residuals come from `invert` with the same schedule, skip and eta.
     """

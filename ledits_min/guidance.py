@@ -10,7 +10,7 @@ from ledits_min.sega import ConceptTerm
 
 
 def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, scale: float) -> Tensor:
-    """eps = eps_uncond + scale (eps_text - eps_uncond)        [2207.12598, Eq. 6, with scale = 1 + w]"""
+    """eps = eps_uncond + scale (eps_text - eps_uncond)        [2207.12598, section 3.2; scale = 1 + w]"""
     return eps_uncond + scale * (eps_text - eps_uncond)
 
 

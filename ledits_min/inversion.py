@@ -29,7 +29,7 @@ def draw_noise(seeds: Sequence[int], num_steps: int, shape: tuple[int, ...]) -> 
 
 
 def noisy_latents(x_0: Tensor, noise: Tensor, alpha_bar_t: Scalar) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t        [2304.06140, Eq. 6: n_t independent for every t]"""
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t        [2304.06140, section 3]"""
     return sqrt(alpha_bar_t) * x_0 + sqrt(1.0 - alpha_bar_t) * noise
 
 
@@ -57,5 +57,5 @@ def posterior_mean(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar, alpha_bar_prev
 
 
 def eps_from_v(v: Tensor, x_t: Tensor, alpha_bar_t: Scalar) -> Tensor:
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t        [2202.00512, appendix D]"""
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t        [2202.00512, section 4]"""
     return sqrt(alpha_bar_t) * v + sqrt(1.0 - alpha_bar_t) * x_t

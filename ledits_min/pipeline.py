@@ -20,8 +20,9 @@ from ledits_min.archive import Inversion, InversionSettings, check_settings
 from ledits_min.config import EditDefaults, InputError, RunError, ScheduleConfig, check_number, check_whole
 from ledits_min.image import fit_size, lay_change, open_image, to_images, to_tensor
 from ledits_min.inversion import draw_noise, eps_from_v
+from ledits_min.record import Recorder
 from ledits_min.schedule import Schedule, make_schedule
-from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.sega import Concept
 from ledits_min.text import TextEncoder, build_text_model, load_tokenizer
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
@@ -144,7 +145,7 @@ class LEdits:
         size: int | tuple[int, int] | None = None,
         progress: bool = True,
     ) -> Inversion:
-        """Find the noise maps that lead back to the picture: Algorithm 1, lines 1 to 8.
+        """Find the noise maps that lead back to the picture: the first half of Algorithm 1.
 
         image   one picture or a list that shares one latent size: PIL image, path, or uint8 array (H, W, 3)
         skip    how many of the noisiest steps are left out; None: num_steps * 36 // 100
@@ -192,7 +193,7 @@ class LEdits:
         trace: bool = False,
         output_size: str = "input",
     ) -> Result:
-        """Denoise the inverted picture again under a target prompt, concepts, or both: Algorithm 1, lines 9 to 16.
+        """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
 
         negative      replaces the empty prompt in eps_uncond
         concepts      what to add or remove, see `Concept`
@@ -204,43 +205,103 @@ class LEdits:
         if settings.fingerprint != self.fingerprint:
             raise InputError("this inversion was made with another model; edit it with that one, or invert again")
         check_settings(settings, "inversion")
+        if output_size not in ("input", "model"):
+            raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        check_number("guidance_scale", scale, 0.0, 1000.0)
+        latents, masks, steps = self._denoise(
+            "editing", inversion.x_T, inversion.residuals, make_schedule(settings.schedule, settings.num_steps),
+            settings.skip, settings.eta, target, scale, negative, concepts, momentum_scale, momentum_beta,
+            progress, trace,
+        )  # fmt: skip
+        return Result(self._pictures(inversion, latents, output_size), latents.cpu(), masks, steps)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        *,
+        concepts: Sequence[Concept] = (),
+        negative: str = "",
+        guidance_scale: float = 7.5,
+        num_steps: int = 50,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        size: int | tuple[int, int] | None = None,
+        momentum_scale: float = 0.0,
+        momentum_beta: float = 0.6,
+        progress: bool = True,
+        trace: bool = False,
+    ) -> Result:
+        """Make pictures from a prompt, with SEGA's concepts: what the guidance does where no real picture is involved.
+
+        The same loop as an edit. It starts from noise at the first timestep, and its residuals sigma_t z_t are drawn
+        instead of found by inversion (eta = 0, DDIM, has none). One picture a seed; `size` as in `invert`, square by
+        default.
+        """
+        seeds = _seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
+        check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
+        check_number("eta", eta, 0.0, 1.0)
+        factor = self.vae.config.factor
+        width, height = fit_size((self.native_size, self.native_size), size, self.native_size, factor)
+        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        schedule = make_schedule(self.schedule, num_steps)
+        # Item 0 starts the trajectory, the others are z_t.
+        noise = draw_noise(seeds, num_steps + 1, shape)
+        residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
+        latents, masks, steps = self._denoise(
+            "generating", noise[0], residuals, schedule, 0, eta, prompt, guidance_scale,
+            negative, concepts, momentum_scale, momentum_beta, progress, trace,
+        )  # fmt: skip
+        return Result(to_images(self.vae.decode(latents)), latents.cpu(), masks, steps)
+
+    def _denoise(
+        self,
+        phase: str,
+        x_T: Tensor,
+        residuals: Tensor,
+        schedule: Schedule,
+        skip: int,
+        eta: float,
+        target: str,
+        guidance_scale: float,
+        negative: str,
+        concepts: Sequence[Concept],
+        momentum_scale: float,
+        momentum_beta: float,
+        progress: bool,
+        trace: bool,
+    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
+        """Check what the guidance was asked to do, run the loop, and refuse a result that is not finite.
+
+        Returns the latents on the device, one mask a concept, and the trace.
+        """
+        check_number("guidance_scale", guidance_scale, 0.0, 1000.0)
         for name, value in (("momentum_scale", momentum_scale), ("momentum_beta", momentum_beta)):
             check_number(name, value, 0.0, 1.0)
             if value == 1.0:
-                raise InputError(f"{name} is 1; it must stay below 1, or the momentum grows without end")
-        if output_size not in ("input", "model"):
-            raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
+                raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
         _prompt("target", target), _prompt("negative", negative)
         terms = [concept.resolve(self.defaults) for concept in concepts]
         live = [term for term in terms if not term.is_noop(base=negative)]
 
-        schedule = make_schedule(settings.schedule, settings.num_steps)
         contexts = self._contexts([negative, target, *(term.text for term in live)])
-        recorder = _Recorder(live, negative, target, schedule, settings.skip, settings.eta, trace)
-        with _progress("editing", len(inversion.residuals), progress) as bar:
+        recorder = Recorder(live, negative, target, schedule, skip, eta, trace)
+        with _progress(phase, len(residuals), progress) as bar:
 
             def on_step(step: algorithm.Step) -> None:
                 recorder.record(step)
                 bar.update()
 
             latents = algorithm.edit(
-                self._eps_model(schedule), contexts, inversion.x_T.to(self.device), inversion.residuals.to(self.device),
-                schedule, settings.skip, settings.eta, target, scale, negative, live,
-                momentum_scale, momentum_beta, on_step,
+                self._eps_model(schedule), contexts, x_T.to(self.device), residuals.to(self.device), schedule,
+                skip, eta, target, guidance_scale, negative, live, momentum_scale, momentum_beta, on_step,
             )  # fmt: skip
-        _refuse_non_finite(torch.stack(recorder.finite), schedule, settings.skip, "editing")
+        _refuse_non_finite(torch.stack(recorder.finite), schedule, skip, phase)
 
-        masks = recorder.masks(inversion.x_T)
-        covered = {id(term): mask for term, mask in zip(live, masks, strict=True)}
-        nothing = torch.zeros_like(inversion.x_T[:, 0])
-        return Result(
-            images=self._pictures(inversion, latents, output_size),
-            latents=latents.cpu(),
-            masks=[covered.get(id(term), nothing) for term in terms],
-            trace=recorder.trace,
-        )
+        found = iter(recorder.masks(x_T))
+        nothing = torch.zeros_like(x_T[:, 0]).cpu()
+        masks = [nothing if term.is_noop(base=negative) else next(found) for term in terms]
+        return latents, masks, recorder.trace
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
@@ -305,57 +366,6 @@ class LEdits:
         return [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
 
 
-class _Recorder:
-    """Collects, step by step, what the masks covered, whether the latents stayed finite, and the trace if asked."""
-
-    def __init__(
-        self,
-        terms: list[ConceptTerm],
-        negative: str,
-        target: str,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
-        trace: bool,
-    ) -> None:
-        self.finite: list[Tensor] = []  # read once, after the loop: reading a device value stalls it
-        self.trace: list[dict[str, Any]] = []
-        self._with_trace, self._schedule, self._skip, self._sigmas = trace, schedule, skip, schedule.sigmas(eta)
-        self._labels = {target: "target", negative: "uncond"}
-        self._sums: list[Tensor | None] = [None] * len(terms)
-        self._counts = [0] * len(terms)
-
-    def record(self, step: algorithm.Step) -> None:
-        self.finite.append(step.x_prev.isfinite().all())
-        for k, mask in enumerate(step.masks):
-            if mask is not None:
-                share = mask.float().mean(dim=1)
-                total = self._sums[k]
-                self._sums[k] = share if total is None else total + share
-                self._counts[k] += 1
-        if self._with_trace:
-            self.trace.append(self._entry(step))
-
-    def masks(self, like: Tensor) -> list[Tensor]:
-        """One float32 (B, h, w) a concept, on the CPU."""
-        return [
-            torch.zeros_like(like[:, 0]) if total is None else (total / count).cpu()
-            for total, count in zip(self._sums, self._counts, strict=True)
-        ]
-
-    def _entry(self, step: algorithm.Step) -> dict[str, Any]:
-        index = self._skip + step.index
-        return {
-            "t": step.t,
-            "alpha_bar": float(self._schedule.alpha_bar_t[index]),
-            "sigma": float(self._sigmas[index]),
-            "eps_rms": {self._labels.get(text, text): _rms(eps) for text, eps in step.eps.items()},
-            "mask_fraction": [0.0 if mask is None else float(mask.float().mean()) for mask in step.masks],
-            "gamma_rms": 0.0 if step.gamma is None else _rms(step.gamma),
-            "x_rms": _rms(step.x_prev),
-        }
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """"auto", or a device that is really there; InputError otherwise."""
     if str(device) == "auto":
@@ -376,7 +386,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         if device.type == "cpu":
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
+            capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
             fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
             return torch.bfloat16 if fast else torch.float32
         return torch.float16
@@ -419,7 +429,3 @@ def _refuse_non_finite(finite: Tensor, schedule: Schedule, skip: int, phase: str
 def _progress(phase: str, total: int, wanted: bool) -> tqdm[Any]:
     """A bar on stderr that stays silent where stderr is no terminal."""
     return tqdm(total=total, desc=phase, unit="step", file=sys.stderr, disable=None if wanted else True)
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.float().square().mean().sqrt())

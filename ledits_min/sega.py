@@ -98,13 +98,13 @@ class ConceptTerm:
 
 
 def edit_direction(eps_concept: Tensor, eps_uncond: Tensor, term: ConceptTerm) -> Tensor:
-    """psi = d s (eps_concept - eps_uncond),  d = -1 to remove, +1 to add        [2301.12247, Eq. 4 and 5]"""
+    """psi = d s (eps_concept - eps_uncond),  d = -1 to remove, +1 to add        [2301.12247, section 3]"""
     direction = -1.0 if term.reverse else 1.0
     return direction * term.guidance_scale * (eps_concept - eps_uncond)
 
 
 def percentile_mask(psi: Tensor, threshold: float) -> Tensor:
-    """mask = |psi| >= quantile(|psi|, threshold), per sample and per channel        [2301.12247, Eq. 5 and 6]
+    """mask = |psi| >= quantile(|psi|, threshold), per sample and per channel        [2301.12247, section 3]
 
     psi float32 or float64 (B, C, h, w); returns bool (B, C, h, w). The quantile interpolates linearly between order
     statistics, as torch.quantile does. threshold 0 keeps everything; on a constant map everything ties, and is kept.
@@ -145,7 +145,7 @@ def semantic_guidance(
     gamma_t  = full_t                                                      once every concept is past its warm-up
              = sum over the acting concepts of  g_i mask_i psi_i           before that
 
-    [2301.12247, Eq. 3, 7 to 10]. The weights g_i are never renormalised: an early concept keeps its strength when a
+    [2301.12247, section 3]. The weights g_i are never renormalised: an early concept keeps its strength when a
     later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false.
     """
     raw = torch.zeros_like(eps_uncond)

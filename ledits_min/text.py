@@ -71,16 +71,17 @@ def build_text_model(config: TextConfig) -> CLIPTextModel:
     # Not a weight: checkpoints lack it or bring a damaged copy, and a meta buffer would have no numbers at all.
     positions = torch.arange(config.max_position_embeddings, device="cpu")[None]
     model.embeddings.position_ids = torch.nn.Buffer(positions, persistent=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path | None, max_length: int) -> Any:
-    """The tokenizer in `folder`: vocab.json with merges.txt, or tokenizer.json alone; None: the shipped CLIP vocabulary.
+    """The tokenizer in `folder`: vocab.json with merges.txt, or tokenizer.json alone; None: CLIP's, shipped here.
 
     InputError where the folder holds neither, or files that are no tokenizer.
     """
     if folder is None:
-        return CLIPTokenizer(vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=max_length)
+        return CLIPTokenizer(vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=max_length)  # type: ignore[arg-type]
     special = _special_tokens(folder)
     vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
     try:
@@ -93,7 +94,7 @@ def load_tokenizer(folder: Path | None, max_length: int) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(whole), model_max_length=max_length, **special)
     except InputError:
         raise
-    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises just that for a file it cannot parse
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: its files are no tokenizer ({reason}); fetch them again") from None
     raise InputError(f"{folder}: no tokenizer there; vocab.json with merges.txt is wanted, or tokenizer.json")

@@ -1,7 +1,7 @@
 """The variational autoencoder of Stable Diffusion (`AutoencoderKL`), written top-down.
 
 Attribute names are the keys of a diffusers checkpoint (`to_q` .. `to_out.0`; older files are renamed in weights/).
-Architecture: Latent Diffusion [2112.10752, section 3.1 and appendix G].
+Architecture: Latent Diffusion [2112.10752, section 3.1].
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_a_concept_changes_the_picture_and_reports_where(ledits: LEdits, inversi
     assert [tuple(mask.shape) for mask in result.masks] == [(1, 16, 16)] * 4
     acted = [bool(mask.any()) for mask in result.masks]
     assert acted == [True, False, False, True]
-    assert all(0.0 <= float(mask.min()) and float(mask.max()) <= 1.0 for mask in result.masks)
+    assert all(float(mask.min()) >= 0.0 and float(mask.max()) <= 1.0 for mask in result.masks)
     # Ten percent of each channel, as the embedded model's threshold of 0.9 asks.
     assert float(result.masks[0].mean()) == pytest.approx(0.1, abs=0.01)
 
@@ -95,9 +95,7 @@ def test_same_seed_same_bytes_other_seed_other_edit(ledits: LEdits) -> None:
 
 def test_a_batch_gives_what_its_pictures_give_alone(ledits: LEdits) -> None:
     concepts = [Concept("sunglasses"), Concept("smile")]
-    together = ledits.edit(
-        ledits.invert(SAMPLES[:3], seed=[5, 6, 7], **QUICK), concepts=concepts, progress=False
-    )
+    together = ledits.edit(ledits.invert(SAMPLES[:3], seed=[5, 6, 7], **QUICK), concepts=concepts, progress=False)
     for i, path in enumerate(SAMPLES[:3]):
         alone = ledits.edit(ledits.invert(path, seed=5 + i, **QUICK), concepts=concepts, progress=False)
         assert (together.latents[i] - alone.latents[0]).abs().max() < 1e-3
@@ -273,3 +271,14 @@ def test_a_prompt_that_is_too_long_names_what_was_dropped(ledits: LEdits, invers
     prompt = " ".join(["a"] * 38 + ["red", "hat"])
     with pytest.warns(UserWarning, match="red hat"):
         ledits.edit(inversion, target=prompt, progress=False)
+
+
+def test_generation_is_the_same_loop_with_drawn_residuals(ledits: LEdits) -> None:
+    settings = {"num_steps": 8, "progress": False}
+    result = ledits.generate("a portrait", seed=[3, 4], concepts=[Concept("hat")], **settings)
+    assert [image.size for image in result.images] == [(64, 64)] * 2
+    assert result.masks[0].shape == (2, 16, 16)
+    alone = ledits.generate("a portrait", seed=4, concepts=[Concept("hat")], **settings)
+    assert (alone.latents[0] - result.latents[1]).abs().max() < 1e-3
+    assert not torch.equal(alone.latents, ledits.generate("a portrait", seed=4, eta=1.0, **settings).latents)
+    assert ledits.generate("a portrait", size=(96, 64), **settings).images[0].size == (96, 64)

@@ -75,9 +75,7 @@ def identify(tensors: Mapping[str, Stored]) -> Layout:
             rest[name] = tensor
     if not parts and (alone := _bare_part(rest)) is not None:
         part, dialects[part] = alone
-        parts[part] = {
-            name: tensor for name, tensor in rest.items() if not legacy.is_beside_the_text_model(name)
-        }
+        parts[part] = {name: tensor for name, tensor in rest.items() if not legacy.is_beside_the_text_model(name)}
         if beside := len(rest) - len(parts[part]):
             ignored["projections and picture half of CLIP"] = beside
         rest = {}
@@ -157,6 +155,7 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
         (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion",
          "it is a word, not a model: pass a checkpoint"),
+        (r"^residuals$", "saved inversion", "pass it where the picture goes, and a checkpoint here"),
         (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
         (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),
         (r"(^|\.)joint_blocks\.|\.attn\.add_[kq]_proj\.", "SD 3", f"not supported; {SUPPORTED}"),
@@ -197,14 +196,10 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
 
 def _family_by_width(parts: Mapping[str, Mapping[str, Stored]]) -> str:
     if unet := parts.get("unet"):
-        contexts = [
-            t.info.shape[-1] for n, t in unet.items() if n.endswith("attn2.to_k.weight") and t.info.shape
-        ]
+        contexts = [t.info.shape[-1] for n, t in unet.items() if n.endswith("attn2.to_k.weight") and t.info.shape]
         return _CONTEXT_FAMILIES.get(contexts[0], "SD 1.x, another size") if contexts else "unknown"
     if text := parts.get("text"):
-        widths = [
-            t.info.shape[-1] for n, t in text.items() if n.endswith("token_embedding.weight") and t.info.shape
-        ]
+        widths = [t.info.shape[-1] for n, t in text.items() if n.endswith("token_embedding.weight") and t.info.shape]
         return _CONTEXT_FAMILIES.get(widths[0], "SD 1.x, another size") if widths else "unknown"
     if vae := parts.get("vae"):
         latents = vae.get("decoder.conv_in.weight")

@@ -44,9 +44,7 @@ def part_tensors(folder: Path, part: str) -> tuple[dict[str, Stored], list[str]]
     """Every tensor of one part's folder, from the preferred variant, and notes on the choice."""
     if not folder.is_dir():
         raise InputError(f"{quoted(folder)} is missing; take the folder whole, or pass {option(part)}")
-    candidates = [
-        path for variant in VARIANTS for path in _variant(folder, STEMS[part], variant) if path.is_file()
-    ]
+    candidates = [path for variant in VARIANTS for path in _variant(folder, STEMS[part], variant) if path.is_file()]
     if not candidates:
         _refuse_missing(folder, part)
     chosen = candidates[0]
@@ -63,9 +61,7 @@ def part_tensors(folder: Path, part: str) -> tuple[dict[str, Stored], list[str]]
 
 def tokenizer_folder(folder: Path) -> Path:
     """`folder` if a tokenizer can be built from it: tokenizer.json alone, or vocab.json and merges.txt."""
-    if (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    ):
+    if (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         return folder
     raise InputError(
         f"{quoted(folder)} holds no tokenizer; tokenizer.json, or vocab.json and merges.txt, are wanted there"
@@ -74,9 +70,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def option(part: str) -> str:
     """How a missing part is supplied."""
-    return {"vae": "--vae FILE (vae= in Python)", "text": "text_encoder= in Python"}.get(
-        part, "a complete checkpoint"
-    )
+    return {"vae": "--vae FILE (vae= in Python)", "text": "text_encoder= in Python"}.get(part, "a complete checkpoint")
 
 
 def _variant(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:

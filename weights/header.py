@@ -154,8 +154,7 @@ def _header_length(start: bytes, size: int, source: str) -> int:
         )
     if 8 + length > size:
         raise InputError(
-            f"{source} is cut short: its header ends at byte {8 + length}, the file at {size}; "
-            "download it again"
+            f"{source} is cut short: its header ends at byte {8 + length}, the file at {size}; download it again"
         )
     if not plausible:
         _damaged(source, "its JSON does not start with '{'")
@@ -166,9 +165,7 @@ def _refuse_by_magic(start: bytes, source: str) -> None:
     """Say what the file is instead, where its first bytes give it away."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<":
-        raise InputError(
-            f"{source} is an HTML or XML page: the download failed or wants a login; download it again"
-        )
+        raise InputError(f"{source} is an HTML or XML page: the download failed or wants a login; download it again")
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise InputError(f"{source} is a pickle; {_PICKLE_ADVICE}")
     for magic, meaning in _MAGIC:
@@ -194,9 +191,7 @@ def _tensor_info(name: str, value: Any, source: str) -> TensorInfo:
         _damaged(source, f"{entry} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _damaged(
-            source, f"{entry} has the unknown dtype {quoted(dtype, 40)}; known are {', '.join(DTYPE_BITS)}"
-        )
+        _damaged(source, f"{entry} has the unknown dtype {quoted(dtype, 40)}; known are {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(item) for item in shape):
         _damaged(source, f"{entry} has the impossible shape {quoted(shape, 60)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(item) for item in offsets):
@@ -206,8 +201,7 @@ def _tensor_info(name: str, value: Any, source: str) -> TensorInfo:
     if bits != 8 * (end - begin):
         _damaged(
             source,
-            f"{entry}, {dtype} {quoted(shape, 60)}, takes {quoted(bits, 40)} bits, "
-            f"its offsets span {8 * (end - begin)}",
+            f"{entry}, {dtype} {quoted(shape, 60)}, takes {bits} bits, its offsets span {8 * (end - begin)}",
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
@@ -217,18 +211,13 @@ def _check_tiling(tensors: Mapping[str, TensorInfo], found: int, source: str) ->
     position, last = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            what = (
-                "overlaps"
-                if info.begin < position
-                else f"leaves a hole of {info.begin - position} bytes after"
-            )
+            what = "overlaps" if info.begin < position else f"leaves a hole of {info.begin - position} bytes after"
             before = f"tensor {quoted(last, 80)}" if last else "the header"
             _damaged(source, f"tensor {quoted(name, 80)} {what} {before}")
         position, last = info.end, name
     if found < position:
         raise InputError(
-            f"{source} is cut short: its header promises {position} bytes of data, {found} are there; "
-            "download it again"
+            f"{source} is cut short: its header promises {position} bytes of data, {found} are there; download it again"
         )
     if found > position:
         _damaged(source, f"{found - position} bytes follow the last tensor")
@@ -254,7 +243,7 @@ def _product(shape: tuple[int, ...] | list[int]) -> int:
 
 
 def _reason(error: Exception, path: str | Path) -> str:
-    if Path(path).is_symlink() and isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
         return "it is a link to a file that does not exist"
     return (error.strerror or "") if isinstance(error, OSError) else str(error)
 

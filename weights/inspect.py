@@ -50,9 +50,7 @@ class Report:
         ]
         for part in self.parts:
             dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
-            lines.append(
-                f"{part.name:<9} {part.parameters:,} parameters in {part.tensors} tensors ({dtypes})"
-            )
+            lines.append(f"{part.name:<9} {part.parameters:,} parameters in {part.tensors} tensors ({dtypes})")
         lines += [f"note      {oddity}" for oddity in self.oddities]
         lines += [f"missing   {part}: pass {option(part)}" for part in self.missing]
         return "\n".join([*lines, f"verdict   {self.verdict}" + (f": {self.reason}" if self.reason else "")])
@@ -68,9 +66,7 @@ def inspect(path: str | Path) -> Report:
     parts = {part: layout.parts[part] for layout in layouts for part in PARTS if part in layout.parts}
     survey, reason = _try_to_load(path)
     missing = tuple(part for part in PARTS if part not in parts)
-    verdict = (
-        "refused" if survey is None else "part" if "unet" in missing else "incomplete" if reason else "loads"
-    )
+    verdict = "refused" if survey is None else "part" if "unet" in missing else "incomplete" if reason else "loads"
     return Report(
         path=quoted(path),
         size=_size(path),

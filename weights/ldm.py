@@ -94,9 +94,7 @@ def _vae_blocks(config: VAEConfig) -> Iterator[tuple[str, str]]:
         yield f"{half}.conv_norm_out", f"{half}.norm_out"
 
 
-def _table(
-    names: dict[str, tuple[int, ...]], blocks: dict[str, str], resnet: dict[str, str]
-) -> dict[str, str]:
+def _table(names: dict[str, tuple[int, ...]], blocks: dict[str, str], resnet: dict[str, str]) -> dict[str, str]:
     """Rename each of our names by the longest block that starts it, and the layers inside a resnet."""
     table = {}
     for name in names:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_ATTENTION_NAME = re.compile(
-    r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)"
-)
+_OLD_ATTENTION_NAME = re.compile(r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)")
 
 # What a training run leaves in a file beside the weights: the noise schedule, the state of its averages.
 _BUFFERS = frozenset(

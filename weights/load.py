@@ -33,6 +33,7 @@ from ledits_min.weights.survey import (
 )
 
 FINGERPRINT_BYTES = 65536
+TENSORS_PER_MAPPING = 16
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -117,14 +118,20 @@ def _note_dtypes(survey: Survey, part: str) -> None:
 
 
 def _map_tensors(tensors: Mapping[str, Stored], config: Config) -> dict[str, Tensor]:
-    """Views into memory-mapped files, in module order; only float64 is copied; 1x1 kernels lose their 1s."""
+    """Views into memory-mapped files, in module order; only float64 is copied, and 1x1 convolutions lose their 1s.
+
+    A file is mapped anew for every few tensors. A mapping is dropped with its last tensor, so that a network which is
+    cast to another dtype, tensor after tensor, never holds the whole file beside its own weights.
+    """
     wanted = expected_shapes(config)
-    files = {path: _open(path) for path in {tensor.path for tensor in tensors.values()}}
     result = {}
-    for name, shape in wanted.items():
-        path, key, info = tensors[name]
-        tensor: Tensor = files[path].get_tensor(key)
-        result[name] = (tensor.float() if info.dtype == "F64" else tensor).view(shape)
+    for start in range(0, len(wanted), TENSORS_PER_MAPPING):
+        names = list(wanted)[start : start + TENSORS_PER_MAPPING]
+        files = {path: _open(path) for path in {tensors[name].path for name in names}}
+        for name in names:
+            path, key, info = tensors[name]
+            tensor: Tensor = files[path].get_tensor(key)
+            result[name] = (tensor.float() if info.dtype == "F64" else tensor).view(wanted[name])
     return result
 
 
@@ -132,9 +139,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise InputError(
-            f"{quoted(path)} cannot be read ({quoted(error, 100)}); download it again"
-        ) from error
+        raise InputError(f"{quoted(path)} cannot be read ({quoted(error, 100)}); download it again") from error
 
 
 def _fingerprint(survey: Survey) -> str:

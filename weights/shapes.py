@@ -78,11 +78,7 @@ def vae_shapes(config: VAEConfig) -> Shapes:
             channels = width
         if level < len(widths) - 1:
             shapes |= _conv(f"decoder.up_blocks.{level}.upsamplers.0.conv", width, width)
-    return (
-        shapes
-        | _norm("decoder.conv_norm_out", channels)
-        | _conv("decoder.conv_out", channels, config.out_channels)
-    )
+    return shapes | _norm("decoder.conv_norm_out", channels) | _conv("decoder.conv_out", channels, config.out_channels)
 
 
 def text_shapes(config: TextConfig) -> Shapes:
@@ -126,11 +122,7 @@ def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, sourc
                 "supported, use an fp32, fp16 or bf16 file"
             )
     wanted = expected_shapes(config)
-    as_conv = (
-        {f"{module}.weight" for module in vae_attention_modules(config)}
-        if isinstance(config, VAEConfig)
-        else ()
-    )
+    as_conv = {f"{module}.weight" for module in vae_attention_modules(config)} if isinstance(config, VAEConfig) else ()
     wrong = [
         f"{quoted(name, 80)} is {list(found[name].shape)}, wanted {list(shape)}"
         for name, shape in wanted.items()
@@ -186,15 +178,8 @@ def _transformer(name: str, width: int, config: UNetConfig) -> Shapes:
         shapes[f"{block}.{attention}.to_k.weight"] = (width, context_width)
         shapes[f"{block}.{attention}.to_v.weight"] = (width, context_width)
         shapes |= _linear(f"{block}.{attention}.to_out.0", width, width)
-    shapes |= _linear(f"{block}.ff.net.0.proj", width, 8 * width) | _linear(
-        f"{block}.ff.net.2", 4 * width, width
-    )
-    return (
-        shapes
-        | _norm(f"{block}.norm1", width)
-        | _norm(f"{block}.norm2", width)
-        | _norm(f"{block}.norm3", width)
-    )
+    shapes |= _linear(f"{block}.ff.net.0.proj", width, 8 * width) | _linear(f"{block}.ff.net.2", 4 * width, width)
+    return shapes | _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width) | _norm(f"{block}.norm3", width)
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:

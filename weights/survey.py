@@ -64,9 +64,7 @@ def survey_checkpoint(model: str | Path, supplied: Collection[str] = ()) -> Surv
     try:
         is_folder, exists = path.is_dir(), path.exists() or path.is_symlink()
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{quoted(model)} is not a usable path ({quoted(error, 80)}); pass a local file"
-        ) from error
+        raise InputError(f"{quoted(model)} is not a usable path ({quoted(error, 80)}); pass a local file") from error
     if not exists:
         raise InputError(
             f"{quoted(model)} is neither a file nor a folder here, and nothing is ever downloaded; pass the "
@@ -75,9 +73,7 @@ def survey_checkpoint(model: str | Path, supplied: Collection[str] = ()) -> Surv
     return survey_folder(path, supplied) if is_folder else survey_file(path, supplied)
 
 
-def survey_file(
-    path: Path, supplied: Collection[str] = (), configs: Mapping[str, Config] = SD15_CONFIGS
-) -> Survey:
+def survey_file(path: Path, supplied: Collection[str] = (), configs: Mapping[str, Config] = SD15_CONFIGS) -> Survey:
     """A single file; it carries no configs, so its tensors must fit the given ones exactly."""
     header = read_header(path)
     survey = Survey(quoted(path))
@@ -116,9 +112,7 @@ def check_complete(survey: Survey) -> None:
     if missing:
         found = " and ".join(survey.parts) or "nothing"
         if "unet" in missing and survey.parts:
-            uses = " or ".join(
-                {"vae": "--vae (vae=)", "text": "text_encoder="}[part] for part in survey.parts
-            )
+            uses = " or ".join({"vae": "--vae (vae=)", "text": "text_encoder="}[part] for part in survey.parts)
             raise InputError(
                 f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and "
                 f"this file as {uses}"
@@ -142,9 +136,7 @@ def check_complete(survey: Survey) -> None:
             f"CLIP's {_CLIP_VOCABULARY}; pass tokenizer= with its folder"
         )
     if survey.tokenizer is None:
-        survey.notes.append(
-            "no tokenizer in the checkpoint: the CLIP vocabulary shipped with this program is used"
-        )
+        survey.notes.append("no tokenizer in the checkpoint: the CLIP vocabulary shipped with this program is used")
 
 
 def take_part(survey: Survey, part: str, path: Path) -> None:
@@ -155,9 +147,7 @@ def take_part(survey: Survey, part: str, path: Path) -> None:
     else:
         layout = identify(stored(path, read_header(path)))
         if part not in layout.parts and layout.refusal is None:
-            raise InputError(
-                f"{quoted(path)} holds no {part} (found: {', '.join(layout.parts)}); pass another file"
-            )
+            raise InputError(f"{quoted(path)} holds no {part} (found: {', '.join(layout.parts)}); pass another file")
         _add_part(survey, part, layout, SD15_CONFIGS[part], quoted(path))
     survey.notes.append(f"{part}: taken from {quoted(path)}")
 
@@ -169,9 +159,7 @@ def _take_folder(survey: Survey, part: str, folder: Path) -> None:
     if layout.refusal is not None:
         raise InputError(f"{source} {layout.refusal}")
     if part not in layout.parts:
-        raise InputError(
-            f"{source} holds no {part} (found: {', '.join(layout.parts)}); take the folder whole"
-        )
+        raise InputError(f"{source} holds no {part} (found: {', '.join(layout.parts)}); take the folder whole")
     mapping, config_source = read_json(folder / "config.json"), quoted(folder / "config.json")
     config: Config
     if part == "unet":
@@ -217,11 +205,7 @@ def _refuse_other_folders(path: Path) -> None:
             raise InputError(f"{source} is {family}: it has {name}/; not supported yet; {SUPPORTED}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
         wanted = ", ".join(f"{folder}/" for folder in FOLDERS.values())
-        hint = (
-            "pass it as vae= or text_encoder="
-            if (path / "config.json").is_file()
-            else "pass the right folder"
-        )
+        hint = "pass it as vae= or text_encoder=" if (path / "config.json").is_file() else "pass the right folder"
         raise InputError(f"{source} is not a diffusers folder: {wanted} are wanted in it; {hint}")
 
 

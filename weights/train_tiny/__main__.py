@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, outside the repository")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train for another number of steps than the recipe's")
+    parser.add_argument("--until", type=int, help="stop at this step, to go on later")
     parser.add_argument("--train-count", type=int, default=24_000, help="portraits to train on")
     parser.add_argument("--test-count", type=int, default=1_000, help="portraits held out")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw")
@@ -44,10 +45,10 @@ def main() -> None:
     elif arguments.stage == "evaluate":
         from ledits_min.weights.train_tiny.evaluate import evaluate
 
-        evaluate(run, arguments.model, arguments.report, arguments.count, arguments.seed)
+        evaluate(run, arguments.model, arguments.report, arguments.count)
     else:
         train, plan = TRAINERS[arguments.stage]
-        train(run, arguments.seed, replace(plan, steps=arguments.steps or plan.steps))
+        train(run, arguments.seed, replace(plan, steps=arguments.steps or plan.steps, until=arguments.until))
 
 
 if __name__ == "__main__":

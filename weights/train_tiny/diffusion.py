@@ -19,7 +19,7 @@ from ledits_min.vae import VAE
 from ledits_min.weights.train_tiny.loop import Plan, ema_weights, generator_at, save_atomically, train
 from ledits_min.weights.train_tiny.portraits import Portrait, caption, load_split, sample_portrait, seeds
 from ledits_min.weights.train_tiny.text import load_text, tokenize
-from ledits_min.weights.train_tiny.vae import from_image, load_vae, to_image
+from ledits_min.weights.train_tiny.vae import load_vae, to_image
 
 CONFIG = UNetConfig(
     in_channels=4,
@@ -57,9 +57,7 @@ def encode_pictures(run: Path, vae: VAE) -> tuple[Tensor, Tensor]:
     return latents["plain"], latents["mirrored"]
 
 
-def noise_loss(
-    unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor, generator: torch.Generator
-) -> Tensor:
+def noise_loss(unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
     """Squared error of the predicted noise, weighted by min(SNR, 5) / SNR; t is drawn one per stratum of the batch.
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n,   SNR = alpha_bar_t / (1 - alpha_bar_t)
@@ -116,22 +114,3 @@ def load_unet(run: Path) -> UNet:
     unet = UNet(CONFIG)
     unet.load_state_dict(ema_weights(run / "unet.safetensors"), strict=True)
     return unet.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def generate(run: Path, texts: list[str], seed: int, guidance_scale: float, num_steps: int = 50) -> np.ndarray:
-    """Pictures from text by DDIM (eta = 0) with classifier-free guidance, uint8 (N, 64, 64, 3)."""
-    unet, vae = load_unet(run), load_vae(run)
-    tokenizer, encoder = load_text(run)
-    context = torch.cat([embed(tokenizer, encoder, [""] * len(texts)), embed(tokenizer, encoder, texts)])
-    schedule = make_schedule(SCHEDULE, num_steps)
-    side = CONFIG.sample_size
-    x_t = torch.randn(len(texts), CONFIG.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
-    for t, alpha_bar_t, alpha_bar_prev in zip(
-        schedule.timesteps, schedule.alpha_bar_t, schedule.alpha_bar_prev, strict=True
-    ):
-        eps_uncond, eps_text = unet(torch.cat([x_t, x_t]), t.expand(2 * len(texts)), context).chunk(2)
-        eps = eps_uncond + guidance_scale * (eps_text - eps_uncond)
-        pred_x0 = (x_t - float((1 - alpha_bar_t).sqrt()) * eps) / float(alpha_bar_t.sqrt())
-        x_t = float(alpha_bar_prev.sqrt()) * pred_x0 + float((1 - alpha_bar_prev).sqrt()) * eps
-    return from_image(vae.decode(x_t))

@@ -34,8 +34,14 @@ from ledits_min.weights.train_tiny.vae import load_vae, psnr, reconstruct
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 # The settings that edit this model's portraits best; see evaluate.py.
-DEFAULTS = {"num_steps": 50, "skip": 18, "guidance_scale": 7.0, "concept_guidance_scale": 7.0, "threshold": 0.9,
-            "warmup_steps": 1}
+DEFAULTS = {
+    "num_steps": 50,
+    "skip": 18,
+    "guidance_scale": 7.0,
+    "concept_guidance_scale": 7.0,
+    "threshold": 0.9,
+    "warmup_steps": 1,
+}
 
 _BARE = {"eyewear": "none", "hat": "none", "beard": "none"}
 # seeds of neither split, and what is set on them
@@ -90,6 +96,7 @@ def export_model(run: Path, folder: Path) -> None:
         file = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
         tensors = halves(module, "text_model." if text else "")
         save_file(tensors, folder / name / file, {"format": "pt"})
+        (folder / name / file).chmod(0o644)
     export_tokenizer(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE.to_json())
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **PARTS})

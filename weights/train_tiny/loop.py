@@ -25,7 +25,10 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a stage learns; the rate is flat, then falls along a cosine from `flat` of the steps on."""
+    """How long and how fast a stage learns; the rate is flat, then falls along a cosine from `flat` of the steps on.
+
+    `until` ends a run early, to be gone on with later: the rate still follows `steps`.
+    """
 
     steps: int
     rate: float
@@ -35,6 +38,7 @@ class Plan:
     ema: float = 0.999
     weight_decay: float = 0.01
     save_every: int = 250
+    until: int | None = None
 
     def rate_at(self, step: int) -> float:
         if step < self.warmup:
@@ -114,26 +118,31 @@ def train(
     log: Path,
     log_every: int = 50,
 ) -> State:
-    """Minimise `loss_at(step)` up to `plan.steps`, going on from the checkpoint where there is one."""
+    """Minimise `loss_at(step)` up to `plan.until` or `plan.steps`, going on from the checkpoint where there is one."""
     state = State(module, plan)
     if checkpoint.exists():
         state.load(checkpoint)
     module.train()
+    last = plan.steps if plan.until is None else min(plan.until, plan.steps)
     before, started, losses = state.seconds, time.perf_counter(), list[float]()
-    while state.step < plan.steps:
+    while state.step < last:
         loss = loss_at(state.step)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss at step {state.step} is {loss.item()}; lower the rate")
         losses.append(loss.item())
         state.update(loss)
         state.seconds = before + time.perf_counter() - started
-        if state.step % log_every == 0 or state.step == plan.steps:
-            line = {"step": state.step, "loss": sum(losses) / len(losses), "seconds": round(state.seconds, 1),
-                    "threads": torch.get_num_threads()}
+        if state.step % log_every == 0 or state.step == last:
+            line = {
+                "step": state.step,
+                "loss": sum(losses) / len(losses),
+                "seconds": round(state.seconds, 1),
+                "threads": torch.get_num_threads(),
+            }
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             losses.clear()
-        if state.step % plan.save_every == 0 or state.step == plan.steps:
+        if state.step % plan.save_every == 0 or state.step == last:
             state.save(checkpoint)
     module.eval()
     return state

@@ -52,17 +52,46 @@ VARIANTS: dict[tuple[str, str], tuple[str, ...]] = {
 COLORS: dict[str, dict[str, str]] = {
     "hair color": {"black": "2c1b18", "brown": "724133", "blond": "e3bf62", "red": "c93305", "grey": "c9c6c6"},
     "hat color": {"red": "e23b3b", "blue": "3a6fe0", "green": "37a854", "yellow": "f5d02f", "black": "262e33"},
-    "shirt": {"red": "e23b3b", "blue": "3a6fe0", "green": "37a854", "yellow": "f5d02f", "black": "262e33",
-              "white": "f2f2f2"},
-    "background": {"blue": "a3d3f7", "green": "b4e3ae", "yellow": "fbeaa0", "pink": "f8bfd2", "grey": "bcc2c9",
-                   "white": "fafafa"},
+    "shirt": {
+        "red": "e23b3b",
+        "blue": "3a6fe0",
+        "green": "37a854",
+        "yellow": "f5d02f",
+        "black": "262e33",
+        "white": "f2f2f2",
+    },
+    "background": {
+        "blue": "a3d3f7",
+        "green": "b4e3ae",
+        "yellow": "fbeaa0",
+        "pink": "f8bfd2",
+        "grey": "bcc2c9",
+        "white": "fafafa",
+    },
     "skin": {"light": "f5c9a0", "brown": "c07a48", "dark": "6b4734"},
 }
 COLOR_JITTER = 6  # of 255, either way, on each of red, green and blue
 
-OPENINGS = ("", "", "", "a portrait of a person", "portrait of a person", "a portrait", "a person", "a face",
-            "a picture of a person", "a photo of a person", "a cartoon character", "a man", "a woman",
-            "portrait of a man", "portrait of a woman", "an avatar", "the face of a person", "the portrait of a man")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "a portrait of a person",
+    "portrait of a person",
+    "a portrait",
+    "a person",
+    "a face",
+    "a picture of a person",
+    "a photo of a person",
+    "a cartoon character",
+    "a man",
+    "a woman",
+    "portrait of a man",
+    "portrait of a woman",
+    "an avatar",
+    "the face of a person",
+    "the portrait of a man",
+)
 JOINTS = (" ", ", ", " and ", " with ")
 SPELLINGS = {"grey": "gray", "blond": "blonde"}
 
@@ -186,8 +215,11 @@ def phrases(name: str, shown: Mapping[str, str], rng: Random) -> tuple[str, tupl
             return rng.choice(("no beard", "clean shaven", "without a beard")), (name,)
         return rng.choice(("beard", "a beard", "bearded")), (name,)
     if name == "mouth":
-        words = {"smile": ("smile", "smiling", "a smile", "happy"), "serious": ("serious", "a serious face"),
-                 "sad": ("sad", "a sad face", "frowning")}
+        words = {
+            "smile": ("smile", "smiling", "a smile", "happy"),
+            "serious": ("serious", "a serious face"),
+            "sad": ("sad", "a sad face", "frowning"),
+        }
         return rng.choice(words[value]), (name,)
     if name == "hair length" and "hair color" in shown and rng.random() < 0.3:
         return f"{value} {shown['hair color']} hair", (name, "hair color")
@@ -242,8 +274,10 @@ def vocabulary() -> list[str]:
 
 def labels(portraits: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
     """Class numbers (N, attributes) in the order of ATTRIBUTES; -1 where an attribute cannot be seen or is not told."""
-    rows = [[list(values).index(shown[name]) if name in shown else -1 for name, values in ATTRIBUTES.items()]
-            for shown in portraits]
+    rows = [
+        [list(values).index(shown[name]) if name in shown else -1 for name, values in ATTRIBUTES.items()]
+        for shown in portraits
+    ]
     return np.asarray(rows, dtype=np.int64).reshape(len(rows), len(ATTRIBUTES))
 
 
@@ -256,7 +290,7 @@ def seeds(split: str, count: int) -> list[str]:
 
 
 def render_split(folder: Path, split: str, count: int, size: int, processes: int) -> None:
-    """Write <split>.npy, uint8 (count, size, size, 3), and <split>.json, the visible attributes, unless both are there."""
+    """Write <split>.npy, uint8 (count, size, size, 3), and <split>.json, the visible attributes, unless they exist."""
     pixels_file, attributes_file = folder / f"{split}.npy", folder / f"{split}.json"
     if pixels_file.exists() and attributes_file.exists():
         return

@@ -29,7 +29,7 @@ from ledits_min.weights.train_tiny.portraits import ATTRIBUTES, caption, labels,
 LENGTH = 40
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 BATCH = 64
-PLAN = Plan(steps=1500, rate=1e-3, flat=0.5, ema=0.99, save_every=500)
+PLAN = Plan(steps=800, rate=1e-3, flat=0.5, ema=0.99)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -42,7 +42,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single=f"{BOS} $A {EOS}", special_tokens=[(BOS, words[BOS]), (EOS, words[EOS])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN, pad_token=PAD,
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
         model_max_length=LENGTH,
     )
 
@@ -84,10 +88,10 @@ class Reader(nn.Module):
         nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
 
     def forward(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """Logits (N, 1 + values) an attribute, read at one position of each text."""
+        """Logits (P, N, 1 + values) an attribute, read at P positions (P, N) of each of N texts."""
         hidden = self.encoder(input_ids=ids).last_hidden_state
-        feature = hidden[torch.arange(len(ids)), positions]
-        return [head(feature) for head in self.heads]
+        features = hidden[torch.arange(len(ids)), positions]
+        return [head(features) for head in self.heads]
 
 
 def captions_at(seed: str, count: int) -> tuple[list[str], Tensor]:
@@ -101,11 +105,8 @@ def reading_loss(reader: Reader, ids: Tensor, told: Tensor, eos: int, generator:
     """Mean cross-entropy over the attributes, at the end token and at one random token from there on."""
     ends = (ids == eos).int().argmax(dim=1)
     later = ends + (torch.rand(len(ids), generator=generator) * (ids.shape[1] - ends)).long()
-    losses = [
-        F.cross_entropy(logits, told[:, attribute])
-        for positions in (ends, later)
-        for attribute, logits in enumerate(reader(ids, positions))
-    ]
+    read = reader(ids, torch.stack([ends, later]))
+    losses = [F.cross_entropy(logits.flatten(0, 1), told[:, i].repeat(2)) for i, logits in enumerate(read)]
     return torch.stack(losses).mean()
 
 
@@ -142,5 +143,5 @@ def reading_accuracy(run: Path, count: int = 1000) -> float:
     texts, told = captions_at("unseen captions", count)
     ids = tokenize(tokenizer, texts)
     ends = (ids == config.eos_token_id).int().argmax(dim=1)
-    read = torch.stack([logits.argmax(dim=1) for logits in reader.eval()(ids, ends)], dim=1)
+    read = torch.stack([logits[0].argmax(dim=1) for logits in reader.eval()(ids, ends[None])], dim=1)
     return float((read == told).double().mean())

@@ -25,7 +25,7 @@ CONFIG = VAEConfig(
     sample_size=64,
 )
 BATCH = 12
-PLAN = Plan(steps=4800, rate=1.5e-3, flat=0.5)
+PLAN = Plan(steps=4200, rate=1.5e-3, flat=0.5)
 
 
 def to_image(pixels: Pixels) -> Tensor:
@@ -55,7 +55,7 @@ def vae_loss(vae: VAE, image: Tensor, noise: Tensor, late: bool) -> Tensor:
 
 
 def batch_at(pixels: Pixels, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, torch.Generator]:
-    """A batch of pictures, each flipped with probability 1/2, their index, and the generator of the step's randomness."""
+    """A batch of pictures, each flipped with probability 1/2, their index, and the step's generator."""
     generator = generator_at(seed, step)
     index = torch.randint(len(pixels), (size,), generator=generator)
     image = to_image(pixels[index.numpy()])

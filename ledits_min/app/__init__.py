@@ -1,0 +1,1 @@
+"""What people touch: the `ledits` command. Nothing outside this folder imports it."""

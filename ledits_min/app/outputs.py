@@ -1,0 +1,238 @@
+"""What the command leaves behind: names checked before any work, the parameters, the report, the picture of the masks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ledits_min import __version__
+from ledits_min.archive import Inversion
+from ledits_min.config import InputError
+from ledits_min.image import OUTPUT_SIDES
+from ledits_min.pipeline import LEdits
+from ledits_min.sega import Concept
+from ledits_min.weights.header import quoted
+
+PICTURES = tuple(OUTPUT_SIDES)
+PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
+COLUMNS = 4
+_MARGIN, _TEXT, _BAR = 12, 15, 8
+_LOW, _HIGH = np.array([213.0, 94.0, 0.0]), np.array([255.0, 235.0, 130.0])  # vermilion to pale yellow, on grey
+
+
+def check_outputs(
+    outputs: Mapping[str, tuple[Path, Sequence[str]]], inputs: Sequence[str | None], overwrite: bool
+) -> None:
+    """InputError unless every output can be written; {option: (path, endings it may have)}."""
+    taken: dict[str, str] = {}
+    for option, (path, suffixes) in outputs.items():
+        name = f"{option} {quoted(path)}"
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{name} must end in {' or '.join(suffixes)}")
+        _check_place(path, name, overwrite)
+        real = os.path.realpath(path)
+        if real in taken:
+            raise InputError(f"{name} is also the name given with {taken[real]}; give each output its own")
+        taken[real] = option
+        for source in inputs:
+            if source is not None and _same_file(source, path):
+                raise InputError(f"{name} is an input of this run; write to another name")
+
+
+def _check_place(path: Path, name: str, overwrite: bool) -> None:
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise InputError(f"{name}: {quoted(folder)} is not a folder; name a folder that exists")
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise InputError(f"{name}: the folder {quoted(folder)} does not exist; make it first") from None
+        mode = None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        why = "the name is too long" if long else str(getattr(error, "strerror", None) or error)
+        raise InputError(f"{name} cannot be written: {why}; choose another name with -o") from None
+    if mode is not None and not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{name} is {what}; name a file to write")
+    if mode is not None and not overwrite:
+        raise InputError(f"{name} exists already; pass --overwrite, or another name with -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: the folder {quoted(folder)} cannot be written to; choose another")
+
+
+def _same_file(source: str, path: Path) -> bool:
+    try:
+        return os.path.samefile(source, path)
+    except (OSError, ValueError):
+        return False
+
+
+def settings(ledits: LEdits, inversion: Inversion, concepts: Sequence[Concept], edit: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats."""
+    made = inversion.settings
+    height, width = (side * ledits.vae.config.factor for side in inversion.latents.shape[-2:])
+    return {
+        "ledits_min": __version__,
+        "model": ledits.fingerprint,
+        "dtype": str(ledits.dtype).removeprefix("torch."),
+        "prediction_type": made.schedule.prediction_type,
+        "size": [width, height],
+        "num_steps": made.num_steps,
+        "skip": made.skip,
+        "eta": made.eta,
+        "seeds": list(made.seeds),
+        "source": made.source,
+        "source_guidance_scale": made.source_guidance_scale,
+        **edit,
+        "concepts": [asdict(concept.resolve(ledits.defaults)) for concept in concepts],
+    }
+
+
+def parameters_line(values: Mapping[str, Any]) -> str:
+    """The same settings in one line for people."""
+    parts = []
+    for concept in values["concepts"]:
+        sign = "-" if concept["reverse"] else "+"
+        numbers = f"scale {concept['guidance_scale']:g}, threshold {concept['threshold']:g}"
+        parts.append(f"{sign}{quoted(concept['text'])} ({numbers}, from step {concept['warmup_steps']})")
+    for name in ("source", "target", "negative"):
+        if values[name]:
+            parts.append(f"{name} {quoted(values[name])}")
+    parts.append(f"target scale {values['guidance_scale']:g}")
+    parts.append(f"{values['num_steps']} steps, skip {values['skip']}, eta {values['eta']:g}")
+    parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
+    parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
+    return "; ".join(parts)
+
+
+def metadata(values: Mapping[str, Any]) -> dict[str, str]:
+    """The text a PNG carries: `ledits` for programs, `parameters` for people."""
+    return {"ledits": json.dumps(values, allow_nan=False), "parameters": parameters_line(values)}
+
+
+def original_picture(inversion: Inversion) -> Image.Image:
+    """The first picture of an inversion, as it came in."""
+    return Image.fromarray(inversion.originals[0].numpy())
+
+
+def report(
+    values: Mapping[str, Any],
+    masks: Sequence[Tensor],
+    trace: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    notices: Sequence[str],
+    device: str,
+) -> bytes:
+    """The report as strict JSON: settings, versions, seconds a phase, mask statistics, trace, notices."""
+    statistics = [
+        {
+            "text": concept["text"],
+            "reverse": concept["reverse"],
+            "mean": float(mask.mean()),
+            "max": float(mask.max()),
+            "share_above_half": float((mask > 0.5).float().mean()),
+        }
+        for concept, mask in zip(values["concepts"], masks, strict=True)
+    ]
+    content = {
+        "settings": values,
+        "versions": {
+            "ledits_min": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+        },
+        "device": device,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "masks": statistics,
+        "trace": list(trace),
+        "notices": list(notices),
+    }
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Sequence[Tensor]) -> Image.Image:
+    """The picture, and for each concept the same in grey with its mask (h, w) laid over: the stronger, the brighter.
+
+    The ramp runs from nothing (grey) over vermilion to pale yellow, lighter all the way, so that it reads without
+    telling red from green; its top is the mask's own peak, written under the panel.
+    """
+    longer = max(picture.size)
+    scale = min(max(longer, PANEL_SIDES[0]), PANEL_SIDES[1]) / longer
+    small = picture.resize(
+        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BICUBIC
+    )
+    panels = [_panel(small, "original", "", None)]
+    for concept, mask in zip(concepts, masks, strict=True):
+        sign = "\N{MINUS SIGN}" if concept.reverse else "+"
+        label, numbers = f"{sign} {concept.text}", f"mean {float(mask.mean()):.1%}, peak {float(mask.max()):.1%}"
+        panels.append(_panel(_overlay(small, mask), label, numbers, float(mask.max())))
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = panels[0].size
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, panel in enumerate(panels):
+        sheet.paste(panel, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
+    peak = max(float(mask.max()), 1e-6)
+    plane = Image.fromarray((mask.float().cpu() / peak).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
+    strength = np.asarray(plane).clip(0.0, 1.0)[..., None]
+    # Darkened and flattened, so that the ramp is lighter than any part of the picture under it.
+    grey = 20.0 + 0.45 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    alpha = np.minimum(1.0, 1.5 * strength)
+    return Image.fromarray(np.rint((1.0 - alpha) * grey + alpha * _ramp(strength)).clip(0, 255).astype(np.uint8))
+
+
+def _ramp(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    mixed: np.ndarray[Any, Any] = _LOW + strength * (_HIGH - _LOW)
+    return mixed
+
+
+def _panel(picture: Image.Image, label: str, numbers: str, peak: float | None) -> Image.Image:
+    """A picture with its label, its numbers and the ramp's legend below, on white, margins included."""
+    width = max(picture.width, PANEL_SIDES[0])
+    height = picture.height + 3 * (_TEXT + 6) + 3 * _MARGIN
+    panel = Image.new("RGB", (width + 2 * _MARGIN, height), "white")
+    panel.paste(picture, (_MARGIN, _MARGIN))
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(_TEXT)
+    top = picture.height + 2 * _MARGIN - 4
+    draw.text((_MARGIN, top), _fitting(label, width, draw, font), "black", font)
+    draw.text((_MARGIN, top + _TEXT + 5), numbers, (80, 80, 80), font)
+    if peak is not None:
+        steps = np.linspace(0.0, 1.0, width - 110)[None, :, None]
+        alpha = np.minimum(1.0, 1.5 * steps)
+        bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(_BAR, axis=0)
+        left, top = _MARGIN + 30, top + 2 * (_TEXT + 5) + 6
+        panel.paste(Image.fromarray(bar), (left, top))
+        draw.text((_MARGIN, top - 6), "0 %", (80, 80, 80), font)
+        draw.text((left + bar.shape[1] + 8, top - 6), f"{peak:.1%}", (80, 80, 80), font)
+    return panel
+
+
+def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> str:
+    """`text` on one line, cut with an ellipsis where it would leave the panel."""
+    line = " ".join(text.split())
+    shown = line
+    while shown and draw.textlength(shown if shown == line else shown + "...", font) > width:
+        shown = shown[:-1]
+    return shown if shown == line else shown + "..."

@@ -1,0 +1,36 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> ModuleType:
+    """tests/checkpoints.py, the writer of random checkpoints; a fixture because tests/ is not importable by name."""
+    name = "ledits_min_test_checkpoints"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("checkpoints.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def layouts() -> dict[str, Any]:
+    """Listings of published checkpoints, {file stem: {"keys": {name: [dtype, shape]}, ...}}."""
+    folder = os.environ.get("LEDITS_LAYOUTS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LEDITS_LAYOUTS does not name a folder with listings of published checkpoints")
+    files = sorted(path for path in Path(folder).glob("*.json") if path.stem != "index")
+    assert files, f"{folder} holds no listings"
+    return {path.stem: json.loads(path.read_text()) for path in files}

@@ -1,0 +1,93 @@
+"""Our schedule and our reverse step against diffusers' DDIMScheduler."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ledits_min.config import ScheduleConfig
+from ledits_min.inversion import eps_from_v, noisy_latents, posterior_mean, predict_x0
+from ledits_min.schedule import make_schedule
+
+CONFIGS = [
+    ScheduleConfig(),
+    ScheduleConfig(prediction_type="v_prediction"),
+    ScheduleConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+    ScheduleConfig(steps_offset=0),
+    ScheduleConfig(num_train_timesteps=300, beta_start=0.003, beta_end=0.03),
+]
+STEPS = [1, 2, 3, 7, 10, 20, 33, 48, 50, 51, 99, 100, 128, 150]
+
+
+def their_scheduler(config: ScheduleConfig, num_steps: int) -> DDIMScheduler:
+    scheduler = DDIMScheduler.from_config(config.to_json())
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def random_states(count: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 4, 5, 7, generator=generator, dtype=torch.float64) for _ in range(count))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tables(config: ScheduleConfig) -> None:
+    for num_steps in STEPS:
+        theirs = their_scheduler(config, num_steps)
+        ours = make_schedule(config, num_steps)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-6, atol=0.0)
+        torch.testing.assert_close(ours.alpha_bar_prev[-1].float(), theirs.final_alpha_cumprod, rtol=1e-6, atol=0.0)
+
+
+def test_every_number_of_steps_of_stable_diffusion() -> None:
+    theirs = DDIMScheduler.from_config(ScheduleConfig().to_json())
+    for num_steps in range(1, 501):
+        theirs.set_timesteps(num_steps)
+        ours = make_schedule(ScheduleConfig(), num_steps)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        assert ours.t_prev[:-1].tolist() == [t - 1000 // num_steps for t in theirs.timesteps.tolist()[:-1]]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_step_with_noise(config: ScheduleConfig, eta: float) -> None:
+    x_t, output, noise = random_states(3)
+    for num_steps in (7, 50):
+        theirs, ours = their_scheduler(config, num_steps), make_schedule(config, num_steps)
+        sigmas = ours.sigmas(eta)
+        for i, t in enumerate(ours.timesteps.tolist()):
+            alpha_bar_t, alpha_bar_prev = float(ours.alpha_bar_t[i]), float(ours.alpha_bar_prev[i])
+            wanted = theirs.step(output, t, x_t, eta=eta, variance_noise=noise)
+            is_v = config.prediction_type == "v_prediction"
+            eps = eps_from_v(output, x_t, alpha_bar_t) if is_v else output
+            mu_t = posterior_mean(x_t, eps, alpha_bar_t, alpha_bar_prev, float(sigmas[i]))
+            # Their table is float32: 1 - alpha_bar keeps four digits near t = 1.
+            bound = {"rtol": 1e-4, "atol": 1e-4}
+            torch.testing.assert_close(mu_t + float(sigmas[i]) * noise, wanted.prev_sample, **bound)
+            torch.testing.assert_close(predict_x0(x_t, eps, alpha_bar_t), wanted.pred_original_sample, **bound)
+
+
+def test_eta_where_eta_squared_belongs_is_caught_at_one_half_and_hidden_at_zero_and_one() -> None:
+    """Fault 1 of the two original repositories: sqrt(1 - alpha_bar_prev - eta variance)."""
+    x_t, eps, noise = random_states(3)
+    theirs, ours = their_scheduler(ScheduleConfig(), 50), make_schedule(ScheduleConfig(), 50)
+    i, differences = 10, {}
+    alpha_bar_t, alpha_bar_prev = float(ours.alpha_bar_t[i]), float(ours.alpha_bar_prev[i])
+    variance = float(ours.sigmas(1.0)[i]) ** 2
+    for eta in (0.0, 0.5, 1.0):
+        pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
+        faulty = alpha_bar_prev**0.5 * pred_x0 + (1.0 - alpha_bar_prev - eta * variance) ** 0.5 * eps
+        wanted = theirs.step(eps, int(ours.timesteps[i]), x_t, eta=eta, variance_noise=noise).prev_sample
+        differences[eta] = float((faulty + eta * variance**0.5 * noise - wanted).abs().max())
+    assert differences[0.0] < 1e-4
+    assert differences[1.0] < 1e-4
+    assert differences[0.5] > 1e-2
+
+
+@pytest.mark.parametrize("t", [1, 421, 981])
+def test_noisy_latents(t: int) -> None:
+    x_0, noise = random_states(2)
+    ours, theirs = make_schedule(ScheduleConfig(), 50), their_scheduler(ScheduleConfig(), 50)
+    wanted = theirs.add_noise(x_0, noise, torch.tensor([t, t]))
+    torch.testing.assert_close(noisy_latents(x_0, noise, float(ours.alphas_cumprod[t])), wanted, rtol=0.0, atol=1e-5)

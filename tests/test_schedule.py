@@ -1,0 +1,71 @@
+"""The noise schedule: its tables, its limits, and the last step that public code tends to get wrong."""
+
+import pytest
+import torch
+
+from ledits_min.config import InputError, ScheduleConfig
+from ledits_min.schedule import make_schedule, sigma, sqrt
+
+
+def test_published_numbers() -> None:
+    schedule = make_schedule(ScheduleConfig(), 50)
+    assert schedule.num_steps == 50
+    assert schedule.timesteps.tolist() == list(range(981, 0, -20))
+    assert schedule.timesteps.dtype == torch.int64
+    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99914998, abs=1e-8)
+    assert float(schedule.alphas_cumprod[999]) == pytest.approx(0.00466010, abs=1e-8)
+
+
+def test_tables_are_float64() -> None:
+    schedule = make_schedule(ScheduleConfig(), 20)
+    tables = (schedule.alpha_bar_t, schedule.alpha_bar_prev, schedule.alphas_cumprod, schedule.sigmas(0.5))
+    assert {table.dtype for table in tables} == {torch.float64}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_number_of_steps(offset: int) -> None:
+    config = ScheduleConfig(steps_offset=offset)
+    for num_steps in range(1, 501):
+        schedule = make_schedule(config, num_steps)
+        assert len(schedule.timesteps) == num_steps
+        assert schedule.timesteps.diff().lt(0).all()
+        assert schedule.timesteps[-1] == offset
+        assert schedule.timesteps[0] <= 999
+        assert schedule.t_prev.tolist() == [*schedule.timesteps[1:].tolist(), -1]
+        assert torch.equal(schedule.alpha_bar_t, schedule.alphas_cumprod[schedule.timesteps])
+        assert torch.equal(schedule.alpha_bar_prev[:-1], schedule.alpha_bar_t[1:])
+        assert schedule.alpha_bar_prev[-1] == schedule.alphas_cumprod[0]
+        # What the posterior mean takes the root of.
+        assert (1.0 - schedule.alpha_bar_prev - schedule.sigmas(1.0) ** 2).min() >= 0.0
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 501, 1000])
+def test_too_few_or_too_many_steps_are_refused(num_steps: int) -> None:
+    with pytest.raises(InputError, match=rf"num_steps is {num_steps}.*1 .. 500"):
+        make_schedule(ScheduleConfig(), num_steps)
+
+
+def test_the_last_sigma_is_not_zero() -> None:
+    """set_alpha_to_one is false: alpha_bar after the last step is alphas_cumprod[0], not 1."""
+    schedule = make_schedule(ScheduleConfig(), 50)
+    assert float(schedule.sigmas(1.0)[-1]) == pytest.approx(0.0206, abs=5e-5)
+    assert sigma(float(schedule.alpha_bar_t[-1]), 1.0, eta=1.0) == 0.0  # the faulty form
+
+
+def test_sigma_is_the_posterior_deviation_of_ddpm_at_eta_one() -> None:
+    """beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta  between neighbours [2006.11239, Eq. 7]."""
+    schedule = make_schedule(ScheduleConfig(), 100)
+    beta = 1.0 - schedule.alpha_bar_t / schedule.alpha_bar_prev
+    beta_tilde = (1.0 - schedule.alpha_bar_prev) / (1.0 - schedule.alpha_bar_t) * beta
+    torch.testing.assert_close(schedule.sigmas(1.0) ** 2, beta_tilde, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(schedule.sigmas(0.3), 0.3 * schedule.sigmas(1.0), rtol=1e-12, atol=0.0)
+    assert not schedule.sigmas(0.0).any()
+
+
+def test_scalars_and_tensors_agree() -> None:
+    schedule = make_schedule(ScheduleConfig(), 10)
+    for i in range(10):
+        alpha_bar_t, alpha_bar_prev = float(schedule.alpha_bar_t[i]), float(schedule.alpha_bar_prev[i])
+        assert sigma(alpha_bar_t, alpha_bar_prev, 0.7) == pytest.approx(float(schedule.sigmas(0.7)[i]), rel=1e-13)
+    assert sqrt(2.25) == 1.5
+    assert sqrt(torch.tensor(2.25)) == 1.5
