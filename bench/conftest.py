@@ -55,7 +55,8 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
     file = RESULTS / f"{request.path.stem.removeprefix('test_')}.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     kept[request.node.name.removeprefix("test_")] = {
-        "seconds": {name: round(getattr(stats, name), 4) for name in ("min", "median", "max")} | {"rounds": stats.rounds},
+        "seconds": {name: round(getattr(stats, name), 4) for name in ("min", "median", "max")},
+        "rounds": stats.rounds,
         **benchmark.extra_info,
         "conditions": conditions(),
     }

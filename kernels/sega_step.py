@@ -26,38 +26,38 @@ TERM = tl.constexpr(4)  # d s, threshold, weight, acts
 BRANCHES = tl.constexpr(3)  # eps_uncond, the base of the guidance, its text; then one a concept; -1: not evaluated
 
 _INFINITY = tl.constexpr(0x7F800000)  # as the bits of a float32; every NaN without its sign lies above
-_OUTSIDE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _quantile(magnitude, inside, positions, threshold):  # type: ignore[no-untyped-def]
-    """torch.quantile over the positions `inside`, exactly: linear interpolation between ranks k and k + 1.
+def _quantile(magnitude, positions, threshold, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """torch.quantile of a map, exactly: linear interpolation between the values of rank k and k + 1.
 
-    magnitude holds non-negative floats as int32 bits, whose order is the floats' order (-0.0 lost its sign, a NaN is
-    greatest); positions outside hold a greater value than any. The value of rank k is found by bisection over bits,
-    31 rounds of counting at most, and fewer as soon as exactly k + 1 values lie below the middle.
+    magnitude holds |psi| as int32 bits, whose order is the floats' order (-0.0 has lost its sign, NaN is greatest), and
+    -1 in the BLOCK - positions places behind the map. The value of rank k is found by bisection over the bits: 31 rounds
+    of counting at most, and fewer as soon as no value lies between the middle and rank k.
     """
     rank = threshold * (positions - 1).to(tl.float32)  # in float32, as torch computes it
     k = rank.to(tl.int32)
     fraction = rank - k.to(tl.float32)
+    wanted = BLOCK - positions + k + 1  # that many values, the -1 included, are at most the value of rank k
 
-    greatest = tl.max(tl.where(inside, magnitude, 0), 0)
-    low = tl.min(magnitude, 0)
+    greatest = tl.max(magnitude, 0)
+    low = greatest * 0
     high = greatest
     while low < high:
         middle = low + (high - low) // 2
         count = tl.sum((magnitude <= middle).to(tl.int32), 0)
-        low = tl.where(count > k + 1, low, tl.where(count == k + 1, middle, middle + 1))
-        high = tl.where(count > k, middle, high)
+        low = tl.where(count > wanted, low, tl.where(count == wanted, middle, middle + 1))
+        high = tl.where(count >= wanted, middle, high)
 
     below = tl.max(tl.where(magnitude <= high, magnitude, 0), 0)
     count = tl.sum((magnitude <= below).to(tl.int32), 0)
-    above = tl.min(tl.where(magnitude > below, magnitude, _OUTSIDE), 0)
-    above = tl.where((fraction > 0.0) & (count == k + 1), above, below)  # a tie: rank k + 1 has the same value
+    above = tl.min(tl.where(magnitude > below, magnitude, greatest), 0)
+    above = tl.where((fraction > 0.0) & (count == wanted), above, below)  # a tie: rank k + 1 has the same value
 
     start = below.to(tl.float32, bitcast=True)
     end = above.to(tl.float32, bitcast=True)
-    # torch.lerp keeps the end exact on both sides.
+    # As torch.lerp does it, so that both ends are met exactly.
     cut = tl.where(fraction < 0.5, start + fraction * (end - start), end - (end - start) * (1.0 - fraction))
     return tl.where(greatest > _INFINITY, float("nan"), cut)
 
@@ -81,74 +81,102 @@ def _sega_step(  # type: ignore[no-untyped-def]
     branch_stride,
     sample_stride,
     channel_stride,
-    position_stride,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program a map: one channel of one sample."""
+    """One program a map: one channel of one sample. K is a power of two, at least the number of concepts."""
     this = tl.program_id(0)
     maps = tl.num_programs(0)
     step = tl.load(step_ptr + this)
-    lane = tl.arange(0, BLOCK)
-    inside = lane < positions
-    here = this * positions + lane
     row = step.to(tl.int64)
     slots = slots_ptr + row * (BRANCHES + concepts)
+    terms = terms_ptr + row * concepts * TERM
     branch = branches_ptr + (this // channels) * sample_stride + (this % channels) * channel_stride
-    branch += lane * position_stride
 
-    # SEGA: what every concept adds, and what the acting ones add.
-    raw = tl.zeros([BLOCK], tl.float32)
-    acting = tl.zeros([BLOCK], tl.float32)
-    uncond_slot = tl.load(slots)
+    # Where each concept acts needs the whole map at once: one cut a concept.
+    whole = tl.arange(0, BLOCK)
+    in_map = whole < positions
+    concept = tl.arange(0, K)
+    cuts = tl.zeros([K], tl.float32)
     for i in range(concepts):
         slot = tl.load(slots + BRANCHES + i)
         share = 0.0
         if slot >= 0:
-            term = terms_ptr + (row * concepts + i) * TERM
-            scale = tl.load(term)
-            threshold = tl.load(term + 1)
-            weight = tl.load(term + 2)
-            acts = tl.load(term + 3)
-            eps_uncond = tl.load(branch + uncond_slot * branch_stride, inside, 0.0).to(tl.float32)
-            eps_concept = tl.load(branch + slot * branch_stride, inside, 0.0).to(tl.float32)
-            psi = scale * (eps_concept - eps_uncond)
-            magnitude = tl.where(inside, psi.to(tl.int32, bitcast=True) & 0x7FFFFFFF, _OUTSIDE)
-            mask = inside & (tl.abs(psi) >= _quantile(magnitude, inside, positions, threshold))
-            kept = mask.to(tl.float32)
-            contribution = weight * psi * kept
-            raw += contribution
-            if acts != 0.0:
-                acting += contribution
-                share = tl.sum(kept, 0) / positions
-                if COUNT:
-                    count = counts_ptr + i.to(tl.int64) * maps * positions + here
-                    tl.store(count, tl.load(count, inside, 0) + mask.to(tl.int32), inside)
+            term = terms + i * TERM
+            uncond = branch + tl.load(slots) * branch_stride
+            psi = _direction(branch + slot * branch_stride, uncond, tl.load(term), whole * STRIDE, in_map)
+            magnitude = tl.where(in_map, psi.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+            cut = _quantile(magnitude, positions, tl.load(term + 1), BLOCK)
+            cuts = tl.where(concept == i, cut, cuts)
+            kept = magnitude.to(tl.float32, bitcast=True) >= cut  # -1 is a NaN: not kept
+            share = tl.load(term + 3) * (tl.sum(kept.to(tl.float32), 0) / positions)
         tl.store(shares_ptr + (row * concepts + i) * maps + this, share)
 
-    # Momentum.
+    # The rest is position by position.
     guidance = guidance_ptr + row * GUIDANCE
-    nu = tl.load(momentum_ptr + here, inside, 0.0)
-    full = raw + tl.load(guidance + 1) * nu
-    tl.store(momentum_ptr + here, tl.load(guidance + 2) * nu + tl.load(guidance + 3) * full, inside)
-    gamma = tl.where(tl.load(guidance + 4) != 0.0, full, acting)
-
-    # Guide.
-    eps = tl.load(branch + tl.load(slots + 1) * branch_stride, inside, 0.0).to(tl.float32)
-    text_slot = tl.load(slots + 2)
-    if text_slot >= 0:
-        eps_text = tl.load(branch + text_slot * branch_stride, inside, 0.0).to(tl.float32)
-        eps = eps + tl.load(guidance) * (eps_text - eps)
-    eps = eps + gamma
-
-    # Step: x_{t-1} = mu_t(x_t, eps) + residual.
+    guidance_scale, momentum_scale = tl.load(guidance), tl.load(guidance + 1)
+    momentum_keep, momentum_take = tl.load(guidance + 2), tl.load(guidance + 3)
+    all_warm = tl.load(guidance + 4) != 0.0
     level = levels_ptr + row * LEVELS
-    x_t = tl.load(x_ptr + here, inside, 0.0)
-    pred_x0 = tl.div_rn(x_t - tl.load(level + 1) * eps, tl.load(level))
-    mu_t = tl.load(level + 2) * pred_x0 + tl.load(level + 3) * eps
-    residual = tl.load(residuals_ptr + row * maps * positions + here, inside, 0.0)
-    tl.store(x_ptr + here, mu_t + residual, inside)
+    signal_t, noise_t = tl.load(level), tl.load(level + 1)
+    signal_prev, direction_prev = tl.load(level + 2), tl.load(level + 3)
+    base = branch + tl.load(slots + 1) * branch_stride
+    text_slot = tl.load(slots + 2)
+    for start in range(0, positions, TILE):
+        lane = start + tl.arange(0, TILE)
+        inside = lane < positions
+        at = lane * STRIDE
+
+        # SEGA: what every concept adds, and what the acting ones add.
+        raw = tl.zeros([TILE], tl.float32)
+        acting = tl.zeros([TILE], tl.float32)
+        for i in range(concepts):
+            slot = tl.load(slots + BRANCHES + i)
+            if slot >= 0:
+                term = terms + i * TERM
+                uncond = branch + tl.load(slots) * branch_stride
+                psi = _direction(branch + slot * branch_stride, uncond, tl.load(term), at, inside)
+                cut = tl.sum(tl.where(concept == i, cuts, 0.0), 0)
+                mask = inside & (tl.abs(psi) >= cut)
+                contribution = tl.load(term + 2) * psi * mask.to(tl.float32)
+                raw += contribution
+                if tl.load(term + 3) != 0.0:
+                    acting += contribution
+                    if COUNT:
+                        count = counts_ptr + (i.to(tl.int64) * maps + this) * positions + lane
+                        tl.store(count, tl.load(count, inside, 0) + mask.to(tl.int32), inside)
+
+        # Momentum.
+        nu = tl.load(momentum_ptr + this * positions + lane, inside, 0.0)
+        full = raw + momentum_scale * nu
+        tl.store(momentum_ptr + this * positions + lane, momentum_keep * nu + momentum_take * full, inside)
+        gamma = tl.where(all_warm, full, acting)
+
+        # Guide.
+        eps = tl.load(base + at, inside, 0.0).to(tl.float32)
+        if text_slot >= 0:
+            eps_text = tl.load(branch + text_slot * branch_stride + at, inside, 0.0).to(tl.float32)
+            eps = eps + guidance_scale * (eps_text - eps)
+        eps = eps + gamma
+
+        # Step: x_{t-1} = mu_t(x_t, eps) + residual.
+        x_t = tl.load(x_ptr + this * positions + lane, inside, 0.0)
+        pred_x0 = tl.div_rn(x_t - noise_t * eps, signal_t)
+        mu_t = signal_prev * pred_x0 + direction_prev * eps
+        residual = tl.load(residuals_ptr + (row * maps + this) * positions + lane, inside, 0.0)
+        tl.store(x_ptr + this * positions + lane, mu_t + residual, inside)
     tl.store(step_ptr + this, step + 1)
+
+
+@triton.jit
+def _direction(concept, uncond, scale, at, inside):  # type: ignore[no-untyped-def]
+    """psi = d s (eps_concept - eps_uncond)"""
+    eps_concept = tl.load(concept + at, inside, 0.0).to(tl.float32)
+    eps_uncond = tl.load(uncond + at, inside, 0.0).to(tl.float32)
+    return scale * (eps_concept - eps_uncond)
 
 
 def num_warps(block: int) -> int:

@@ -5,7 +5,6 @@ Nothing here imports torch, so that `ledits --help` and header inspection stay i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -50,6 +49,11 @@ class UNetConfig:
         _check_types("down_block_types", self.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
         _check_types("up_block_types", self.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
         _check_positive("unet", self)
+        if self.block_out_channels[0] % 2:
+            raise InputError(
+                f"unet config: the first width {self.block_out_channels[0]} must be even, since the timestep is told in "
+                "pairs of a sine and a cosine"
+            )
         for width, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise InputError(
@@ -286,12 +290,11 @@ class EditDefaults:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> EditDefaults:
         """Read a `ledits.json`; every key is optional, an unknown one is refused."""
-        paper = cls()
+        paper, read = cls(), _Reader(mapping, source, None, {})
         unknown = sorted(set(mapping) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
             raise InputError(f"{source}: unknown key {unknown[0]!r}; the keys are {known}")
-        read = _Reader(mapping, source, None, {})
         return cls(
             num_steps=read.whole("num_steps", paper.num_steps),
             skip=read.whole("skip", paper.skip),
@@ -333,7 +336,7 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+        if type(value) not in (int, float) or not abs(value) <= 1e30:
             raise self._wrong(key, value, "a finite number")
         return float(value)
 
@@ -379,7 +382,7 @@ class _Reader:
             if key in self.honoured or key in self.defaults or key.startswith("_"):
                 continue
             if value is not None and value is not False:
-                raise InputError(f"{self.source}: {key} = {_short(value)} is a setting this program does not know")
+                raise InputError(f"{self.source}: {_short(key)} = {_short(value)} is a setting this program does not know")
 
 
 def _same(value: Any, default: Any) -> bool:

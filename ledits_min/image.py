@@ -96,9 +96,7 @@ def open_image(
         return _read(image, name, notices)
 
 
-def fit_size(
-    picture: tuple[int, int], size: int | tuple[int, int] | None, native: int, factor: int
-) -> tuple[int, int]:
+def fit_size(picture: tuple[int, int], size: int | tuple[int, int] | None, native: int, factor: int) -> tuple[int, int]:
     """(width, height) the model works at: both multiples of `factor`, the pixels of one latent.
 
     size  the longer side, with the aspect kept; or (width, height); None: `native` for the longer side, or more
@@ -136,9 +134,7 @@ def to_images(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in levels]
 
 
-def lay_change(
-    original: Image.Image, before: Image.Image | Tensor, after: Image.Image | Tensor
-) -> Image.Image:
+def lay_change(original: Image.Image, before: Image.Image | Tensor, after: Image.Image | Tensor) -> Image.Image:
     """clip(original + upsample(after - before)): the change of a small picture, laid over the large one.
 
     before and after are RGB pictures of one size, or tensors (3, h, w) in [-1, 1]. Where they agree, the
@@ -192,10 +188,13 @@ def atomic_write(path: str | Path, content: bytes | Callable[[Path], object]) ->
     final = Path(os.path.realpath(path))  # an existing link keeps pointing at the file it names
     temporary = final.with_name(f".ledits-{secrets.token_hex(6)}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         if isinstance(content, bytes):
             temporary.write_bytes(content)
         else:
             content(temporary)
+            temporary.chmod(mode)  # a writer may put a private file of its own in place
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, final)

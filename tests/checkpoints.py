@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,15 @@ _BUFFERS = ("betas", "alphas_cumprod", "sqrt_alphas_cumprod", "posterior_varianc
 def random_states(
     unet: UNetConfig = REDUCED_UNET, vae: VAEConfig = REDUCED_VAE, text: TextConfig = REDUCED_TEXT, seed: int = 0
 ) -> dict[str, State]:
-    """Random weights of a tame size under the names of our modules: {"unet": ..., "vae": ..., "text": ...}."""
+    """Random weights of a tame size under the names of our modules: {"unet": ..., "vae": ..., "text": ...}.
+
+    The dicts are the caller's own; the tensors are shared, so replace them, never change them in place.
+    """
+    return {part: dict(state) for part, state in _random_states(unet, vae, text, seed).items()}
+
+
+@cache
+def _random_states(unet: UNetConfig, vae: VAEConfig, text: TextConfig, seed: int) -> dict[str, State]:
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:

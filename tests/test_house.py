@@ -43,7 +43,8 @@ TABLE: dict[str, set[str]] = {
     "archive": {"config", "image", "weights.header"},
     # The only file that knows all parts.
     "pipeline": {""} | PARTS | {"weights.load"},
-    "app.*": {"", "app.*", "pipeline", "weights.load", "weights.inspect", "weights.survey"} | PARTS,
+    "app": set(),
+    "app.*": {"", "app", "app.*", "pipeline", "weights.load", "weights.inspect", "weights.header"} | PARTS,
     "kernels.*": {"kernels.*"},
     "weights.train_tiny.*": {"", "pipeline", "weights.*", "weights.train_tiny.*"} | PARTS,
     "weights.header": {"config"},
@@ -250,7 +251,7 @@ def declared(*extras: str) -> set[str]:
     [
         (("ledits_min/", "kernels/", "weights/"), ()),
         (("weights/train_tiny/",), ("train",)),
-        (("tests/",), ("test",)),
+        (("tests/",), ("test", "train")),
         (("bench/",), ("bench",)),
     ],
     ids=["run time", "train", "test", "bench"],

@@ -12,8 +12,8 @@ def test_published_numbers() -> None:
     assert schedule.num_steps == 50
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
     assert schedule.timesteps.dtype == torch.int64
-    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99914998, abs=1e-8)
-    assert float(schedule.alphas_cumprod[999]) == pytest.approx(0.00466010, abs=1e-8)
+    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99914998, abs=3e-8)
+    assert float(schedule.alphas_cumprod[999]) == pytest.approx(0.00466010, abs=3e-8)
 
 
 def test_tables_are_float64() -> None:

@@ -175,7 +175,7 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
     foreign = next((rule for rule in _FOREIGN if any(rule[0].search(name) for name in names)), None)
     family = foreign[1] if foreign is not None else _family_by_width(parts)
     channels = _input_channels(parts.get("unet", {}))
-    if channels is not None and channels in _SPECIAL_INPUTS and family in ("SD 1.x", "SD 2.x", "SDXL"):
+    if channels is not None and channels in _SPECIAL_INPUTS and family.startswith("SD"):
         kind = _SPECIAL_INPUTS[channels]
         return f"{family} {kind}", (
             f"is the {kind} variant of {family}: its UNet takes {channels} channels where editing has 4; "

@@ -1,4 +1,4 @@
-"""What the command leaves behind: names checked before any work, the parameters, the report, the picture of the masks."""
+"""What the command writes: names checked before any work, parameters, the report, the picture of the masks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def _same_file(source: str, path: Path) -> bool:
         return False
 
 
-def settings(ledits: LEdits, inversion: Inversion, concepts: Sequence[Concept], edit: Mapping[str, Any]) -> dict[str, Any]:
+def settings(
+    ledits: LEdits, inversion: Inversion, concepts: Sequence[Concept], edit: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats."""
     made = inversion.settings
     height, width = (side * ledits.vae.config.factor for side in inversion.latents.shape[-2:])
@@ -110,12 +112,17 @@ def parameters_line(values: Mapping[str, Any]) -> str:
     parts = []
     for concept in values["concepts"]:
         sign = "-" if concept["reverse"] else "+"
-        numbers = f"scale {concept['guidance_scale']:g}, threshold {concept['threshold']:g}"
-        parts.append(f"{sign}{quoted(concept['text'])} ({numbers}, from step {concept['warmup_steps']})")
+        strength = concept["guidance_scale"] * concept["weight"]
+        end = "" if concept["cooldown_steps"] is None else f" to {concept['cooldown_steps']}"
+        numbers = f"scale {strength:g}, threshold {concept['threshold']:g}, from step {concept['warmup_steps']}{end}"
+        parts.append(f"{sign}{quoted(concept['text'], 1000)} ({numbers})")
     for name in ("source", "target", "negative"):
         if values[name]:
-            parts.append(f"{name} {quoted(values[name])}")
-    parts.append(f"target scale {values['guidance_scale']:g}")
+            parts.append(f"{name} {quoted(values[name], 1000)}")
+    if values["target"]:
+        parts.append(f"target scale {values['guidance_scale']:g}")
+    if values["momentum_scale"]:
+        parts.append(f"momentum {values['momentum_scale']:g}, beta {values['momentum_beta']:g}")
     parts.append(f"{values['num_steps']} steps, skip {values['skip']}, eta {values['eta']:g}")
     parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
@@ -181,9 +188,10 @@ def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Seque
     )
     panels = [_panel(small, "original", "", None)]
     for concept, mask in zip(concepts, masks, strict=True):
-        sign = "\N{MINUS SIGN}" if concept.reverse else "+"
-        label, numbers = f"{sign} {concept.text}", f"mean {float(mask.mean()):.1%}, peak {float(mask.max()):.1%}"
-        panels.append(_panel(_overlay(small, mask), label, numbers, float(mask.max())))
+        sign = "-" if concept.reverse else "+"
+        mean, peak = float(mask.mean()), float(mask.max())
+        numbers = f"mean {100 * mean:.1f} %, peak {100 * peak:.1f} %"
+        panels.append(_panel(overlay(small, mask), f"{sign} {concept.text}", numbers, peak))
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     width, height = panels[0].size
@@ -193,19 +201,24 @@ def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Seque
     return sheet
 
 
-def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
+def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
     peak = max(float(mask.max()), 1e-6)
     plane = Image.fromarray((mask.float().cpu() / peak).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
     strength = np.asarray(plane).clip(0.0, 1.0)[..., None]
     # Darkened and flattened, so that the ramp is lighter than any part of the picture under it.
     grey = 20.0 + 0.45 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
-    alpha = np.minimum(1.0, 1.5 * strength)
+    alpha = _alpha(strength)
     return Image.fromarray(np.rint((1.0 - alpha) * grey + alpha * _ramp(strength)).clip(0, 255).astype(np.uint8))
 
 
 def _ramp(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     mixed: np.ndarray[Any, Any] = _LOW + strength * (_HIGH - _LOW)
     return mixed
+
+
+def _alpha(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    opacity: np.ndarray[Any, Any] = np.minimum(0.75, 1.5 * strength)  # the face stays visible under its mask
+    return opacity
 
 
 def _panel(picture: Image.Image, label: str, numbers: str, peak: float | None) -> Image.Image:
@@ -220,12 +233,12 @@ def _panel(picture: Image.Image, label: str, numbers: str, peak: float | None) -
     draw.text((_MARGIN, top + _TEXT + 5), numbers, (80, 80, 80), font)
     if peak is not None:
         steps = np.linspace(0.0, 1.0, width - 110)[None, :, None]
-        alpha = np.minimum(1.0, 1.5 * steps)
+        alpha = _alpha(steps)
         bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(_BAR, axis=0)
         left, top = _MARGIN + 30, top + 2 * (_TEXT + 5) + 6
         panel.paste(Image.fromarray(bar), (left, top))
         draw.text((_MARGIN, top - 6), "0 %", (80, 80, 80), font)
-        draw.text((left + bar.shape[1] + 8, top - 6), f"{peak:.1%}", (80, 80, 80), font)
+        draw.text((left + bar.shape[1] + 8, top - 6), f"{100 * peak:.1f} %", (80, 80, 80), font)
     return panel
 
 

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("dicebear", reason="the [train] extra is not installed")
 pytest.importorskip("resvg_py", reason="the [train] extra is not installed")
 
+from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 from ledits_min.weights.train_tiny import classifier, diffusion, loop, text, vae
@@ -164,7 +165,7 @@ def test_one_diffusion_step_lowers_the_loss_on_its_own_batch() -> None:
     torch.manual_seed(0)
     unet = UNet(diffusion.CONFIG)
     latents, context = torch.randn(4, 4, 16, 16), torch.randn(4, text.LENGTH, 128)
-    alphas_cumprod = diffusion.make_schedule(diffusion.SCHEDULE, 1).alphas_cumprod.float()
+    alphas_cumprod = make_schedule(diffusion.SCHEDULE, 1).alphas_cumprod.float()
 
     def loss() -> torch.Tensor:
         return diffusion.noise_loss(unet, latents, context, alphas_cumprod, loop.generator_at(0, 0))

@@ -15,7 +15,6 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from ledits_min.config import ScheduleConfig, UNetConfig
 from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
-from ledits_min.vae import VAE
 from ledits_min.weights.train_tiny.loop import Plan, ema_weights, generator_at, save_atomically, train
 from ledits_min.weights.train_tiny.portraits import Portrait, caption, load_split, sample_portrait, seeds
 from ledits_min.weights.train_tiny.text import load_text, tokenize
@@ -37,24 +36,20 @@ CONFIG = UNetConfig(
 )
 SCHEDULE = ScheduleConfig()
 BATCH = 32
-PLAN = Plan(steps=9000, rate=7e-4, flat=0.6)
+PLAN = Plan(steps=7000, rate=7e-4, flat=0.6)
 SNR_LIMIT = 5.0
 
 
-def encode_pictures(run: Path, vae: VAE) -> tuple[Tensor, Tensor]:
-    """Latents of the training pictures and of their mirror images, float16 (N, 4, 16, 16) each, encoded once."""
+def encode_pictures(run: Path) -> Tensor:
+    """Latents of the training pictures, float16 (N, 4, 16, 16), encoded once."""
     path = run / "latents.safetensors"
     if not path.exists():
+        vae = load_vae(run)
         pixels, _ = load_split(run / "data", "train")
-        parts: dict[str, list[Tensor]] = {"plain": [], "mirrored": []}
-        with torch.no_grad():
-            for part in np.array_split(pixels, max(1, len(pixels) // 200)):
-                image = to_image(part)
-                parts["plain"].append(vae.encode(image).half())
-                parts["mirrored"].append(vae.encode(image.flip(-1)).half())
-        save_atomically({name: torch.cat(latents) for name, latents in parts.items()}, path)
-    latents = load_file(path)
-    return latents["plain"], latents["mirrored"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            parts = [vae.encode(to_image(part)).half() for part in np.array_split(pixels, max(1, len(pixels) // 200))]
+        save_atomically({"latents": torch.cat(parts)}, path)
+    return load_file(path)["latents"]
 
 
 def noise_loss(unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
@@ -74,7 +69,8 @@ def noise_loss(unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor,
         eps = unet(x_t, t, context)
     snr = (alpha_bar_t / (1.0 - alpha_bar_t)).flatten()
     weight = snr.clamp(max=SNR_LIMIT) / snr
-    return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+    loss: Tensor = (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+    return loss
 
 
 def captions_of(portraits: list[Portrait], index: Tensor, seed: int, step: int) -> list[str]:
@@ -93,17 +89,15 @@ def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> None:
     unet = UNet(CONFIG)
     torch.nn.init.zeros_(unet.conv_out.weight)
     tokenizer, encoder = load_text(run)
-    plain, mirrored = encode_pictures(run, load_vae(run))
-    portraits = [sample_portrait(name) for name in seeds("train", len(plain))]
+    latents = encode_pictures(run)
+    portraits = [sample_portrait(name) for name in seeds("train", len(latents))]
     alphas_cumprod = make_schedule(SCHEDULE, 1).alphas_cumprod.float()
 
     def loss_at(step: int) -> Tensor:
         generator = generator_at(seed, step)
-        index = torch.randint(len(plain), (BATCH,), generator=generator)
-        flip = torch.rand(BATCH, generator=generator) < 0.5
-        x_0 = torch.where(flip[:, None, None, None], mirrored[index], plain[index]).float()
+        index = torch.randint(len(latents), (BATCH,), generator=generator)
         context = embed(tokenizer, encoder, captions_of(portraits, index, seed, step))
-        return noise_loss(unet, x_0, context, alphas_cumprod, generator)
+        return noise_loss(unet, latents[index].float(), context, alphas_cumprod, generator)
 
     # The plain attention kernel has the faster backward pass on CPUs.
     with sdpa_kernel(SDPBackend.MATH):

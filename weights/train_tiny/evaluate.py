@@ -119,7 +119,8 @@ def outside(before: Pixels, ideal: Pixels, margin: int = 2) -> np.ndarray:
     grown = torch.nn.functional.max_pool2d(
         torch.from_numpy(changed).float()[:, None], 2 * margin + 1, stride=1, padding=margin
     )
-    return grown[:, 0].numpy() == 0.0
+    unchanged: np.ndarray = grown[:, 0].numpy() == 0.0
+    return unchanged
 
 
 def psnr_where(a: Pixels, b: Pixels, where: np.ndarray) -> float:

@@ -52,7 +52,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast) -> TextConfig:
-    pad, bos, eos = tokenizer.convert_tokens_to_ids([PAD, BOS, EOS])
+    ids = tokenizer.get_vocab()
     return TextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -62,9 +62,9 @@ def text_config(tokenizer: PreTrainedTokenizerFast) -> TextConfig:
         max_position_embeddings=LENGTH,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
+        pad_token_id=ids[PAD],
     )
 
 

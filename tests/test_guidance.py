@@ -1,0 +1,86 @@
+"""Classifier-free guidance, and the texts that a step really asks the network about."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ledits_min.guidance import classifier_free_guidance, guided_eps, guided_texts, step_texts
+from ledits_min.sega import ConceptTerm
+
+TEXT = st.sampled_from(["", "a cat", "ugly", "hat", "beard"])
+SCALE = st.sampled_from([0.0, 0.5, 1.0, 7.5])
+TERMS = st.lists(
+    st.builds(
+        ConceptTerm,
+        text=st.sampled_from(["hat", "beard", "a cat"]),
+        guidance_scale=st.just(5.0),
+        threshold=st.just(0.9),
+        warmup_steps=st.integers(0, 4),
+        cooldown_steps=st.none() | st.integers(0, 6),
+        weight=st.just(1.0),
+        reverse=st.booleans(),
+    ),
+    max_size=4,
+)
+
+
+def test_classifier_free_guidance() -> None:
+    uncond, text = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+    assert classifier_free_guidance(uncond, text, 3.0).tolist() == [4.0, -4.0]
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "scale", "wanted"),
+    [
+        ("", "a cat", 7.5, ("", "a cat")),
+        ("", "a cat", 0.5, ("", "a cat")),  # fault 6: public code guides only where the scale is above 1
+        ("", "a cat", 1.0, ("a cat",)),
+        ("", "a cat", 0.0, ("",)),
+        ("", "", 7.5, ("",)),
+        ("ugly", "ugly", 7.5, ("ugly",)),
+        ("ugly", "", 7.5, ("ugly", "")),
+    ],
+)
+def test_branches_of_guidance(base: str, text: str, scale: float, wanted: tuple[str, ...]) -> None:
+    assert guided_texts(base, text, scale) == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXT, TEXT, SCALE)
+def test_the_short_cuts_change_nothing(base: str, text: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    eps = {name: torch.randn(2, 4, 3, 3, generator=generator) for name in ("", "a cat", "ugly", "hat", "beard")}
+    needed = {name: eps[name] for name in guided_texts(base, text, scale)}
+    wanted = eps[base] + scale * (eps[text] - eps[base])
+    torch.testing.assert_close(guided_eps(needed, base, text, scale), wanted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT, TEXT, SCALE, TERMS, st.integers(0, 7), st.sampled_from([0.0, 0.3]))
+def test_texts_of_a_step(
+    negative: str, target: str, scale: float, terms: list[ConceptTerm], step: int, momentum_scale: float
+) -> None:
+    texts = step_texts(negative, target, scale, terms, step, momentum_scale)
+    live = {
+        term.text
+        for term in terms
+        if (term.cooldown_steps is None or step < term.cooldown_steps)
+        and (step >= term.warmup_steps or momentum_scale > 0.0)
+    }
+    needed = set(live)
+    if live or scale != 1.0:
+        needed.add(negative)
+    if scale != 0.0:
+        needed.add(target)
+    assert len(texts) == len(set(texts))  # equal texts are one branch
+    assert set(texts) == needed
+
+
+def test_an_idle_concept_costs_nothing() -> None:
+    """Fault 7."""
+    early, late = (ConceptTerm(*values) for values in (("hat", 5, 0.9, 0, 2, 1, False), ("beard", 5, 0.9, 4, 6, 1, False)))
+    calls = [step_texts("", "", 15.0, [early, late], step, 0.0) for step in range(8)]
+    assert calls == [("", "hat")] * 2 + [("",)] * 2 + [("", "beard")] * 2 + [("",)] * 2
+    calls = [step_texts("", "", 15.0, [early, late], step, 0.2) for step in range(8)]
+    assert calls == [("", "hat", "beard")] * 2 + [("", "beard")] * 4 + [("",)] * 2

@@ -1,0 +1,104 @@
+"""The UNet's own promises; tests/oracle/test_unet.py compares its numbers with diffusers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ledits_min.config import SD15_UNET, UNetConfig
+from ledits_min.sega import percentile_mask
+from ledits_min.unet import UNet
+
+CONFIG = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    num_attention_heads=(4, 4, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+    norm_eps=1e-5,
+    use_linear_projection=False,
+    sample_size=16,
+)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval().requires_grad_(False)
+
+
+def inputs(batch: int, height: int = 16, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(batch, 4, height, width, generator=generator)
+    return x_t, torch.tensor([981, 1, 440])[:batch], torch.randn(batch, 5, 24, generator=generator)
+
+
+def test_names_are_those_of_a_published_checkpoint() -> None:
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in UNet(SD15_UNET).state_dict().items()}
+    assert len(shapes) == 686
+    block = "down_blocks.1.attentions.0.transformer_blocks.0"
+    assert shapes["conv_in.weight"] == (320, 4, 3, 3)
+    assert shapes["time_embedding.linear_1.weight"] == (1280, 320)
+    assert shapes[f"{block}.attn1.to_q.weight"] == (640, 640)
+    assert shapes[f"{block}.attn2.to_k.weight"] == (640, 768)
+    assert shapes[f"{block}.attn2.to_out.0.bias"] == (640,)
+    assert shapes[f"{block}.ff.net.0.proj.weight"] == (5120, 640)
+    assert shapes[f"{block}.ff.net.2.weight"] == (640, 2560)
+    assert shapes["mid_block.attentions.0.proj_in.weight"] == (1280, 1280, 1, 1)
+    assert shapes["up_blocks.0.upsamplers.0.conv.weight"] == (1280, 1280, 3, 3)
+    assert shapes["up_blocks.3.resnets.0.conv_shortcut.weight"] == (320, 960, 1, 1)
+    assert shapes["conv_norm_out.weight"] == (320,)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (65, 33), (7, 13), (1, 1), (2, 9)])
+def test_the_prediction_has_the_size_of_the_latents(unet: UNet, size: tuple[int, int]) -> None:
+    """Fault 9: sizes that do not halve evenly."""
+    x_t, t, context = inputs(2, *size)
+    eps = unet(x_t, t, context)
+    assert eps.shape == x_t.shape
+    assert eps.isfinite().all()
+
+
+def test_samples_of_a_batch_do_not_mix(unet: UNet) -> None:
+    x_t, t, context = inputs(3)
+    together = unet(x_t, t, context)
+    for i in range(3):
+        alone = unet(x_t[i : i + 1], t[i : i + 1], context[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_returns_float32_from_any_input_dtype(unet: UNet, dtype: torch.dtype) -> None:
+    """Fault 13: torch has no quantile in half precision."""
+    x_t, t, context = inputs(2)
+    eps = unet.to(dtype)(x_t, t, context)
+    assert eps.dtype == torch.float32
+    assert torch.equal(eps, unet(x_t.to(dtype), t, context.to(dtype)))
+    assert torch.equal(eps, unet(x_t.double(), t, context.double()))
+    percentile_mask(eps, 0.95)
+    with pytest.raises(RuntimeError, match="float or double"):
+        percentile_mask(eps.to(dtype), 0.95)
+
+
+def test_a_half_precision_output_would_spoil_the_mask(unet: UNet) -> None:
+    """The difference of two branches, rounded to bfloat16 each, takes few values: ties swell the 5 % mask."""
+    x_t, t, context = inputs(2)
+    unet.to(torch.bfloat16)
+    branches = [unet(x_t, t, context), unet(x_t, t, context + 0.5)]
+    ours = percentile_mask(branches[1] - branches[0], 0.95).float().mean()
+    rounded = [branch.bfloat16().float() for branch in branches]
+    theirs = percentile_mask(rounded[1] - rounded[0], 0.95).float().mean()
+    assert 0.045 < float(ours) < 0.055
+    assert float(theirs) > 0.06
+
+
+def test_every_weight_is_used() -> None:
+    """A weight without a gradient would be a layer that forward forgot."""
+    torch.manual_seed(0)
+    unet = UNet(CONFIG)
+    unet(*inputs(2)).square().sum().backward()
+    assert [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()] == []
