@@ -10,7 +10,6 @@ names. One captured graph therefore serves every step and every schedule of conc
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,13 +18,13 @@ from ledits_min.kernels._launch import check_layout, launch, map_strides, power_
 
 MAX_POSITIONS = 16384  # a map stays in one program's registers: 128 x 128 latents, a picture of 1024 x 1024
 
-# Columns of the tables; a Triton kernel can read a global number only as a constexpr.
+# Columns of the tables; a Triton kernel reads a global number only as a constexpr.
+SLOTS = tl.constexpr(3)  # branch of eps_uncond, of the guidance's base, of its text; then one a concept; -1: not evaluated
 LEVELS = tl.constexpr(4)  # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
 GUIDANCE = tl.constexpr(5)  # guidance_scale, momentum_scale, momentum_beta, 1 - momentum_beta, every concept is warm
-TERM = tl.constexpr(4)  # d s, threshold, weight, acts
-BRANCHES = tl.constexpr(3)  # eps_uncond, the base of the guidance, its text; then one a concept; -1: not evaluated
+TERMS = tl.constexpr(4)  # direction times scale, threshold, weight, acts
 
-_INFINITY = tl.constexpr(0x7F800000)  # as the bits of a float32; every NaN without its sign lies above
+_INFINITY = tl.constexpr(0x7F800000)  # its float32 bits; every NaN, its sign taken off, lies above
 
 
 @triton.jit
@@ -36,7 +35,7 @@ def _quantile(magnitude, positions, threshold, BLOCK: tl.constexpr):  # type: ig
     -1 in the BLOCK - positions places behind the map. The value of rank k is found by bisection over the bits: 31 rounds
     of counting at most, and fewer as soon as no value lies between the middle and rank k.
     """
-    rank = threshold * (positions - 1).to(tl.float32)  # in float32, as torch computes it
+    rank = threshold * (positions - 1)  # in float32, as torch computes it
     k = rank.to(tl.int32)
     fraction = rank - k.to(tl.float32)
     wanted = BLOCK - positions + k + 1  # that many values, the -1 included, are at most the value of rank k
@@ -92,8 +91,8 @@ def _sega_step(  # type: ignore[no-untyped-def]
     maps = tl.num_programs(0)
     step = tl.load(step_ptr + this)
     row = step.to(tl.int64)
-    slots = slots_ptr + row * (BRANCHES + concepts)
-    terms = terms_ptr + row * concepts * TERM
+    slots = slots_ptr + row * (SLOTS + concepts)
+    terms = terms_ptr + row * concepts * TERMS
     branch = branches_ptr + (this // channels) * sample_stride + (this % channels) * channel_stride
 
     # Where each concept acts needs the whole map at once: one cut a concept.
@@ -102,10 +101,10 @@ def _sega_step(  # type: ignore[no-untyped-def]
     concept = tl.arange(0, K)
     cuts = tl.zeros([K], tl.float32)
     for i in range(concepts):
-        slot = tl.load(slots + BRANCHES + i)
+        slot = tl.load(slots + SLOTS + i)
         share = 0.0
         if slot >= 0:
-            term = terms + i * TERM
+            term = terms + i * TERMS
             uncond = branch + tl.load(slots) * branch_stride
             psi = _direction(branch + slot * branch_stride, uncond, tl.load(term), whole * STRIDE, in_map)
             magnitude = tl.where(in_map, psi.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
@@ -134,9 +133,9 @@ def _sega_step(  # type: ignore[no-untyped-def]
         raw = tl.zeros([TILE], tl.float32)
         acting = tl.zeros([TILE], tl.float32)
         for i in range(concepts):
-            slot = tl.load(slots + BRANCHES + i)
+            slot = tl.load(slots + SLOTS + i)
             if slot >= 0:
-                term = terms + i * TERM
+                term = terms + i * TERMS
                 uncond = branch + tl.load(slots) * branch_stride
                 psi = _direction(branch + slot * branch_stride, uncond, tl.load(term), at, inside)
                 cut = tl.sum(tl.where(concept == i, cuts, 0.0), 0)
@@ -146,7 +145,7 @@ def _sega_step(  # type: ignore[no-untyped-def]
                 if tl.load(term + 3) != 0.0:
                     acting += contribution
                     if COUNT:
-                        count = counts_ptr + (i.to(tl.int64) * maps + this) * positions + lane
+                        count = counts_ptr + (i * maps + this) * positions + lane
                         tl.store(count, tl.load(count, inside, 0) + mask.to(tl.int32), inside)
 
         # Momentum.
@@ -179,9 +178,20 @@ def _direction(concept, uncond, scale, at, inside):  # type: ignore[no-untyped-d
     return scale * (eps_concept - eps_uncond)
 
 
-def num_warps(block: int) -> int:
-    """32 positions a thread at most, so that the map and the two sums stay in registers."""
-    return max(4, min(16, block // 512))
+def block_shape(positions: int) -> tuple[int, int, int]:
+    """(BLOCK, TILE, warps) for maps of that many positions.
+
+    At most 32 positions a thread, so that the bisection stays in registers; 4 a thread (16 bytes of a float32 map) in the
+    rest. Other choices spilled registers.
+    """
+    block = power_of_2(positions, least=128)
+    warps = max(4, min(16, block // 512))
+    return block, min(block, 128 * warps), warps
+
+
+def fits(x_t: Tensor) -> bool:
+    """Whether a map of x_t (B, C, h, w) stays in one program's registers."""
+    return x_t.shape[-2] * x_t.shape[-1] <= MAX_POSITIONS
 
 
 def sega_step(
@@ -200,23 +210,29 @@ def sega_step(
     """Advance x_t, momentum and step in place, and write this step's row of `shares`; add to `counts` where given.
 
     step int32 (B, C) · slots int32 (T, 3 + K) · levels float32 (T, 4) · guidance float32 (T, 5) · terms float32 (T, K, 4)
-    branches (N, B, C, h, w) in any float dtype · residuals float32 (T, B, C, h, w) · x_t, momentum float32 (B, C, h, w)
-    shares float32 (T, K, B, C) · counts int32 (K, B, C, h, w). h w is at most MAX_POSITIONS. The columns of the tables
-    stand at the top of this file. A branch that no slot of the row names is not read. ValueError for a wrong layout.
+    branches (N, B, C, h, w) in any float dtype, NCHW or channels-last · residuals float32 (T, B, C, h, w)
+    x_t, momentum float32 (B, C, h, w) · shares float32 (T, K, B, C) · counts int32 (K, B, C, h, w)
+
+    The columns of the tables stand at the top of this file. A branch that no slot of the row names is not read.
+    ValueError for more than MAX_POSITIONS positions and for a layout that is not the one above.
     """
     batch, channels, height, width = x_t.shape
     positions, concepts = height * width, terms.shape[1]
-    if positions > MAX_POSITIONS:
-        raise ValueError(f"a map of {height} x {width} positions does not fit in registers; at most {MAX_POSITIONS}")
+    if not fits(x_t):
+        raise ValueError(f"a map of {height} x {width} positions does not fit in registers; at most {MAX_POSITIONS} do")
     check_layout(
         step=step, slots=slots, levels=levels, guidance=guidance, terms=terms, residuals=residuals, x_t=x_t,
         momentum=momentum, shares=shares, counts=counts,
     )  # fmt: skip
-    block = power_of_2(positions, least=128)
+    block, tile, warps = block_shape(positions)
+    if block == MAX_POSITIONS:
+        branches = branches.contiguous()  # 32 strided loads a thread would spill registers; a copy is cheaper
+    *strides, stride = map_strides(branches)
     launch(
         _sega_step, (batch * channels,),
         step, slots, levels, guidance, terms, branches, residuals, x_t, momentum, shares,
-        step if counts is None else counts,  # any pointer: it is not read without COUNT
-        concepts, channels, positions, *map_strides(branches),
-        COUNT=counts is not None, BLOCK=block, num_warps=num_warps(block), fuse=False,
+        step if counts is None else counts,  # any pointer: without COUNT it is not read
+        concepts, channels, positions, *strides,
+        STRIDE=stride, K=power_of_2(concepts), COUNT=counts is not None, BLOCK=block, TILE=tile,
+        num_warps=warps, fuse=False,
     )  # fmt: skip

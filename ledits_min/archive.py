@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ledits_min.config import InputError, ScheduleConfig, check_number, check_whole
@@ -57,7 +57,7 @@ class Inversion:
         tensors |= {f"original.{i}": original for i, original in enumerate(self.originals)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": FORMAT, "settings": json.dumps(asdict(self.settings))}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        atomic_write(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
@@ -67,7 +67,7 @@ class Inversion:
             raise InputError(f"{path}: not a saved inversion; make one with `ledits invert`")
         settings = _read_settings(header.metadata.get("settings", ""), str(path))
         _check_shapes(header.tensors, settings, str(path))
-        tensors = load_file(str(path))
+        tensors = load(Path(path).read_bytes())  # not by name: the library takes only names that are UTF-8
         for name in ("x_T", "residuals", "latents"):
             if not bool(tensors[name].isfinite().all()):
                 raise InputError(f"{path}: {name} holds values that are not finite; make the inversion again")

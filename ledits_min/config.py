@@ -51,8 +51,8 @@ class UNetConfig:
         _check_positive("unet", self)
         if self.block_out_channels[0] % 2:
             raise InputError(
-                f"unet config: the first width {self.block_out_channels[0]} must be even, since the timestep is told in "
-                "pairs of a sine and a cosine"
+                f"unet config: the first width {self.block_out_channels[0]} must be even, since the timestep is "
+                "described by pairs of a sine and a cosine"
             )
         for width, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             if width % self.norm_num_groups or width % heads:
@@ -382,7 +382,8 @@ class _Reader:
             if key in self.honoured or key in self.defaults or key.startswith("_"):
                 continue
             if value is not None and value is not False:
-                raise InputError(f"{self.source}: {_short(key)} = {_short(value)} is a setting this program does not know")
+                setting = f"{_short(key)} = {_short(value)}"
+                raise InputError(f"{self.source}: {setting} is a setting this program does not know")
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -19,7 +19,7 @@ from ledits_min.config import EditDefaults, InputError, check_number, check_whol
 class Concept:
     """One direction of an edit: what to add (or, with `reverse`, to remove), how strongly, where and when.
 
-    text            the concept in words; "" is a no-op
+    text            the concept in words; that of eps_uncond ("", or the negative prompt) is a no-op
     guidance_scale  strength s, 0 .. 1000
     threshold       lambda, 0 .. 1: the share of each channel that is left alone; 0.95 edits the strongest 5 %
     warmup_steps    the first executed step in which it acts

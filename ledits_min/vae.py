@@ -207,5 +207,3 @@ class Upsample(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         result: Tensor = self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
         return result
-
-

@@ -319,11 +319,11 @@ class TestRefused:
         ],
     )
     def test_wrong_values_by_name(self, read: Read, base: dict[str, Any], key: str, value: Any) -> None:
-        synonyms = {"attention_head_dim": "heads", "block_out_channels": "width", "hidden_size": "768 must"}
-        try:
-            refuse(read, {**base, key: value}, key)
-        except AssertionError:
-            refuse(read, {**base, key: value}, synonyms[key])
+        with pytest.raises(InputError) as caught:
+            read({**base, key: value}, "some/config.json")
+        ours = {"attention_head_dim": "heads"}
+        assert "\n" not in str(caught.value)
+        assert key in str(caught.value) or ours.get(key, key) in str(caught.value)
 
     @pytest.mark.parametrize("config", [UNetConfig, VAEConfig, TextConfig, ScheduleConfig, EditDefaults])
     @pytest.mark.parametrize("value", [[], [1], "text", 3, None, True])
@@ -343,12 +343,12 @@ class TestRanges:
 
     @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "1", None, True, 10**400])
     def test_numbers_outside(self, value: Any) -> None:
-        with pytest.raises(InputError, match="eta is .*0 .. 1"):
+        with pytest.raises(InputError, match=r"eta is .*0 \.\. 1"):
             check_number("eta", value, 0.0, 1.0)
 
     @pytest.mark.parametrize("value", [0, 501, 1.0, "5", None, True, 10**400])
     def test_whole_numbers_outside(self, value: Any) -> None:
-        with pytest.raises(InputError, match="num_steps is .*1 .. 500"):
+        with pytest.raises(InputError, match=r"num_steps is .*1 \.\. 500"):
             check_whole("num_steps", value, 1, 500)
 
     def test_whole_numbers_inside(self) -> None:

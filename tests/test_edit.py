@@ -74,9 +74,7 @@ class TestReconstruction:
     @pytest.mark.parametrize(
         ("num_steps", "skip"), [(1, 0), (2, 1), (7, 0), (20, 7), (50, 0), (50, 18), (50, 49), (100, 0), (100, 36)]
     )
-    def test_both_prompts_empty(
-        self, num_steps: int, skip: int, eta: float, dtype: torch.dtype, bound: float
-    ) -> None:
+    def test_both_prompts_empty(self, num_steps: int, skip: int, eta: float, dtype: torch.dtype, bound: float) -> None:
         x_0 = picture(dtype=dtype)
         assert largest(run(x_0, num_steps, skip, eta) - x_0) <= bound
 
@@ -142,14 +140,16 @@ class TestPureDDPMEdit:
             variance = eta**2 * (1 - before) / (1 - now) * (1 - now / before)
             return before.sqrt() * (x - (1 - now).sqrt() * eps) / now.sqrt() + (1 - before - variance).sqrt() * eps
 
-        xs = [alphas_cumprod[t].sqrt() * x_0 + (1 - alphas_cumprod[t]).sqrt() * n for t, n in zip(timesteps, noise)]
-        maps = [after - mean(x, t, "", "a cat", 3.5) for x, after, t in zip(xs, [*xs[1:], x_0], timesteps)]
+        xs = [
+            alphas_cumprod[t].sqrt() * x_0 + (1 - alphas_cumprod[t]).sqrt() * n
+            for t, n in zip(timesteps, noise, strict=True)
+        ]
+        pairs = zip(xs, [*xs[1:], x_0], timesteps, strict=True)
+        maps = [after - mean(x, t, "", "a cat", 3.5) for x, after, t in pairs]
         x = xs[0]
         for t, residual in zip(timesteps, maps, strict=True):
             x = mean(x, t, negative, "a dog", 5.0) + residual
-        found = run(
-            x_0, num_steps, skip, eta, source="a cat", target="a dog", guidance_scale=5.0, negative=negative
-        )
+        found = run(x_0, num_steps, skip, eta, source="a cat", target="a dog", guidance_scale=5.0, negative=negative)
         torch.testing.assert_close(found, x, rtol=1e-11, atol=1e-11)
 
     def test_source_and_empty_swapped_pushes_the_wrong_way(self) -> None:
@@ -232,8 +232,8 @@ class TestCalls:
         acting = [[""]] * 2 + [["", "beard"]] * 4 + [[""]] * 4
         self.check(acting, terms=terms(BEARD))
         self.check([["", "beard"]] * 6 + [[""]] * 4, terms=terms(BEARD), momentum_scale=0.5)
-        self.check([["a dog"]] * 2 + [["a dog", "", "beard"]] * 4 + [["a dog"]] * 4,
-                   terms=terms(BEARD), target="a dog", guidance_scale=1.0)  # fmt: skip
+        acting = [["a dog"]] * 2 + [["a dog", "", "beard"]] * 4 + [["a dog"]] * 4
+        self.check(acting, terms=terms(BEARD), target="a dog", guidance_scale=1.0)
 
     def test_no_ops(self) -> None:
         empty = terms(Concept(""), replace(HAT, guidance_scale=0.0), replace(HAT, weight=0.0))

@@ -79,7 +79,8 @@ def test_texts_of_a_step(
 
 def test_an_idle_concept_costs_nothing() -> None:
     """Fault 7."""
-    early, late = (ConceptTerm(*values) for values in (("hat", 5, 0.9, 0, 2, 1, False), ("beard", 5, 0.9, 4, 6, 1, False)))
+    early = ConceptTerm("hat", 5.0, 0.9, 0, 2, 1.0, False)
+    late = ConceptTerm("beard", 5.0, 0.9, 4, 6, 1.0, False)
     calls = [step_texts("", "", 15.0, [early, late], step, 0.0) for step in range(8)]
     assert calls == [("", "hat")] * 2 + [("",)] * 2 + [("", "beard")] * 2 + [("",)] * 2
     calls = [step_texts("", "", 15.0, [early, late], step, 0.2) for step in range(8)]

@@ -177,16 +177,17 @@ def test_of_many_frames_the_first_is_used(tmp_path: Path, file_format: str) -> N
     assert any("2 frames" in notice for notice in notices)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """The first bytes of a PNG that promises a size, and nothing behind them."""
+def png_promising(width: int, height: int) -> bytes:
+    """A small PNG whose header promises another size."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return start + encoded(noise_picture(), "PNG")[33:]
 
 
-@pytest.mark.parametrize("size", [(9_500, 10_000), (20_000, 20_000), (2**30, 2**30)])
+@pytest.mark.parametrize("size", [(9_500, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
-    (tmp_path / "x.png").write_bytes(png_header(*size))
-    with pytest.raises(InputError, match=r"megapixels|damaged"):
+    (tmp_path / "x.png").write_bytes(png_promising(*size))
+    with pytest.raises(InputError, match="64 megapixels"):
         open_image(tmp_path / "x.png")
 
 

@@ -157,7 +157,9 @@ def predictions(terms: list[ConceptTerm], seed: int = 0) -> tuple[Tensor, dict[s
     return draw(0), {term.text: draw(1 + sum(term.text.encode())) for term in terms}
 
 
-def run(terms: list[ConceptTerm], steps: int, momentum_scale: float = 0.0, momentum_beta: float = 0.6) -> list[Guidance]:
+def run(
+    terms: list[ConceptTerm], steps: int, momentum_scale: float = 0.0, momentum_beta: float = 0.6
+) -> list[Guidance]:
     """Several steps over the same predictions, so that only the concepts' timing changes gamma."""
     uncond, eps = predictions(terms)
     momentum, history = torch.zeros_like(uncond), []

@@ -65,7 +65,6 @@ def _edit(args: argparse.Namespace) -> None:
     concepts = [Concept(**fields) for fields in args.concepts or []]
     if args.masks is not None and not concepts:
         raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
-    _warn_of_doubtful(args, concepts)
 
     saved = is_saved_inversion(args.image)
     out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
@@ -83,6 +82,7 @@ def _edit(args: argparse.Namespace) -> None:
     ledits = _load_model(args)
     for text in (args.target, args.negative, *(concept.text for concept in concepts)):
         _check_prompt(ledits, text)  # now, not after minutes of inversion
+    _warn_of_doubtful(args, concepts)
     clock.lap("load")
     inversion = made or _run_inversion(args, ledits, picture)
     clock.lap("invert")

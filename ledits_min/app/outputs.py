@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -22,9 +22,11 @@ from ledits_min import __version__
 from ledits_min.archive import Inversion
 from ledits_min.config import InputError
 from ledits_min.image import OUTPUT_SIDES
-from ledits_min.pipeline import LEdits
 from ledits_min.sega import Concept
 from ledits_min.weights.header import quoted
+
+if TYPE_CHECKING:
+    from ledits_min.pipeline import LEdits  # for the type alone: a name that cannot be written is refused before it
 
 PICTURES = tuple(OUTPUT_SIDES)
 PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
@@ -53,8 +55,8 @@ def check_outputs(
 
 
 def _check_place(path: Path, name: str, overwrite: bool) -> None:
-    folder = Path(os.path.realpath(path)).parent
     try:
+        folder = Path(os.path.realpath(path)).parent
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise InputError(f"{name}: {quoted(folder)} is not a folder; name a folder that exists")
         mode = os.stat(path).st_mode

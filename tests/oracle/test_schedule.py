@@ -1,5 +1,8 @@
 """Our schedule and our reverse step against diffusers' DDIMScheduler."""
 
+import json
+
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -47,6 +50,16 @@ def test_every_number_of_steps_of_stable_diffusion() -> None:
         ours = make_schedule(ScheduleConfig(), num_steps)
         assert ours.timesteps.tolist() == theirs.timesteps.tolist()
         assert ours.t_prev[:-1].tolist() == [t - 1000 // num_steps for t in theirs.timesteps.tolist()[:-1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_config_that_diffusers_wrote_is_read(config: ScheduleConfig, name: str) -> None:
+    """Which sampler a checkpoint names does not matter; the noise schedule in its file does."""
+    written = json.loads(getattr(diffusers, name).from_config(config.to_json()).to_json_string())
+    assert ScheduleConfig.from_json(written, "scheduler_config.json") == config
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])

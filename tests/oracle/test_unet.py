@@ -1,5 +1,6 @@
 """Our UNet against diffusers' UNet2DConditionModel: same keys, same random weights, same answer."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -65,6 +66,17 @@ CASES = {
         (1, 8, 8),
         9,
     ),
+    "one level: nothing is halved": (
+        replace(
+            SMALL,
+            block_out_channels=(32,),
+            down_block_types=(CROSS_DOWN,),
+            up_block_types=(CROSS_UP,),
+            num_attention_heads=(4,),
+        ),
+        (2, 5, 3),
+        9,
+    ),
     "four levels": (
         replace(
             SMALL,
@@ -117,6 +129,15 @@ def test_same_answer_at_the_size_of_stable_diffusion(fill: Fill, error: Error) -
     assert sum(tensor.numel() for tensor in ours.state_dict().values()) == 859_520_964
     x_t, t, context = inputs(SD15_UNET, (1, 16, 24), 77)
     assert error(ours(x_t, t, context), theirs(x_t, t, context).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [SD15_UNET, TINY, TWO_LEVELS])
+def test_a_config_that_diffusers_wrote_is_read(config: UNetConfig) -> None:
+    """Its every key, with the default it has there."""
+    with torch.device("meta"):
+        written = json.loads(UNet2DConditionModel.from_config(config.to_json()).to_json_string())
+    assert len(written) > 40
+    assert UNetConfig.from_json(written, "unet/config.json") == config
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])

@@ -1,5 +1,6 @@
 """Our VAE against diffusers' AutoencoderKL: same keys, same random weights, same answer in both directions."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -84,6 +85,14 @@ def test_same_answer(case: str, fill: Fill, error: Error) -> None:
 
 def test_same_answer_at_the_size_of_stable_diffusion(fill: Fill, error: Error) -> None:
     check_both_ways(SD15_VAE, (1, 32, 48), fill, error)
+
+
+@pytest.mark.parametrize("config", [SD15_VAE, TINY])
+def test_a_config_that_diffusers_wrote_is_read(config: VAEConfig) -> None:
+    """Its every key, with the default it has there."""
+    with torch.device("meta"):
+        written = json.loads(AutoencoderKL.from_config(config.to_json()).to_json_string())
+    assert VAEConfig.from_json(written, "vae/config.json") == config
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])

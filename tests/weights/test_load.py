@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,10 +46,17 @@ def assert_same(
             assert torch.equal(found[name], tensor.to(dtype)), name
 
 
+@pytest.fixture(scope="module")
+def pristine(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine")
+    checkpoints.write_folder(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(checkpoints: ModuleType, tmp_path: Path) -> Path:
-    checkpoints.write_folder(tmp_path / "model")
-    return tmp_path / "model"
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """A diffusers folder of one's own, to damage."""
+    return shutil.copytree(pristine, tmp_path / "model")
 
 
 @pytest.mark.parametrize("old_vae_names", [False, True])
@@ -248,10 +256,13 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "is F8_E4M3; 8-bit or smaller float weights are not supported",
     ),
     "nan": (
-        edit_state("vae", VAE_FILE, lambda s: s.update({"quant_conv.bias": torch.full((8,), float("nan"))})),
+        edit_state("vae", VAE_FILE, lambda s: s.update({"quant_conv.bias": torch.full((8,), torch.nan)})),
         "'quant_conv.bias' holds NaN",
     ),
-    "infinity": (edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.full((24,), float("-inf"))})), "infinity"),
+    "infinity": (
+        edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.full((24,), -torch.inf)})),
+        "infinity",
+    ),
     "old and new name": (
         edit_state(
             "vae",

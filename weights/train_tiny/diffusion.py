@@ -36,7 +36,7 @@ CONFIG = UNetConfig(
 )
 SCHEDULE = ScheduleConfig()
 BATCH = 32
-PLAN = Plan(steps=7000, rate=7e-4, flat=0.6)
+PLAN = Plan(steps=9000, rate=7e-4, flat=0.6)
 SNR_LIMIT = 5.0
 
 
