@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,3 +66,34 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
+
+
+def beside(stem: str) -> ModuleType:
+    """bench/<stem>.py by its path, since bench/ is not importable by name."""
+    name = f"ledits_min_bench_{stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def inputs() -> ModuleType:
+    """bench/inputs.py, the makers of random inputs that tests/kernels share."""
+    return beside("inputs")
+
+
+@pytest.fixture(scope="module")
+def gpu(request: pytest.FixtureRequest) -> ModuleType:
+    """bench/gpu.py, for a benchmark of a kernel: it skips without CUDA, and refuses while the kernel's test fails."""
+    if not torch.cuda.is_available():
+        pytest.skip("a kernel is measured on a CUDA device, and there is none")
+    test = Path(__file__).parents[1] / "tests" / "kernels" / request.path.name
+    if test.exists():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not compiles", str(test)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"not measured, because {test.name} fails:\n{done.stdout[-3000:]}")
+    return beside("gpu")

@@ -56,8 +56,11 @@ def _quantile(magnitude, positions, threshold, BLOCK: tl.constexpr):  # type: ig
 
     start = below.to(tl.float32, bitcast=True)
     end = above.to(tl.float32, bitcast=True)
-    # As torch.lerp does it, so that both ends are met exactly.
-    cut = tl.where(fraction < 0.5, start + fraction * (end - start), end - (end - start) * (1.0 - fraction))
+    # As torch.lerp: from the nearer end, rounded once. float64 stands for the fused multiply-add, which not every
+    # interpreter has.
+    near = tl.where(fraction < 0.5, start, end).to(tl.float64)
+    weight = tl.where(fraction < 0.5, fraction, fraction - 1.0).to(tl.float64)
+    cut = (near + weight * (end - start).to(tl.float64)).to(tl.float32)
     return tl.where(greatest > _INFINITY, float("nan"), cut)
 
 

@@ -201,11 +201,15 @@ def start(plan: EditPlan, x_t: Tensor, masks: bool = True) -> EditState:
     )
 
 
-def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Tensor) -> None:
+def sega_step(
+    plan: EditPlan, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None
+) -> None:
     """One editing step of Algorithm 1: state.x_t becomes x_{t-1}, and all else in `state` moves one step on.
 
-    branches (N, B, C, h, w): item n is the prediction for text n of `plan.texts(step)`; items behind those are ignored.
-    residuals (T, B, C, h, w), of which the kernel takes the row that state.step names, without asking the device for it.
+    branches   (N, B, C, h, w): item n is the prediction for text n of `plan.texts(step)`; items behind those are ignored
+    residuals  (T, B, C, h, w)
+    step       what state.step holds, where the caller knows it: it saves torch from waiting for the device. The kernel
+               reads state.step itself
     """
     if use_triton(branches, state.x_t) and state.x_t.dtype == torch.float32:
         from ledits_min.kernels import sega_step as kernel
@@ -219,7 +223,7 @@ def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Ten
         if os.environ.get("LEDITS_KERNELS") == "triton":
             warnings.warn("sega_step: torch takes over, because a map is too large for registers", stacklevel=2)
 
-    step = int(state.step[0, 0])
+    step = int(state.step[0, 0]) if step is None else step
     eps = dict(zip(plan.texts(step), branches.to(state.x_t.dtype), strict=False))
     guided = guided_eps(eps, plan.negative, plan.target, plan.guidance_scale)
     if plan.terms:

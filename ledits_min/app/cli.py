@@ -122,6 +122,18 @@ def _invert(args: argparse.Namespace) -> None:
     _tell_written(clock, [args.output])
 
 
+def _demo(args: argparse.Namespace) -> None:
+    from ledits_min.app import demo, outputs
+    from ledits_min.image import save_image
+
+    _check_outputs(args, {"-o": (args.output, outputs.PICTURES)})
+    clock = _Clock()
+    args.image = args.image or demo.SAMPLE
+    picture = _open(args)
+    save_image(demo.demo_sheet(_load_model(args), picture), args.output)
+    _tell_written(clock, [args.output])
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from ledits_min.weights.inspect import inspect
 
@@ -326,7 +338,7 @@ def _tell_written(clock: _Clock, paths: Sequence[str | Path | None]) -> None:
     _tell(f"wrote {names} in {time.perf_counter() - clock.start:.1f} s")
 
 
-_COMMANDS = {"edit": _edit, "invert": _invert, "inspect": _inspect}
+_COMMANDS = {"edit": _edit, "invert": _invert, "demo": _demo, "inspect": _inspect}
 
 if __name__ == "__main__":
     sys.exit(main())

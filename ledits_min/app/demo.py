@@ -11,7 +11,9 @@ from ledits_min.app.outputs import overlay
 from ledits_min.archive import Inversion
 from ledits_min.pipeline import LEdits, Result
 from ledits_min.sega import Concept
+from ledits_min.weights.survey import TINY
 
+SAMPLE = TINY / "samples" / "portrait1.png"
 CONCEPTS = ("sunglasses", "a red hat", "beard", "smile")
 TARGET = "a portrait with a red hat"
 SCALES = (0.0, 2.0, 4.0, 7.0, 10.0, 15.0)

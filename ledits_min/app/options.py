@@ -54,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_options(invert)
     invert.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
+    demo = _command(commands, "demo", "one sheet with what LEDITS does: reconstruction, workflows, masks, scales")
+    demo.add_argument("image", metavar="IMAGE", nargs="?", help="a picture (default: a portrait shipped here)")
+    demo.add_argument("-o", "--output", metavar="SHEET", default="ledits-demo.png", help="default: ledits-demo.png")
+    _add_model_options(demo)
+    demo.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
     inspect = _command(commands, "inspect", "say what a checkpoint is, from its header alone")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a .safetensors file, a folder, or tiny")
     return parser

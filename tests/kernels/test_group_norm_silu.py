@@ -1,0 +1,142 @@
+"""kernels/group_norm_silu.py against torch in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ledits_min import ops
+
+REGISTERS = 96
+
+# (B, C, h, w), groups. The interpreter is slow, so the maps are small where the channels are many.
+SHAPES = {
+    "SD, first level: groups of 10": ((1, 320, 8, 8), 32),
+    "SD, concatenated: groups of 30, no block is full": ((1, 960, 5, 9), 32),
+    "SD, widest: a group is most of a block": ((1, 2560, 2, 2), 32),
+    "VAE: all groups in one block": ((2, 128, 7, 13), 32),
+    "embedded model: few narrow groups": ((2, 48, 6, 6), 8),
+    "odd groups of odd width": ((2, 15, 9, 7), 5),
+    "a group wider than a block of channels": ((1, 300, 3, 3), 2),
+    "one position": ((2, 64, 1, 1), 8),
+    "several parts, the last one short": ((1, 8, 47, 61), 4),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}  # relative; float16 has 11 bits
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm())
+
+
+def truth(x: Tensor, norm: nn.GroupNorm, add: Tensor | None, silu: bool) -> Tensor:
+    """The definition, in float64 and without GroupNorm: mean and variance of a group, then scale, shift, SiLU."""
+    x = x.double() if add is None else x.double() + add.double()[:, :, None, None]
+    groups = x.unflatten(1, (norm.num_groups, -1)).flatten(2)
+    mean, variance = groups.mean(-1, keepdim=True), groups.var(-1, keepdim=True, correction=0)
+    normed = ((groups - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
+    normed = normed * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    return normed * torch.sigmoid(normed) if silu else normed
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("dtype", "add", "silu"), [
+    (torch.float32, False, True), (torch.float32, True, False), (torch.float16, True, True),
+])  # fmt: skip
+def test_it_is_the_definition(
+    inputs: ModuleType, on: Callable[[str], None], device: str, shape: tuple[int, int, int, int], groups: int,
+    dtype: torch.dtype, add: bool, silu: bool,
+) -> None:  # fmt: skip
+    x, norm = inputs.feature_map(shape, dtype, device), inputs.norm(shape[1], groups, dtype, device)
+    time = torch.randn(shape[:2], generator=torch.Generator().manual_seed(1)).to(device, dtype) if add else None
+    expected = truth(x, norm, time, silu)
+    on("triton")
+    result = ops.group_norm_silu(x, norm, time, silu)
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert error(result, expected) < TOLERANCE[dtype]
+    on("torch")
+    assert error(ops.group_norm_silu(x, norm, time, silu), expected) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_a_large_mean_does_not_drown_the_spread(
+    inputs: ModuleType, on: Callable[[str], None], device: str, offset: float
+) -> None:
+    """E[x^2] - E[x]^2 in float32 is off by one part in ten at 1e4; the inputs themselves allow eps(offset) / spread."""
+    x, norm = inputs.feature_map((1, 12, 31, 45), device=device, offset=offset), inputs.norm(12, 4, device=device)
+    on("triton")
+    assert error(ops.group_norm_silu(x, norm), truth(x, norm, None, True)) < offset * 1e-7
+
+
+@pytest.mark.parametrize("values", [0.0, 7.0, 1e-40, 1e18])
+def test_constant_maps_give_the_bias(
+    inputs: ModuleType, on: Callable[[str], None], device: str, values: float
+) -> None:
+    norm = inputs.norm(16, 4, device=device)
+    x = inputs.feature_map((1, 16, 5, 7), device=device).fill_(values)
+    on("triton")
+    result = ops.group_norm_silu(x, norm, silu=False)
+    assert torch.allclose(result, norm.bias[:, None, None].expand_as(result), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_its_group_and_no_other(
+    inputs: ModuleType, on: Callable[[str], None], device: str, bad: float
+) -> None:
+    x, norm = inputs.feature_map((2, 16, 5, 7), device=device), inputs.norm(16, 4, device=device)
+    x[1, 6, 2, 3] = bad
+    on("triton")
+    spoiled = ops.group_norm_silu(x, norm).isnan()
+    assert spoiled[1, 4:8].all()
+    assert spoiled.sum() == spoiled[1, 4:8].numel()
+
+
+def test_every_output_is_written(
+    inputs: ModuleType, on: Callable[[str], None], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the kernel allocates is NaN at first."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+    on("triton")
+    result = ops.group_norm_silu(inputs.feature_map((2, 30, 13, 7), device=device), inputs.norm(30, 2, device=device))
+    assert not result.isnan().any()
+
+
+def test_nchw_goes_to_torch_and_says_so(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
+    x, norm = inputs.feature_map((1, 8, 5, 7), device=device).contiguous(), inputs.norm(8, 4, device=device)
+    on("triton")
+    with pytest.warns(UserWarning, match="not channels-last"):
+        result = ops.group_norm_silu(x, norm)
+    on("torch")
+    assert torch.equal(result, ops.group_norm_silu(x, norm))
+
+
+def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    from ledits_min.kernels import group_norm_silu as kernel
+
+    variants = []
+    for dtype, width, add in [("fp16", 10, True), ("bf16", 30, False), ("fp32", 80, True), ("fp16", 4, False)]:
+        together, block = kernel.block_of_groups(32, width)
+        constants = {
+            "GROUPS": 32, "WIDTH": width, "TOGETHER": together, "ADD": add, "ROWS": kernel.ROWS, "BLOCK": block,
+            "MEMBERS": kernel.power_of_2(together),
+        }  # fmt: skip
+        types = dict.fromkeys(("x_ptr", "add_ptr", "weight_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
+        common = {
+            "module": "group_norm_silu", "types": types | {"epsilon": "fp32"}, "num_warps": kernel.WARPS, "fuse": True,
+            "aligned": ["positions", "rows", "parts"],
+        }  # fmt: skip
+        variants.append({"kernel": "_statistics", "constants": constants, **common})
+        last = constants | {"SILU": True, "PARTS": kernel.PARTS}
+        variants.append({"kernel": "_normalise", "constants": last, **common})
+    for usage in ahead_of_time(variants):
+        assert usage["cubin"] > 0
+        assert usage["stack"] == 0, usage
+        assert usage["registers"] <= REGISTERS, usage

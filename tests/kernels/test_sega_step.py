@@ -1,0 +1,255 @@
+"""kernels/sega_step.py against the equations, which `ops` reads from sega, guidance and inversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ledits_min import ops
+from ledits_min.config import ScheduleConfig
+from ledits_min.edit import edit, levels
+from ledits_min.ops import EditPlan, EditState
+from ledits_min.schedule import make_schedule
+from ledits_min.sega import percentile_mask
+
+REGISTERS = 128  # 16 warps of a 1024-pixel edit's maps: a multiprocessor has 65536
+
+# The interpreter takes about 15 ms a map and concept: small batches, few steps, one reason a size.
+SIZES = {
+    "non-square, below a warp's width": (7, 13),
+    "odd, an eighth below a power of two": (63, 63),
+    "768-pixel edits, not a power of two": (96, 96),
+}
+
+
+def same(kernel: Tensor, plain: Tensor) -> bool:
+    """Bit for bit where both ran on a CPU; a GPU's torch divides by a number as it multiplies with its inverse."""
+    if kernel.device.type == "cpu":
+        return torch.equal(kernel.nan_to_num(7e33), plain.nan_to_num(7e33))
+    return torch.allclose(kernel, plain, rtol=1e-5, atol=1e-5 * float(plain.nan_to_num().abs().max()), equal_nan=True)
+
+
+def run(case: Any) -> EditState:
+    """All steps of a case. Whatever a step must not read is NaN: other steps' residuals and idle branches."""
+    state = ops.start(case.plan, case.x_t)
+    state.shares.fill_(math.nan)
+    for step, branches in enumerate(case.branches):
+        residuals = torch.full_like(case.residuals, math.nan)
+        residuals[step] = case.residuals[step]
+        idle = torch.full_like(branches[:1], math.nan)
+        ops.sega_step(case.plan, state, torch.cat([branches, idle]), residuals)
+    return state
+
+
+def both(case: Any, on: Callable[[str], None]) -> tuple[EditState, EditState]:
+    on("triton")
+    kernel = run(case)
+    on("torch")
+    return kernel, run(case)
+
+
+def agree(kernel: EditState, plain: EditState) -> None:
+    assert torch.equal(kernel.step, plain.step)
+    assert same(kernel.x_t, plain.x_t)
+    assert same(kernel.momentum, plain.momentum)
+    assert same(kernel.shares, plain.shares.nan_to_num(0.0))  # the kernel writes what the plain side leaves untouched
+    assert kernel.counts is not None and plain.counts is not None
+    assert torch.equal(kernel.counts, plain.counts)
+
+
+@pytest.mark.parametrize("concepts", [1, 5])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_a_step_is_the_equations(
+    inputs: ModuleType, on: Callable[[str], None], device: str, size: tuple[int, int], concepts: int
+) -> None:
+    terms = [inputs.term(f"c{i}", threshold=0.95 - 0.1 * i, reverse=i % 2 == 1) for i in range(concepts)]
+    plan = EditPlan(inputs.levels(2), terms, target="target", momentum_scale=0.3)
+    kernel, plain = both(inputs.edit(plan, size, channels=2, device=device), on)
+    agree(kernel, plain)
+    assert plain.momentum.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_half_precision_branches_in_both_layouts(
+    inputs: ModuleType, on: Callable[[str], None], device: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    plan = EditPlan(inputs.levels(1), [inputs.term("c")], target="target")
+    case = inputs.edit(plan, (9, 6), batch=2, channels=3, dtype=dtype, device=device, channels_last=channels_last)
+    agree(*both(case, on))
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "no concept": {"concepts": []},
+    "nothing to guide": {"guidance_scale": 1.0},
+    "scale 0": {"guidance_scale": 0.0},
+    "empty target": {"target": ""},
+    "negative prompt": {"negative": "blurry"},
+    "target equals the negative": {"target": "blurry", "negative": "blurry"},
+    "concept equals the target": {"concepts": [{"text": "target"}]},
+    "two strengths of one text": {"concepts": [{}, {"guidance_scale": 2.0, "reverse": True}]},
+    "one warms up": {"concepts": [{}, {"text": "late", "warmup_steps": 2}]},
+    "one warms up the momentum": {"concepts": [{}, {"text": "late", "warmup_steps": 2}], "momentum_scale": 0.5},
+    "one cools down": {"concepts": [{}, {"text": "early", "cooldown_steps": 1}], "momentum_scale": 0.5},
+    "all cooled down": {"concepts": [{"cooldown_steps": 2}], "momentum_scale": 0.5, "momentum_beta": 0.9},
+}
+
+
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS.keys())
+def test_a_whole_edit_is_the_plain_loop(
+    inputs: ModuleType, on: Callable[[str], None], device: str, changes: dict[str, Any]
+) -> None:
+    """`edit.edit` is the truth; `ops` must repeat it step by step on both sides, whatever the schedule of branches."""
+    concepts = changes.get("concepts", [{}])
+    terms = [inputs.term(**({"text": "concept", "threshold": 0.5} | concept)) for concept in concepts]
+    settings = {"target": "target", "guidance_scale": 3.0, "terms": terms}
+    settings |= {key: value for key, value in changes.items() if key != "concepts"}
+    schedule = make_schedule(ScheduleConfig(), 4)
+    plan = EditPlan([levels(schedule, schedule.sigmas(1.0), i) for i in range(4)], **settings)
+    texts = {text for step in range(4) for text in plan.texts(step)} | {""}
+    generator = torch.Generator().manual_seed(0)
+    contexts = {text: torch.randn(2, 3, 5, generator=generator).to(device) for text in sorted(texts)}
+    x_t, *residuals = torch.randn(5, 1, 2, 3, 5, generator=generator).to(device)
+
+    def eps_model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return torch.tanh(x) + 0.1 * context
+
+    truth = edit(eps_model, contexts, x_t, torch.stack(residuals), schedule, skip=0, **settings)
+    for side in ("torch", "triton"):
+        on(side)
+        state = ops.start(plan, x_t, masks=False)
+        for step in range(4):
+            t = schedule.timesteps[step].expand(1)
+            branches = torch.stack([eps_model(state.x_t, t, contexts[text]) for text in plan.texts(step)])
+            ops.sega_step(plan, state, branches, torch.stack(residuals))
+        assert same(state.x_t, truth), side
+
+
+def masks(values: Tensor, threshold: float, inputs: ModuleType, on: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """(the kernel's mask, percentile_mask's) of the magnitudes of one row of values (n,)."""
+    plan = EditPlan(inputs.levels(1), [inputs.term("c", guidance_scale=1.0, threshold=threshold)])
+    psi = values.reshape(1, 1, 1, -1)
+    state = ops.start(plan, torch.zeros_like(psi))
+    on("triton")
+    ops.sega_step(plan, state, torch.stack([torch.zeros_like(psi), psi]), torch.zeros_like(psi)[None])
+    assert state.counts is not None
+    return state.counts[0].bool().flatten(), percentile_mask(psi, threshold).flatten()
+
+
+# Ties, zeros of both signs, neighbours, subnormals and the largest numbers are likely, ordinary ones are there too.
+MAGNITUDES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-23, 1e-45, -1e-40, 1.2e-38, 1e30, -3e38]),
+    st.floats(-10.0, 10.0, width=32),
+)
+THRESHOLDS = st.one_of(st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.floats(0.0, 1.0))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(MAGNITUDES, min_size=1, max_size=150), threshold=THRESHOLDS)
+def test_the_percentile_is_torchs_and_numpys(
+    inputs: ModuleType, on: Callable[[str], None], device: str, values: list[float], threshold: float
+) -> None:
+    row = torch.tensor(values, dtype=torch.float32, device=device)
+    kernel, plain = masks(row, threshold, inputs, on)
+    assert torch.equal(kernel, plain)
+
+    # numpy computes ranks and the interpolation in float64: only values next to its cut may fall on the other side.
+    magnitude = row.abs().double().cpu().numpy()
+    cut = np.quantile(magnitude, threshold)
+    clear = np.abs(magnitude - cut) > 1e-4 * (magnitude.max() - magnitude.min())
+    assert (kernel.cpu().numpy() == (magnitude >= cut))[clear].all()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param([2.5] * 77, id="all equal"),
+        pytest.param([0.0, -0.0] * 40, id="zeros of both signs"),
+        pytest.param([1e-45 * i for i in range(64)], id="subnormals"),
+        pytest.param([1e30 * (-1) ** i * i for i in range(100)], id="1e30"),
+        pytest.param([1.0] * 95 + [2.0] * 5, id="a tie at the cut"),
+        pytest.param([float(i) for i in range(100)] + [math.inf], id="an infinity"),
+    ],
+)
+def test_adversarial_magnitudes(
+    inputs: ModuleType, on: Callable[[str], None], device: str, values: list[float], threshold: float
+) -> None:
+    kernel, plain = masks(torch.tensor(values, device=device), threshold, inputs, on)
+    assert torch.equal(kernel, plain)
+    if threshold == 0.0 and math.inf not in values:
+        assert kernel.all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_the_latents(
+    inputs: ModuleType, on: Callable[[str], None], device: str, bad: float
+) -> None:
+    plan = EditPlan(inputs.levels(1), [inputs.term("c")], momentum_scale=0.3)
+    case = inputs.edit(plan, (5, 7), channels=2, device=device)
+    case.branches[0][-1, 0, 1, 2, 3] = bad  # the concept's prediction, second channel
+    kernel, plain = both(case, on)
+    agree(kernel, plain)
+    assert not torch.isfinite(kernel.x_t[0, 1, 2, 3])
+    assert torch.isfinite(kernel.x_t[0, 0]).all()
+
+
+def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> None:
+    from ledits_min.kernels import sega_step as kernel
+
+    plan = EditPlan(inputs.levels(1), [inputs.term("c")])
+    case = inputs.edit(plan, (4, 6), device=device)
+    state = ops.start(plan, case.x_t)
+    buffers = {"x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None}
+    arguments = {"step": state.step, **state.tables, "branches": case.branches[0], "residuals": case.residuals, **buffers}
+    with pytest.raises(ValueError, match="momentum .* must be contiguous"):
+        kernel.sega_step(**arguments | {"momentum": state.momentum.transpose(2, 3)})
+    with pytest.raises(ValueError, match="gaps between their rows"):
+        kernel.sega_step(**arguments | {"branches": case.branches[0].transpose(3, 4)})
+    with pytest.raises(ValueError, match="does not fit"):
+        kernel.sega_step(**arguments | {"x_t": torch.zeros(1, 4, 129, 128, device=device)})
+
+
+def test_maps_too_large_go_to_torch_and_say_so(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
+    plan = EditPlan(inputs.levels(1))
+    case = inputs.edit(plan, (129, 128), channels=1, device=device)
+    on("triton")
+    with pytest.warns(UserWarning, match="too large for registers"):
+        state = run(case)
+    on("torch")
+    assert torch.equal(state.x_t, run(case).x_t)
+
+
+def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """The float32 that our UNet returns in both layouts, with and without mask counts, and half precision."""
+    from ledits_min.kernels.sega_step import block_shape
+
+    variants = []
+    for dtype, positions, count, channels_last in [
+        ("fp32", 4096, False, False),
+        ("fp32", 4096, True, True),
+        ("fp32", 9216, True, False),
+        ("fp16", 4096, False, False),
+        ("bf16", 16384, False, False),
+    ]:
+        block, tile, warps = block_shape(positions)
+        constants = {"STRIDE": 1, "K": 4, "COUNT": count, "BLOCK": block, "TILE": tile}
+        variants.append({
+            "module": "sega_step", "kernel": "_sega_step", "num_warps": warps, "fuse": False,
+            "types": {"step_ptr": "*i32", "slots_ptr": "*i32", "counts_ptr": "*i32", "branches_ptr": f"*{dtype}"},
+            "constants": constants | ({"STRIDE": 4, "channel_stride": 1} if channels_last else {}),
+            "aligned": ["positions", "branch_stride", "sample_stride", "channel_stride"],
+        })  # fmt: skip
+    for usage in ahead_of_time(variants):
+        assert usage["cubin"] > 0
+        assert usage["stack"] == 0, usage
+        assert usage["registers"] <= REGISTERS, usage
