@@ -1,10 +1,15 @@
-"""How a benchmark measures on a GPU: events, medians, cold buffers, and the ceilings of the same machine in the same run."""
+"""How a benchmark measures on a GPU: events, medians, cold buffers, and the ceilings of the same machine and run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,25 +18,42 @@ from torch import Tensor
 
 ROUNDS = 100
 
+Calls = Sequence[Callable[[], object]]  # the same work on different buffers, so that none is found in the cache
 
-def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Median time of a call on the device. `calls` do the same on different buffers, so that none is found in the cache."""
+
+@contextmanager
+def kernels(side: str) -> Iterator[None]:
+    """LEDITS_KERNELS for a while."""
+    before = os.environ.get("LEDITS_KERNELS")
+    os.environ["LEDITS_KERNELS"] = side
+    yield
+    if before is None:
+        del os.environ["LEDITS_KERNELS"]
+    else:
+        os.environ["LEDITS_KERNELS"] = before
+
+
+def microseconds(calls: Calls) -> float:
+    """Median time of a call between two events on the device, in the order in which a program would issue them.
+
+    Where the host is slower than the device, as in eager torch, this is the host's time: that is what a user waits for.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
-    times = []
+    marks = []
     for _, call in zip(range(ROUNDS), cycle(calls), strict=False):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
         end.record()
-        times.append((start, end))
+        marks.append((start, end))
     torch.cuda.synchronize()
-    return 1000.0 * median(start.elapsed_time(end) for start, end in times)
+    return 1000.0 * median(start.elapsed_time(end) for start, end in marks)
 
 
-def graphed(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """The same calls as captured graphs, which are replayed without the host's share of a launch."""
+def graphed(calls: Calls) -> Calls:
+    """The same calls as captured graphs, replayed without the host's share of a launch."""
     graphs = []
     for call in calls:
         stream = torch.cuda.Stream()
@@ -40,17 +62,27 @@ def graphed(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
             call()
-        graphs.append(graph)
     return [graph.replay for graph in graphs]
 
 
+def synchronised(calls: Calls) -> Callable[[], None]:
+    """One call that waits for the device, as pytest-benchmark's clock must see it."""
+    turns = cycle(calls)
+
+    def call() -> None:
+        next(turns)()
+        torch.cuda.synchronize()
+
+    return call
+
+
 def buffers(size: int) -> int:
-    """How many copies of `size` bytes lie well beyond the L2 cache together, at least 2."""
+    """How many copies of `size` bytes lie well beyond the L2 cache together: 2 to 32."""
     cache_size = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(64, max(2, -(-3 * cache_size // size)))
+    return min(32, max(2, -(-3 * cache_size // size)))
 
 
 @cache
@@ -66,70 +98,73 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def synchronised(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """One call that waits for the device: what pytest-benchmark's own clock sees."""
-    turns = cycle(calls)
-
-    def call() -> None:
-        next(turns)()
-        torch.cuda.synchronize()
-
-    return call
-
-
-def compare(sides: dict[str, Sequence[Callable[[], object]]], moved: int) -> dict[str, Any]:
-    """Every side's median beside the floor: `moved` bytes, each read or written once, at the copy's bandwidth."""
-    floor = moved / ceilings()["copy GB/s"] / 1e3
-    times = {name: microseconds(calls) for name, calls in sides.items()}
-    return {
-        "moved bytes": moved,
-        "floor us": round(floor, 2),
-        "us": {name: round(time, 2) for name, time in times.items()},
-        "times the floor": {name: round(time / floor, 2) for name, time in times.items()},
-        "times the kernel": {name: round(time / times["kernel"], 2) for name, time in times.items()},
-        **ceilings(),
-        **conditions(),
-    }
-
-
-def conditions() -> dict[str, Any]:
+def conditions() -> dict[str, str]:
     """What a figure means little without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(),
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or os.environ.get("LEDITS_COMMIT", ""),
+        "torch": version("torch"),
         "triton": version("triton"),
     }
 
 
+def difference(kernel: Tensor, plain: Tensor) -> float:
+    """||kernel - plain|| / ||plain||; NaN never passes a comparison."""
+    return float((kernel.double() - plain.double()).norm() / plain.double().norm())
+
+
 def report(
+    benchmark: Any, torch_side: dict[str, Calls], kernel: Calls, moved: int, graphs: bool = True
+) -> None:
+    """Measure all sides and write their medians, beside the floor, to the benchmark.
+
+    torch_side  by name; "eager" is also measured as a graph where `graphs` says that the calls can be captured
+    moved       bytes of one call, each read or written once: at the bandwidth of a copy they are the floor
+    """
+    floor = moved / ceilings()["copy GB/s"] / 1e3
+    times: dict[str, float] = {}
+    with kernels("torch"):
+        times |= {name: microseconds(calls) for name, calls in torch_side.items()}
+        if graphs:
+            times["eager, graph"] = microseconds(graphed(torch_side["eager"]))
+    with kernels("triton"):
+        times["kernel"] = microseconds(kernel)
+        if graphs:
+            times["kernel, graph"] = microseconds(graphed(kernel))
+        benchmark.pedantic(synchronised(kernel), rounds=20)
+    benchmark.extra_info |= {
+        "us": {name: round(time, 2) for name, time in times.items()},
+        "times the kernel": {name: round(time / times["kernel"], 2) for name, time in times.items()},
+        "times the floor": {name: round(time / floor, 2) for name, time in times.items()},
+        "floor us": round(floor, 2),
+        "moved bytes": moved,
+        "buffers": len(kernel),
+        **ceilings(),
+        **conditions(),
+    }
+    print(f"\n{benchmark.name}: {benchmark.extra_info['us']} us, floor {floor:.2f}")
+
+
+def report_function(
     benchmark: Any,
-    monkeypatch: pytest.MonkeyPatch,
     function: Callable[..., Tensor],
     arguments: Sequence[tuple[Any, ...]],
     moved: int,
     tolerance: float,
     graphs: bool = True,
 ) -> None:
-    """Measure a function of `ops` on its torch side, the same compiled, and as a kernel; and compare their results.
-
-    arguments  one tuple a buffer; `moved` bytes are read or written by one call
-    graphs     whether the calls can be captured
-    """
-    calls = [lambda a=a: function(*a) for a in arguments]
+    """`report` for a pure function of `ops` with one tuple of arguments a buffer; its two sides' results must agree."""
     compiled = torch.compile(function)
-    results, sides = {}, {}
-    for side in ("torch", "triton"):
-        with choose(monkeypatch, side):
-            results[side] = calls[0]()
-    sides["eager"] = on("torch", calls)
-    sides["compiled"] = on("torch", [lambda a=a: compiled(*a) for a in arguments])
-    sides["kernel"] = on("triton", calls)
-
-
-def difference(kernel: Tensor, plain: Tensor) -> float:
-    """||kernel - plain|| / ||plain||, both of the run that is reported; NaN never passes a comparison."""
-    return float((kernel.double() - plain.double()).norm() / plain.double().norm())
+    with torch.no_grad():
+        results = []
+        for side in ("triton", "torch"):
+            with kernels(side):
+                results.append(function(*arguments[0]))
+        off = difference(*results)
+        assert off < tolerance, f"the two sides differ by {off:.2g}"
+        benchmark.extra_info["difference"] = off
+        plain = [lambda a=a: function(*a) for a in arguments]
+        both = {"eager": plain, "compiled": [lambda a=a: compiled(*a) for a in arguments]}
+        report(benchmark, both, plain, moved, graphs)

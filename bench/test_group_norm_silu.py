@@ -21,7 +21,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_group_norm_silu(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch,
+    gpu: ModuleType, inputs: ModuleType, benchmark: Any,
     shape: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
     norm = inputs.norm(shape[1], 32, torch.float16, "cuda")
@@ -29,4 +29,4 @@ def test_group_norm_silu(
     moved = 2 * first.nbytes
     maps = [first, *(torch.randn_like(first) for _ in range(gpu.buffers(moved) - 1))]
     # No published Triton GroupNorm takes channels-last maps with groups of 10 or 30 channels: torch is the peer.
-    gpu.report(benchmark, monkeypatch, ops.group_norm_silu, [(x, norm) for x in maps], moved, tolerance=2e-3)
+    gpu.report_function(benchmark, ops.group_norm_silu, [(x, norm) for x in maps], moved, tolerance=2e-3)

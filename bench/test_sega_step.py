@@ -24,39 +24,33 @@ CASES = {
 
 @pytest.mark.parametrize(("size", "concepts", "batch"), CASES.values(), ids=CASES.keys())
 def test_sega_step(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int],
+    gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int],
     concepts: int, batch: int,
 ) -> None:  # fmt: skip
     terms = [inputs.term(f"c{i}", threshold=0.95 - 0.05 * i) for i in range(concepts)]
-    plan = EditPlan(inputs.levels(STEPS), terms, target="target", momentum_scale=0.3)
-    case = inputs.edit(EditPlan(plan.levels[:1], terms, target="target", momentum_scale=0.3), size, batch, device="cuda")
+    settings = {"terms": terms, "target": "target", "momentum_scale": 0.3}
+    plan = EditPlan(inputs.levels(STEPS), **settings)
+    case = inputs.edit(EditPlan(plan.levels[:1], **settings), size, batch, device="cuda")
     maps = case.x_t.nbytes
     # Every branch, x_t and the residual once; x_t, momentum and the counts are read and written.
     moved = maps * (len(case.branches[0]) + 1 + 2 + 2 + 2 * concepts)
     residuals = case.residuals.expand(STEPS, *case.x_t.shape).contiguous()
-    count = gpu.buffers(moved)
-    branches = [torch.randn_like(case.branches[0]) for _ in range(count)]
+    branches = [torch.randn_like(case.branches[0]) for _ in range(gpu.buffers(moved))]
 
     def calls(step: Any) -> list[Any]:
-        states = [ops.start(plan, case.x_t) for _ in range(count)]
-        return [lambda s=state, b=maps: step(plan, s, b, residuals, 0) for state, b in zip(states, branches, strict=True)]
+        buffers = [(plan, ops.start(plan, case.x_t), maps, residuals, 0) for maps in branches]
+        return [lambda a=arguments: step(*a) for arguments in buffers]
 
     results = {}
-    for side in ("torch", "triton"):
-        monkeypatch.setenv("LEDITS_KERNELS", side)
-        state = ops.start(plan, case.x_t)
-        ops.sega_step(plan, state, case.branches[0], residuals, 0)
-        results[side] = state
-    monkeypatch.setenv("LEDITS_KERNELS", "torch")
-    compiled = calls(torch.compile(ops.sega_step))
-    eager = calls(ops.sega_step)
-    figures = gpu.compare({"eager": eager, "compiled": compiled, "eager, graph": gpu.graphed(eager)}, moved)
-    monkeypatch.setenv("LEDITS_KERNELS", "triton")
-    kernel = calls(ops.sega_step)
-    figures = gpu.compare({"kernel": kernel, "kernel, graph": gpu.graphed(kernel)}, moved, figures)
-    benchmark.extra_info |= figures | {
-        "difference": gpu.difference(results["triton"].x_t, results["torch"].x_t),
-        "masks equal": torch.equal(results["triton"].counts, results["torch"].counts),
-    }
-    assert benchmark.extra_info["difference"] < 1e-5
-    benchmark.pedantic(gpu.synchronised(kernel), rounds=20)
+    for side in ("triton", "torch"):
+        with gpu.kernels(side):
+            results[side] = ops.start(plan, case.x_t)
+            ops.sega_step(plan, results[side], case.branches[0], residuals, 0)
+    off = gpu.difference(results["triton"].x_t, results["torch"].x_t)
+    assert off < 1e-5
+    assert torch.equal(results["triton"].counts, results["torch"].counts)
+    benchmark.extra_info["difference"] = off
+    gpu.report(
+        benchmark, {"eager": calls(ops.sega_step), "compiled": calls(torch.compile(ops.sega_step))},
+        calls(ops.sega_step), moved,
+    )  # fmt: skip

@@ -17,21 +17,21 @@ TOGETHER = 16  # residuals of one batch over t
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_noisy_copies(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+    gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]
 ) -> None:
     alpha_bar_t = torch.tensor([level[0] for level in inputs.levels(STEPS)], dtype=torch.float64)
     x_0 = torch.randn(1, 4, *size, device="cuda")
     moved = x_0.nbytes * (1 + STEPS + STEPS + 1)
     noises = [torch.randn(STEPS, 1, 4, *size, device="cuda") for _ in range(gpu.buffers(moved))]
-    gpu.report(
-        benchmark, monkeypatch, ops.trajectory, [(x_0, noise, alpha_bar_t) for noise in noises], moved, tolerance=1e-6,
+    gpu.report_function(
+        benchmark, ops.trajectory, [(x_0, noise, alpha_bar_t) for noise in noises], moved, tolerance=1e-6,
         graphs=False,  # the schedule comes from the host
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_residuals(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+    gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]
 ) -> None:
     levels = inputs.levels(STEPS)[:TOGETHER]
     maps = 1 * 4 * size[0] * size[1] * 4
@@ -46,4 +46,4 @@ def test_residuals(
         )
         for _ in range(gpu.buffers(moved))
     ]
-    gpu.report(benchmark, monkeypatch, ops.residuals, arguments, moved, tolerance=1e-5, graphs=False)
+    gpu.report_function(benchmark, ops.residuals, arguments, moved, tolerance=1e-5, graphs=False)

@@ -1,15 +1,18 @@
-"""GroupNorm, and the SiLU behind it, of channels-last feature maps in two launches. `ops.group_norm_silu` calls torch or this.
+"""GroupNorm, and the SiLU behind it, of channels-last feature maps in two launches. `ops` calls torch or this.
 
-In channels-last memory a group is a few channels of every position, so a program takes a block of whole groups and walks
-over positions; sums go over positions first, and over the few channels of each group last. Any channel count works:
-blocks are padded, not the map. Statistics are float32 and never E[x^2] - E[x]^2: every tile's spread is measured around
-its own mean while it lies in registers, and means and spreads are then merged (Chan, Golub, LeVeque 1979):
+In channels-last memory a group is a few channels of every position, so a program takes a block of whole groups and
+walks over positions; sums go over positions first, and over the few channels of each group last. Any channel count
+works: blocks are padded, not the map. Statistics are float32 and never E[x^2] - E[x]^2: every tile's spread is
+measured around its own mean while it lies in registers, and means and spreads are then merged (Chan, Golub, LeVeque
+1979):
 
     mean   = sum n_i mean_i / sum n_i
     spread = sum spread_i + n_i (mean_i - mean)^2
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -180,7 +183,7 @@ def group_norm_silu(
     statistics = torch.empty(batch, parts, groups, 2, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     grid = (parts, triton.cdiv(groups, together), batch)
-    shape = {
+    shape: dict[str, Any] = {
         "GROUPS": groups, "WIDTH": channels // groups, "TOGETHER": together, "ADD": add is not None,
         "ROWS": ROWS, "BLOCK": block, "MEMBERS": power_of_2(together), "num_warps": WARPS, "fuse": True,
     }  # fmt: skip

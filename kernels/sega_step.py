@@ -19,8 +19,9 @@ from ledits_min.kernels._launch import check_layout, launch, map_strides, power_
 MAX_POSITIONS = 16384  # a map stays in one program's registers: 128 x 128 latents, a picture of 1024 x 1024
 
 # Columns of the tables; a Triton kernel reads a global number only as a constexpr.
-SLOTS = tl.constexpr(3)  # branch of eps_uncond, of the guidance's base, of its text; then one a concept; -1: not evaluated
-LEVELS = tl.constexpr(4)  # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
+SLOTS = tl.constexpr(3)  # branch of eps_uncond, of the guidance's base, of its text; then one a concept; -1: none
+# sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
+LEVELS = tl.constexpr(4)
 GUIDANCE = tl.constexpr(5)  # guidance_scale, momentum_scale, momentum_beta, 1 - momentum_beta, every concept is warm
 TERMS = tl.constexpr(4)  # direction times scale, threshold, weight, acts
 
@@ -31,9 +32,9 @@ _INFINITY = tl.constexpr(0x7F800000)  # its float32 bits; every NaN, its sign ta
 def _quantile(magnitude, positions, threshold, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """torch.quantile of a map, exactly: linear interpolation between the values of rank k and k + 1.
 
-    magnitude holds |psi| as int32 bits, whose order is the floats' order (-0.0 has lost its sign, NaN is greatest), and
-    -1 in the BLOCK - positions places behind the map. The value of rank k is found by bisection over the bits: 31 rounds
-    of counting at most, and fewer as soon as no value lies between the middle and rank k.
+    magnitude holds |psi| as int32 bits, whose order is the floats' order (-0.0 has lost its sign, NaN is greatest),
+    and -1 in the BLOCK - positions places behind the map. The value of rank k is found by bisection over the bits: 31
+    rounds of counting at most, and fewer as soon as no value lies between the middle and rank k.
     """
     rank = threshold * (positions - 1)  # in float32, as torch computes it
     k = rank.to(tl.int32)
@@ -184,8 +185,8 @@ def _direction(concept, uncond, scale, at, inside):  # type: ignore[no-untyped-d
 def block_shape(positions: int) -> tuple[int, int, int]:
     """(BLOCK, TILE, warps) for maps of that many positions.
 
-    At most 32 positions a thread, so that the bisection stays in registers; 4 a thread (16 bytes of a float32 map) in the
-    rest. Other choices spilled registers.
+    At most 32 positions a thread, so that the bisection stays in registers; 4 a thread (16 bytes of a float32 map) in
+    the rest. Other choices spilled registers.
     """
     block = power_of_2(positions, least=128)
     warps = max(4, min(16, block // 512))
@@ -212,9 +213,11 @@ def sega_step(
 ) -> None:
     """Advance x_t, momentum and step in place, and write this step's row of `shares`; add to `counts` where given.
 
-    step int32 (B, C) · slots int32 (T, 3 + K) · levels float32 (T, 4) · guidance float32 (T, 5) · terms float32 (T, K, 4)
-    branches (N, B, C, h, w) in any float dtype, NCHW or channels-last · residuals float32 (T, B, C, h, w)
-    x_t, momentum float32 (B, C, h, w) · shares float32 (T, K, B, C) · counts int32 (K, B, C, h, w)
+    tables     slots int32 (T, 3 + K), levels float32 (T, 4), guidance float32 (T, 5), terms float32 (T, K, 4)
+    branches   (N, B, C, h, w) in any float dtype, NCHW or channels-last
+    residuals  float32 (T, B, C, h, w)
+    state      step int32 (B, C); x_t, momentum float32 (B, C, h, w); shares float32 (T, K, B, C);
+               counts int32 (K, B, C, h, w)
 
     The columns of the tables stand at the top of this file. A branch that no slot of the row names is not read.
     ValueError for more than MAX_POSITIONS positions and for a layout that is not the one above.

@@ -1,4 +1,4 @@
-"""The inversion outside the network: all noisy copies of a picture in one launch, and a batch of residuals in one launch.
+"""The inversion outside the network: all noisy copies of a picture in one launch, a batch of residuals in another.
 
 Both as `ledits_min.inversion` defines them; `ops` calls those or these.
 """
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ledits_min.kernels._launch import check_layout, launch, map_strides, power_of_2
 
-LEVELS = tl.constexpr(4)  # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
-BLOCK = 1024
-WARPS = 4  # 8 positions a thread: these kernels only move bytes
+# sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
+LEVELS = tl.constexpr(4)
+BLOCK = 512
+WARPS = 4  # 4 positions a thread, 16 bytes: these kernels only move bytes
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _trajectory(  # type: ignore[no-untyped-def]
 
 
 def trajectory(levels: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """x_t of every step and x_0 behind them: levels float32 (T, 4), x_0 (B, C, h, w), noise (T, B, C, h, w), float32."""
+    """x_t of every step and x_0 behind them, float32: levels (T, 4), x_0 (B, C, h, w), noise (T, B, C, h, w)."""
     check_layout(levels=levels, x_0=x_0, noise=noise)
     steps, size = len(noise), x_0.numel()
     out = torch.empty(steps + 1, *x_0.shape, dtype=x_0.dtype, device=x_0.device)

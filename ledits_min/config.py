@@ -5,17 +5,28 @@ Nothing here imports torch, so that `ledits --help` and header inspection stay i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ledits_min.checks import InputError, Reader, RunError, check_number, check_whole, short
 
-class InputError(ValueError):
-    """An input was refused: one line that names the value, the reason and the way out."""
-
-
-class RunError(RuntimeError):
-    """Something went wrong while running, through no fault of the input: one line, the program's exit code is 1."""
+__all__ = [
+    "SD15_SCHEDULE",
+    "SD15_TEXT",
+    "SD15_UNET",
+    "SD15_VAE",
+    "EditDefaults",
+    "InputError",
+    "RunError",
+    "ScheduleConfig",
+    "TextConfig",
+    "UNetConfig",
+    "VAEConfig",
+    "check_number",
+    "check_whole",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class UNetConfig:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> UNetConfig:
         """Read a diffusers `unet/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
-        read = _Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
+        read = Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
         widths = read.wholes("block_out_channels", _UNET_WIDTHS)
         heads = read.wholes("attention_head_dim", 8, repeat=len(widths))
         config = cls(
@@ -86,21 +97,9 @@ class UNetConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The diffusers-style dictionary that `from_json` reads back."""
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "down_block_types": list(self.down_block_types),
-            "up_block_types": list(self.up_block_types),
-            "layers_per_block": self.layers_per_block,
-            "attention_head_dim": list(self.num_attention_heads),
-            "cross_attention_dim": self.cross_attention_dim,
-            "norm_num_groups": self.norm_num_groups,
-            "norm_eps": self.norm_eps,
-            "use_linear_projection": self.use_linear_projection,
-            "sample_size": self.sample_size,
-        }
+        values = _as_json(self)
+        values["attention_head_dim"] = values.pop("num_attention_heads")
+        return {"_class_name": "UNet2DConditionModel", **values}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class VAEConfig:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> VAEConfig:
         """Read a diffusers `vae/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
-        read = _Reader(mapping, source, "AutoencoderKL", _VAE_DEFAULTS)
+        read = Reader(mapping, source, "AutoencoderKL", _VAE_DEFAULTS)
         widths = read.wholes("block_out_channels", (64,))
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if read.strings(key, (kind,)) != (kind,) * len(widths):
@@ -157,20 +156,8 @@ class VAEConfig:
     def to_json(self) -> dict[str, Any]:
         """The diffusers-style dictionary that `from_json` reads back."""
         levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "latent_channels": self.latent_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "layers_per_block": self.layers_per_block,
-            "norm_num_groups": self.norm_num_groups,
-            "scaling_factor": self.scaling_factor,
-            "mid_block_add_attention": self.mid_block_add_attention,
-            "sample_size": self.sample_size,
-        }
+        kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        return {"_class_name": "AutoencoderKL", **_as_json(self), **kinds}
 
 
 @dataclass(frozen=True)
@@ -201,7 +188,7 @@ class TextConfig:
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> TextConfig:
         """Read a Hugging Face `text_encoder/config.json`; training-only keys (dropout, initialisers) are ignored."""
-        read = _Reader(mapping, source, None, {})
+        read = Reader(mapping, source, None, {})
         kind = mapping.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
             raise InputError(f"{source}: model_type is {kind!r}; only a 'clip_text_model' can be the text encoder")
@@ -221,8 +208,7 @@ class TextConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The Hugging-Face-style dictionary that `from_json` reads back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **values}
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **_as_json(self)}
 
 
 @dataclass(frozen=True)
@@ -257,7 +243,7 @@ class ScheduleConfig:
         Only the keys that define the noise schedule count: which sampler the file names does not matter, because
         LEDITS brings its own. Keys that would change the schedule in a way we do not implement are refused.
         """
-        read = _Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
+        read = Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
         config = cls(
             num_train_timesteps=read.whole("num_train_timesteps", 1000),
             beta_start=read.number("beta_start", 0.00085),
@@ -271,8 +257,8 @@ class ScheduleConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The diffusers-style dictionary that `from_json` reads back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"_class_name": "DDIMScheduler", **values, "clip_sample": False, "set_alpha_to_one": False}
+        sampler = {"clip_sample": False, "set_alpha_to_one": False}
+        return {"_class_name": "DDIMScheduler", **_as_json(self), **sampler}
 
 
 @dataclass(frozen=True)
@@ -287,10 +273,18 @@ class EditDefaults:
     threshold: float = 0.95
     warmup_steps: int = 1
 
+    def __post_init__(self) -> None:
+        check_whole("default num_steps", self.num_steps, 1, 50_000)
+        check_whole("default skip", self.skip, 0, self.num_steps - 1)
+        check_whole("default warmup_steps", self.warmup_steps, 0, 100_000)
+        check_number("default threshold", self.threshold, 0.0, 1.0)
+        for name in ("guidance_scale", "source_guidance_scale", "concept_guidance_scale"):
+            check_number(f"default {name}", getattr(self, name), 0.0, 1000.0)
+
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> EditDefaults:
         """Read a `ledits.json`; every key is optional, an unknown one is refused."""
-        paper, read = cls(), _Reader(mapping, source, None, {})
+        paper, read = cls(), Reader(mapping, source, None, {})
         unknown = sorted(set(mapping) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
@@ -306,101 +300,15 @@ class EditDefaults:
         )
 
 
-class _Reader:
-    """Typed access to a parsed JSON object that remembers which keys were honoured."""
-
-    def __init__(
-        self, mapping: Mapping[str, Any], source: str, class_name: str | None, defaults: Mapping[str, Any]
-    ) -> None:
-        if not isinstance(mapping, Mapping):
-            raise InputError(f"{source}: a JSON object is wanted, not {type(mapping).__name__}")
-        found = mapping.get("_class_name", class_name)
-        if class_name is not None and found != class_name:
-            raise InputError(f"{source}: _class_name is {found!r}; only {class_name!r} is supported here")
-        self.mapping, self.source, self.defaults = mapping, source, defaults
-        self.honoured: set[str] = set()
-
-    def _get(self, key: str, default: Any) -> Any:
-        self.honoured.add(key)
-        value = self.mapping.get(key)
-        return default if value is None else value
-
-    def _wrong(self, key: str, value: Any, wanted: str) -> InputError:
-        return InputError(f"{self.source}: {key} is {_short(value)}; {wanted} is wanted")
-
-    def whole(self, key: str, default: int) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or abs(value) > 2**31:
-            raise self._wrong(key, value, "a whole number below 2^31")
-        return int(value)
-
-    def number(self, key: str, default: float) -> float:
-        value = self._get(key, default)
-        if type(value) not in (int, float) or not abs(value) <= 1e30:
-            raise self._wrong(key, value, "a finite number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if type(value) is not bool:
-            raise self._wrong(key, value, "true or false")
-        return value
-
-    def string(self, key: str, default: str) -> str:
-        value = self._get(key, default)
-        if type(value) is not str:
-            raise self._wrong(key, value, "a string")
-        return value
-
-    def strings(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        value = self._get(key, default)
-        if not isinstance(value, list | tuple) or not all(type(item) is str for item in value):
-            raise self._wrong(key, value, "a list of strings")
-        return tuple(value)
-
-    def wholes(self, key: str, default: int | tuple[int, ...], repeat: int = 1) -> tuple[int, ...]:
-        """A list of positive whole numbers, or one of them standing for `repeat` equal ones."""
-        value = self._get(key, default)
-        items = value if isinstance(value, list | tuple) else [value] * repeat
-        if not 1 <= len(items) <= 16 or not all(type(item) is int and 0 < item < 2**31 for item in items):
-            raise self._wrong(key, value, "a short list of positive whole numbers")
-        return tuple(items)
-
-    def refuse_if_changed(self) -> None:
-        """Refuse a key of the defaults table that holds another value than the one we implement."""
-        for key, default in self.defaults.items():
-            value = self.mapping.get(key)
-            if value is not None and not _same(value, default):
-                raise InputError(
-                    f"{self.source}: {key} = {_short(value)} is not supported; only {_short(default)} is implemented"
-                )
-
-    def refuse_the_rest(self) -> None:
-        """As `refuse_if_changed`, and an unknown key may only be null or false."""
-        self.refuse_if_changed()
-        for key, value in self.mapping.items():
-            if key in self.honoured or key in self.defaults or key.startswith("_"):
-                continue
-            if value is not None and value is not False:
-                setting = f"{_short(key)} = {_short(value)}"
-                raise InputError(f"{self.source}: {setting} is a setting this program does not know")
-
-
-def _same(value: Any, default: Any) -> bool:
-    if isinstance(value, list):
-        return all(_same(item, default) for item in value)
-    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _as_json(config: Any) -> dict[str, Any]:
+    """The fields of a config, tuples as lists."""
+    return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
 
 
 def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
     for value in values:
         if value not in known:
-            raise InputError(f"config: {name} {_short(value)} is not supported; the choices are {', '.join(known)}")
+            raise InputError(f"config: {name} {short(value)} is not supported; the choices are {', '.join(known)}")
 
 
 def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) -> None:
@@ -409,22 +317,6 @@ def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) 
         least = 0 if field.name in zero_allowed else 1
         if (type(value) is int and not least <= value <= 2**20) or (type(value) is float and not value > 0.0):
             raise InputError(f"{part} config: {field.name} = {value} is out of range; a positive number is wanted")
-
-
-def check_number(name: str, value: float | None, low: float, high: float, optional: bool = False) -> None:
-    """InputError unless `value` is a finite number in low .. high (or None, where that is allowed)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(f"{name} is {_short(value)}; a number in {low:g} .. {high:g} is wanted")
-
-
-def check_whole(name: str, value: int | None, low: int, high: int, optional: bool = False) -> None:
-    """InputError unless `value` is a whole number in low .. high (or None, where that is allowed)."""
-    if value is None and optional:
-        return
-    if type(value) is not int or not low <= value <= high:
-        raise InputError(f"{name} is {_short(value)}; a whole number in {low} .. {high} is wanted")
 
 
 _UNET_WIDTHS = (320, 640, 1280, 1280)

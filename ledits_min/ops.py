@@ -4,9 +4,9 @@ LEDITS_KERNELS = auto    Triton for tensors on a CUDA device, torch for all othe
                  torch   never Triton
                  triton  always Triton (a CUDA device, or Triton's interpreter with TRITON_INTERPRET=1)
 
-The torch side of every operation calls `sega`, `guidance` and `inversion`; what it computes is what the operation means.
-Only the absence of Triton makes `auto` use torch on a GPU: a Triton that is there and fails, raises. The kernels have no
-backward, so while autograd records, torch runs.
+The torch side of every operation calls `sega`, `guidance` and `inversion`; what it computes is what the operation
+means. Only the absence of Triton makes `auto` use torch on a GPU: a Triton that is there and fails, raises. The kernels
+have no backward, so while autograd records, torch runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of 
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors runs as a kernel. InputError for a LEDITS_KERNELS that cannot be honoured."""
+    """Whether an operation on these tensors runs as a kernel; InputError where LEDITS_KERNELS cannot be honoured."""
     mode = os.environ.get("LEDITS_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise InputError(f"LEDITS_KERNELS is {mode!r}; it must be 'auto', 'torch' or 'triton'")
@@ -63,8 +63,8 @@ def has_triton() -> bool:
 def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, silu: bool = True) -> Tensor:
     """silu(norm(hidden + add)): hidden (B, C, h, w), add (B, C) at every position; without `silu` the norm alone.
 
-    The kernel is for channels-last memory. NCHW stays with torch, whose own kernel is made for it: silently under `auto`,
-    with a warning where LEDITS_KERNELS=triton asked for a kernel.
+    The kernel is for channels-last memory. NCHW stays with torch, whose own kernel is made for it: by this rule under
+    `auto`, with a warning where LEDITS_KERNELS=triton asked for a kernel.
     """
     if use_triton(hidden, norm.weight, norm.bias, *(() if add is None else (add,))):
         from ledits_min.kernels import group_norm_silu as kernel
@@ -102,7 +102,9 @@ def trajectory(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     return inversion.trajectory(x_0, noise, alpha_bar_t)
 
 
-def residuals(x: Tensor, branches: Tensor, levels: Sequence[Level], source: str, source_guidance_scale: float) -> Tensor:
+def residuals(
+    x: Tensor, branches: Tensor, levels: Sequence[Level], source: str, source_guidance_scale: float
+) -> Tensor:
     """x_{t-1} - mu_t(x_t, eps_source) of S consecutive steps in one go: none of them waits for another.
 
     x (S + 1, B, C, h, w); branches (N, S, B, C, h, w) holds the predictions for the N texts that
@@ -201,12 +203,10 @@ def start(plan: EditPlan, x_t: Tensor, masks: bool = True) -> EditState:
     )
 
 
-def sega_step(
-    plan: EditPlan, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None
-) -> None:
+def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None) -> None:
     """One editing step of Algorithm 1: state.x_t becomes x_{t-1}, and all else in `state` moves one step on.
 
-    branches   (N, B, C, h, w): item n is the prediction for text n of `plan.texts(step)`; items behind those are ignored
+    branches   (N, B, C, h, w): item n is the prediction for text n of `plan.texts(step)`; further items are ignored
     residuals  (T, B, C, h, w)
     step       what state.step holds, where the caller knows it: it saves torch from waiting for the device. The kernel
                reads state.step itself

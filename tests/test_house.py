@@ -24,7 +24,8 @@ PARTS = MATHS | {"ops", "unet", "vae", "text", "image", "archive", "record", "p2
 # "weights.*" every file there. A module that is not in this table has no place in the house yet: give it one.
 TABLE: dict[str, set[str]] = {
     "": {"config", "sega", "archive", "pipeline"},
-    "config": set(),
+    "checks": set(),
+    "config": {"checks"},
     "schedule": {"config"},
     # The maths takes eps_model and never sees a network.
     "inversion": {"config", "schedule"},
@@ -44,7 +45,7 @@ TABLE: dict[str, set[str]] = {
     # The only file that knows all parts.
     "pipeline": {""} | PARTS | {"weights.load"},
     "app": set(),
-    "app.*": {"", "app", "app.*", "pipeline", "weights.load", "weights.inspect", "weights.header"} | PARTS,
+    "app.*": {"", "app", "app.*", "pipeline", "weights.load", "weights.inspect", "weights.survey", "weights.header"} | PARTS,
     "kernels.*": {"kernels.*"},
     "weights.train_tiny.*": {"", "pipeline", "weights.*", "weights.train_tiny.*"} | PARTS,
     "weights.header": {"config"},

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not here, and say what they use. Reads a JSON list from stdin, writes one to stdout.
+"""Compile kernels for GPUs that are not here, and say what they use. A JSON list from stdin, one to stdout.
 
 Each item names a kernel of kernels/ with the arguments of one of its launches:
     module, kernel   "sega_step", "_sega_step"
@@ -32,10 +32,8 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 def usage(variant: dict[str, Any], target: int) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(f"ledits_min.kernels.{variant['module']}"), variant["kernel"])
     constants = variant["constants"]
-    signature = {
-        name: "constexpr" if name in constants else variant["types"].get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    signature = types | variant["types"] | dict.fromkeys(constants, "constexpr")
     aligned = [
         i
         for i, name in enumerate(signature)

@@ -44,9 +44,7 @@ def test_it_is_the_definition(
 def test_extreme_gates(on: Callable[[str], None], device: str, gate: float) -> None:
     projected = torch.tensor([[2.0, 2.0, gate, 1.0]], device=device)
     on("triton")
-    kernel = ops.geglu(projected)
-    on("torch")
-    assert torch.allclose(kernel, ops.geglu(projected), rtol=1e-6, atol=0.0, equal_nan=True)
+    assert torch.allclose(ops.geglu(projected).double(), truth(projected), rtol=1e-5, atol=1e-44, equal_nan=True)
 
 
 def test_every_output_is_written(on: Callable[[str], None], device: str, monkeypatch: pytest.MonkeyPatch) -> None:

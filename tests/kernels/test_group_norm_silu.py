@@ -74,15 +74,16 @@ def test_a_large_mean_does_not_drown_the_spread(
     assert error(ops.group_norm_silu(x, norm), truth(x, norm, None, True)) < offset * 1e-7
 
 
-@pytest.mark.parametrize("values", [0.0, 7.0, 1e-40, 1e18])
+@pytest.mark.parametrize("values", [0.0, 7.3, 1e-40, -100.1])
 def test_constant_maps_give_the_bias(
     inputs: ModuleType, on: Callable[[str], None], device: str, values: float
 ) -> None:
+    """Nothing of the constant may be left but its rounding, which 1 / sqrt(eps) = 316 and a weight of 2 enlarge."""
     norm = inputs.norm(16, 4, device=device)
     x = inputs.feature_map((1, 16, 5, 7), device=device).fill_(values)
     on("triton")
     result = ops.group_norm_silu(x, norm, silu=False)
-    assert torch.allclose(result, norm.bias[:, None, None].expand_as(result), atol=1e-5)
+    assert torch.allclose(result, norm.bias[:, None, None].expand_as(result), atol=1e-5 + 1e-4 * abs(values))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -120,13 +121,14 @@ def test_nchw_goes_to_torch_and_says_so(inputs: ModuleType, on: Callable[[str], 
 
 def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
     from ledits_min.kernels import group_norm_silu as kernel
+    from ledits_min.kernels._launch import power_of_2
 
     variants = []
     for dtype, width, add in [("fp16", 10, True), ("bf16", 30, False), ("fp32", 80, True), ("fp16", 4, False)]:
         together, block = kernel.block_of_groups(32, width)
         constants = {
             "GROUPS": 32, "WIDTH": width, "TOGETHER": together, "ADD": add, "ROWS": kernel.ROWS, "BLOCK": block,
-            "MEMBERS": kernel.power_of_2(together),
+            "MEMBERS": power_of_2(together),
         }  # fmt: skip
         types = dict.fromkeys(("x_ptr", "add_ptr", "weight_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
         common = {

@@ -209,8 +209,10 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
     plan = EditPlan(inputs.levels(1), [inputs.term("c")])
     case = inputs.edit(plan, (4, 6), device=device)
     state = ops.start(plan, case.x_t)
-    buffers = {"x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None}
-    arguments = {"step": state.step, **state.tables, "branches": case.branches[0], "residuals": case.residuals, **buffers}
+    arguments: dict[str, Any] = {
+        "step": state.step, **state.tables, "branches": case.branches[0], "residuals": case.residuals,
+        "x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="momentum .* must be contiguous"):
         kernel.sega_step(**arguments | {"momentum": state.momentum.transpose(2, 3)})
     with pytest.raises(ValueError, match="gaps between their rows"):

@@ -114,11 +114,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "is F8_E4M3; 8-bit or smaller float weights are not supported",
     ),
     "nan": (
-        edit_state("vae", VAE_FILE, lambda s: s.update({"quant_conv.bias": torch.full((8,), torch.nan)})),
+        edit_state("vae", VAE_FILE, lambda s: s.update({"quant_conv.bias": torch.tensor([0.0] * 7 + [torch.nan])})),
         "'quant_conv.bias' holds NaN",
     ),
     "infinity": (
-        edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.full((24,), -torch.inf)})),
+        edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.tensor([-torch.inf] + [0.0] * 23)})),
         "infinity",
     ),
     "old and new name": (

@@ -1,0 +1,15 @@
+"""The recipe of the embedded model, one command a stage; a stopped stage goes on where its checkpoint stands.
+
+    pip install -e '.[train]'
+    for stage in data classifier vae text diffusion export evaluate; do
+        python -m ledits_min.weights.train_tiny $stage --out ~/tiny-run
+    done
+
+data        draw the portraits (portraits.py): avataaars faces with known attributes
+classifier  the attribute oracle that scores edits; the model itself never meets it
+vae         64 x 64 pictures <-> 4 x 16 x 16 latents, whitened before they are used
+text        the text encoder learns to read captions before the diffusion starts: without that, prompts collapse
+diffusion   the UNet learns to predict noise under captions
+export      write weights/tiny: a diffusers folder in fp16, sample portraits, train_log.json
+evaluate    edit portraits that were never trained on; bench/results/tiny_edits.json and .png
+"""

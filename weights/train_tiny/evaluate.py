@@ -224,6 +224,7 @@ def evaluate(run: Path, model: Path, report: Path, count: int) -> None:
             "command": "python -m ledits_min.weights.train_tiny " + " ".join(sys.argv[1:]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "hardware": {"processor": processor(), "threads": torch.get_num_threads()},
+            "defaults": vars(ledits.defaults),
             "oracle_accuracy": round(float(oracle[labels(shown) >= 0].mean()), 4),
             "round_trip_psnr_db": round(psnr(pixels[:count], as_pixels(round_trip.images)), 2),
             "generation_accuracy": generation_accuracy(ledits, classifier, count),

@@ -121,8 +121,9 @@ def export_tokenizer(folder: Path) -> None:
 
 
 def stage_summary(log: Path) -> dict[str, Any]:
-    """Steps, seconds and about twenty points of a stage's loss curve."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    """Steps, seconds and about twenty points of a stage's loss curve; steps that a resumed run repeated count once."""
+    parsed = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = list({line["step"]: line for line in parsed}.values())
     stride = max(1, len(lines) // 20)
     curve = lines[stride - 1 :: stride]
     return {
