@@ -68,6 +68,13 @@ def graphed(calls: Calls) -> Calls:
     return [graph.replay for graph in graphs]
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one shape: an earlier benchmark's shapes must not make this one dynamic."""
+    torch._dynamo.reset()
+    result: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return result
+
+
 def synchronised(calls: Calls) -> Callable[[], None]:
     """One call that waits for the device, as pytest-benchmark's clock must see it."""
     turns = cycle(calls)
@@ -156,7 +163,7 @@ def report_function(
     graphs: bool = True,
 ) -> None:
     """`report` for a pure function of `ops` with one tuple of arguments a buffer; its two sides' results must agree."""
-    compiled = torch.compile(function)
+    fused = compiled(function)
     with torch.no_grad():
         results = []
         for side in ("triton", "torch"):
@@ -166,5 +173,5 @@ def report_function(
         assert off < tolerance, f"the two sides differ by {off:.2g}"
         benchmark.extra_info["difference"] = off
         plain = [lambda a=a: function(*a) for a in arguments]
-        both = {"eager": plain, "compiled": [lambda a=a: compiled(*a) for a in arguments]}
+        both = {"eager": plain, "compiled": [lambda a=a: fused(*a) for a in arguments]}
         report(benchmark, both, plain, moved, graphs)

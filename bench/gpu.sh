@@ -20,9 +20,11 @@ step() {  # name, seconds at most, command
 }
 
 {
-  step tests 150 python3 -m pytest -q tests/kernels tests/test_ops.py
-  for stem in sega_step end_to_end group_norm_silu trajectory geglu edit; do
-    step "$stem" 90 python3 -m pytest -q -s "bench/test_$stem.py" --benchmark-json "$out/$stem.json" --benchmark-columns median
+  step tests 120 python3 -m pytest -q tests/kernels tests/test_ops.py
+  for job in sega_step:80 end_to_end:60 group_norm_silu:120 trajectory:45 geglu:50 edit:50; do
+    stem=${job%:*}
+    step "$stem" "${job#*:}" python3 -m pytest -q -s "bench/test_$stem.py" \
+      --benchmark-json "$out/$stem.json" --benchmark-columns median
   done
   if ((${#failed[@]})); then printf 'FAILED: %s\n' "${failed[@]}"; else echo "all passed"; fi
   ((${#failed[@]} == 0))

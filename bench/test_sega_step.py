@@ -51,6 +51,6 @@ def test_sega_step(
     assert torch.equal(results["triton"].counts, results["torch"].counts)
     benchmark.extra_info["difference"] = off
     gpu.report(
-        benchmark, {"eager": calls(ops.sega_step), "compiled": calls(torch.compile(ops.sega_step))},
+        benchmark, {"eager": calls(ops.sega_step), "compiled": calls(gpu.compiled(ops.sega_step))},
         calls(ops.sega_step), moved,
     )  # fmt: skip

@@ -10,15 +10,25 @@ import triton
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, fuse: bool, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    fuse: bool,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
     """Run `kernel` over `grid` on the device of its first tensor argument.
 
-    fuse  whether a * b + c may become one rounding instead of two. It is always said, because Triton's own default
-          differs between versions: False where a kernel must round as the torch expressions beside it do.
+    fuse       whether a * b + c may become one rounding instead of two. It is always said, because Triton's own default
+               differs between versions: False where a kernel must round as the torch expressions beside it do
+    registers  a thread may use, where the assembler's own choice would spill; None: its own choice
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
+    limit = {} if registers is None else {"maxnreg": registers}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=fuse, **constants)
+        kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=fuse, **limit, **constants)
 
 
 def power_of_2(n: int, least: int = 1) -> int:

@@ -171,6 +171,7 @@ def _sega_step(  # type: ignore[no-untyped-def]
         mu_t = signal_prev * pred_x0 + direction_prev * eps
         residual = tl.load(residuals_ptr + (row * maps + this) * positions + lane, inside, 0.0)
         tl.store(x_ptr + this * positions + lane, mu_t + residual, inside)
+    tl.debug_barrier()  # no warp may advance the counter before every warp has read it
     tl.store(step_ptr + this, step + 1)
 
 
@@ -182,15 +183,16 @@ def _direction(concept, uncond, scale, at, inside):  # type: ignore[no-untyped-d
     return scale * (eps_concept - eps_uncond)
 
 
-def block_shape(positions: int) -> tuple[int, int, int]:
-    """(BLOCK, TILE, warps) for maps of that many positions.
+def block_shape(positions: int) -> tuple[int, int, int, int | None]:
+    """(BLOCK, TILE, warps, registers) for maps of that many positions; other choices spilled registers.
 
     At most 32 positions a thread, so that the bisection stays in registers; 4 a thread (16 bytes of a float32 map) in
-    the rest. Other choices spilled registers.
+    the rest. The assembler saves registers for other programs to run beside this one, and there are none: up to 8 warps
+    it is told not to. With 16 it has no choice.
     """
     block = power_of_2(positions, least=128)
     warps = max(4, min(16, block // 512))
-    return block, min(block, 128 * warps), warps
+    return block, min(block, 128 * warps), warps, 128 if warps <= 8 else None
 
 
 def fits(x_t: Tensor) -> bool:
@@ -230,7 +232,7 @@ def sega_step(
         step=step, slots=slots, levels=levels, guidance=guidance, terms=terms, residuals=residuals, x_t=x_t,
         momentum=momentum, shares=shares, counts=counts,
     )  # fmt: skip
-    block, tile, warps = block_shape(positions)
+    block, tile, warps, registers = block_shape(positions)
     if block == MAX_POSITIONS:
         branches = branches.contiguous()  # 32 strided loads a thread would spill registers; a copy is cheaper
     *strides, stride = map_strides(branches)
@@ -240,5 +242,5 @@ def sega_step(
         step if counts is None else counts,  # any pointer: without COUNT it is not read
         concepts, channels, positions, *strides,
         STRIDE=stride, K=power_of_2(concepts), COUNT=counts is not None, BLOCK=block, TILE=tile,
-        num_warps=warps, fuse=False,
+        num_warps=warps, fuse=False, registers=registers,
     )  # fmt: skip

@@ -78,12 +78,12 @@ def test_a_large_mean_does_not_drown_the_spread(
 def test_constant_maps_give_the_bias(
     inputs: ModuleType, on: Callable[[str], None], device: str, values: float
 ) -> None:
-    """Nothing of the constant may be left but its rounding, which 1 / sqrt(eps) = 316 and a weight of 2 enlarge."""
+    """Nothing of the constant may be left but a few roundings, which 1 / sqrt(eps) = 316 and a weight of 2 enlarge."""
     norm = inputs.norm(16, 4, device=device)
     x = inputs.feature_map((1, 16, 5, 7), device=device).fill_(values)
     on("triton")
     result = ops.group_norm_silu(x, norm, silu=False)
-    assert torch.allclose(result, norm.bias[:, None, None].expand_as(result), atol=1e-5 + 1e-4 * abs(values))
+    assert torch.allclose(result, norm.bias[:, None, None].expand_as(result), atol=1e-5 + 3e-4 * abs(values))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

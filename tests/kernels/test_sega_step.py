@@ -236,19 +236,21 @@ def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]],
     from ledits_min.kernels.sega_step import block_shape
 
     variants = []
-    for dtype, positions, count, channels_last in [
-        ("fp32", 4096, False, False),
-        ("fp32", 4096, True, True),
-        ("fp32", 9216, True, False),
-        ("fp16", 4096, False, False),
-        ("bf16", 16384, False, False),
+    for dtype, positions, count, channels_last, concepts in [
+        ("fp32", 4096, True, False, 1),
+        ("fp32", 4096, True, True, 4),
+        ("fp32", 9216, True, False, 4),
+        ("fp16", 4096, False, False, 4),
+        ("bf16", 16384, False, False, 4),
     ]:
-        block, tile, warps = block_shape(positions)
-        constants = {"STRIDE": 1, "K": 4, "COUNT": count, "BLOCK": block, "TILE": tile}
+        block, tile, warps, registers = block_shape(positions)
+        constants = {"STRIDE": 1, "K": concepts, "COUNT": count, "BLOCK": block, "TILE": tile}
         variants.append({
-            "module": "sega_step", "kernel": "_sega_step", "num_warps": warps, "fuse": False,
+            "module": "sega_step", "kernel": "_sega_step", "num_warps": warps, "fuse": False, "limit": registers,
             "types": {"step_ptr": "*i32", "slots_ptr": "*i32", "counts_ptr": "*i32", "branches_ptr": f"*{dtype}"},
-            "constants": constants | ({"STRIDE": 4, "channel_stride": 1} if channels_last else {}),
+            "constants": constants
+            | ({"STRIDE": 4, "channel_stride": 1} if channels_last else {})
+            | ({"concepts": 1} if concepts == 1 else {}),
             "aligned": ["positions", "branch_stride", "sample_stride", "channel_stride"],
         })  # fmt: skip
     for usage in ahead_of_time(variants):

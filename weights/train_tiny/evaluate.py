@@ -94,9 +94,9 @@ EDITS = (
 
 
 def pick(needs: Mapping[str, Sequence[str]], count: int) -> list[Portrait]:
-    """The first held-out portraits that show what the edit needs."""
+    """The first portraits that show what the edit needs, of a split that nothing was trained or tuned on."""
     found = []
-    for seed in seeds("test", 100 * count):
+    for seed in seeds("evaluation", 100 * count):
         portrait = sample_portrait(seed)
         if all(portrait.attributes[name] in values for name, values in needs.items()):
             found.append(portrait)
@@ -168,7 +168,7 @@ def run_edit(ledits: LEdits, classifier: Classifier, edit: Edit, count: int) -> 
 def generation_accuracy(ledits: LEdits, classifier: Classifier, count: int) -> dict[str, float]:
     """Share of the attributes told by a caption that the generated picture shows, by attribute; DDIM, guidance 5."""
     rng = Random("generation")
-    pairs = [caption(sample_portrait(name), rng) for name in seeds("test", 10 * count)]
+    pairs = [caption(sample_portrait(name), rng) for name in seeds("evaluation", 10 * count)]
     pairs = [(text, told) for text, told in pairs if len(told) >= 5][:count]
     images = [
         ledits.generate(text, guidance_scale=5.0, seed=seed, progress=False).images[0]
