@@ -122,9 +122,7 @@ def difference(kernel: Tensor, plain: Tensor) -> float:
     return float((kernel.double() - plain.double()).norm() / plain.double().norm())
 
 
-def report(
-    benchmark: Any, torch_side: dict[str, Calls], kernel: Calls, moved: int, graphs: bool = True
-) -> None:
+def report(benchmark: Any, torch_side: dict[str, Calls], kernel: Calls, moved: int, graphs: bool = True) -> None:
     """Measure all sides and write their medians, beside the floor, to the benchmark.
 
     torch_side  by name; "eager" is also measured as a graph where `graphs` says that the calls can be captured
@@ -161,6 +159,7 @@ def report_function(
     moved: int,
     tolerance: float,
     graphs: bool = True,
+    peers: dict[str, Calls] | None = None,
 ) -> None:
     """`report` for a pure function of `ops` with one tuple of arguments a buffer; its two sides' results must agree."""
     fused = compiled(function)
@@ -174,4 +173,4 @@ def report_function(
         benchmark.extra_info["difference"] = off
         plain = [lambda a=a: function(*a) for a in arguments]
         both = {"eager": plain, "compiled": [lambda a=a: fused(*a) for a in arguments]}
-        report(benchmark, both, plain, moved, graphs)
+        report(benchmark, both | (peers or {}), plain, moved, graphs)

@@ -20,12 +20,14 @@ step() {  # name, seconds at most, command
 }
 
 {
-  step tests 120 python3 -m pytest -q tests/kernels tests/test_ops.py
-  for job in sega_step:80 end_to_end:60 group_norm_silu:120 trajectory:45 geglu:50 edit:50; do
+  step tests 150 python3 -m pytest -q tests/kernels tests/test_ops.py
+  for job in sega_step:80 end_to_end:50 group_norm_silu:110 trajectory:40 geglu:40; do
     stem=${job%:*}
     step "$stem" "${job#*:}" python3 -m pytest -q -s "bench/test_$stem.py" \
       --benchmark-json "$out/$stem.json" --benchmark-columns median
   done
+  step edit 50 python3 -m pytest -q bench/test_edit.py -k edit_sample \
+    --benchmark-json "$out/edit.json" --benchmark-columns median
   if ((${#failed[@]})); then printf 'FAILED: %s\n' "${failed[@]}"; else echo "all passed"; fi
   ((${#failed[@]} == 0))
 } 2>&1 | tee "$out/log.txt"

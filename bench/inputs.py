@@ -77,7 +77,10 @@ def norm(
 
 
 def feature_map(
-    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, device: str = "cpu", offset: float = 0.0,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    offset: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """(B, C, h, w) in channels-last memory, around `offset`."""

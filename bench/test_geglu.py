@@ -15,9 +15,7 @@ SHAPES = [(4, 4096, 2560), (4, 1024, 5120), (4, 256, 10240), (4, 64, 10240), (1,
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_geglu(
-    gpu: ModuleType, benchmark: Any, shape: tuple[int, int, int]
-) -> None:
+def test_geglu(gpu: ModuleType, benchmark: Any, shape: tuple[int, int, int]) -> None:
     first = torch.randn(shape, device="cuda", dtype=torch.float16)
     moved = first.nbytes * 3 // 2
     arguments = [(torch.randn_like(first),) for _ in range(gpu.buffers(moved))]

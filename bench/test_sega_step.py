@@ -14,7 +14,6 @@ from ledits_min.ops import EditPlan
 STEPS = 500  # the kernel's own counter moves on with every call
 
 CASES = {
-    "512 px, 1 concept": ((64, 64), 1, 1),
     "512 px, 3 concepts": ((64, 64), 3, 1),
     "512 px, 3 concepts, 8 images": ((64, 64), 3, 8),
     "768 px, 3 concepts": ((96, 96), 3, 1),

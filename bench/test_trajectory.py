@@ -16,9 +16,7 @@ TOGETHER = 16  # residuals of one batch over t
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_noisy_copies(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]
-) -> None:
+def test_noisy_copies(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]) -> None:
     alpha_bar_t = torch.tensor([level[0] for level in inputs.levels(STEPS)], dtype=torch.float64)
     x_0 = torch.randn(1, 4, *size, device="cuda")
     moved = x_0.nbytes * (1 + STEPS + STEPS + 1)
@@ -30,9 +28,7 @@ def test_noisy_copies(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_residuals(
-    gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]
-) -> None:
+def test_residuals(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]) -> None:
     levels = inputs.levels(STEPS)[:TOGETHER]
     maps = 1 * 4 * size[0] * size[1] * 4
     moved = maps * (TOGETHER + 1 + 2 * TOGETHER + TOGETHER)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
+from ledits_min.ops import geglu, group_norm_silu
 
 
 class UNet(nn.Module):
@@ -70,7 +71,7 @@ class UNet(nn.Module):
         hidden = self.mid_block(hidden, time, context)
         for block in self.up_blocks:
             hidden = block(hidden, time, context, skips)
-        hidden = F.silu(self.conv_norm_out(hidden)).float()
+        hidden = group_norm_silu(hidden, self.conv_norm_out).float()
         bias = None if self.conv_out.bias is None else self.conv_out.bias.float()
         return F.conv2d(hidden, self.conv_out.weight.float(), bias, padding=1)
 
@@ -188,9 +189,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = self.conv1(F.silu(self.norm1(hidden)))
-        hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(group_norm_silu(hidden, self.norm1))
+        hidden = self.conv2(group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time))))
         return residual + hidden
 
 
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
         height, width = hidden.shape[-2:]
         residual = hidden
-        hidden = self.norm(hidden)
+        hidden = group_norm_silu(hidden, self.norm, silu=False)
         if not self.linear_projection:
             hidden = self.proj_in(hidden)
         tokens = hidden.flatten(2).transpose(1, 2)  # (B, h w, C)
@@ -288,9 +288,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        widened: Tensor = self.proj(tokens)
-        value, gate = widened.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(tokens))
 
 
 class Downsample(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
+from ledits_min.ops import group_norm_silu
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -71,7 +72,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             hidden = block(hidden)
         hidden = self.mid_block(hidden)
-        result: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        result: Tensor = self.conv_out(group_norm_silu(hidden, self.conv_norm_out))
         return result
 
 
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         hidden = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             hidden = block(hidden)
-        result: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        result: Tensor = self.conv_out(group_norm_silu(hidden, self.conv_norm_out))
         return result
 
 
@@ -162,8 +163,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = self.conv1(F.silu(self.norm1(hidden)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(group_norm_silu(hidden, self.norm1))
+        hidden = self.conv2(group_norm_silu(hidden, self.norm2))
         return residual + hidden
 
 
@@ -179,7 +180,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        tokens = self.group_norm(hidden).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
+        normed = group_norm_silu(hidden, self.group_norm, silu=False)
+        tokens = normed.flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
         return hidden + attended[:, 0].transpose(1, 2).reshape(hidden.shape)

@@ -11,6 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+# Triton decides when it is first imported whether kernels are interpreted, and many a library imports it: so here,
+# before any test file is read. Without a GPU there is nothing to compile for.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

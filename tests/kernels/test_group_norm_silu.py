@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ledits_min import ops
+from ledits_min.config import SD15_UNET, SD15_VAE
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
 
 REGISTERS = 96
 
@@ -75,9 +80,7 @@ def test_a_large_mean_does_not_drown_the_spread(
 
 
 @pytest.mark.parametrize("values", [0.0, 7.3, 1e-40, -100.1])
-def test_constant_maps_give_the_bias(
-    inputs: ModuleType, on: Callable[[str], None], device: str, values: float
-) -> None:
+def test_constant_maps_give_the_bias(inputs: ModuleType, on: Callable[[str], None], device: str, values: float) -> None:
     """Nothing of the constant may be left but a few roundings, which 1 / sqrt(eps) = 316 and a weight of 2 enlarge."""
     norm = inputs.norm(16, 4, device=device)
     x = inputs.feature_map((1, 16, 5, 7), device=device).fill_(values)
@@ -117,6 +120,29 @@ def test_nchw_goes_to_torch_and_says_so(inputs: ModuleType, on: Callable[[str], 
         result = ops.group_norm_silu(x, norm)
     on("torch")
     assert torch.equal(result, ops.group_norm_silu(x, norm))
+
+
+def test_whole_networks_agree(on: Callable[[str], None], device: str) -> None:
+    """Every norm of a channels-last UNet and VAE takes the kernel (a fallback would warn), and so does every GEGLU."""
+    torch.manual_seed(0)
+    levels: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    config = dataclasses.replace(
+        SD15_UNET, num_attention_heads=(2, 2), cross_attention_dim=24, **levels,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    unet, vae = UNet(config).to(device), VAE(dataclasses.replace(SD15_VAE, **levels)).to(device)
+    x_t, t, context = torch.randn(1, 4, 5, 8), torch.tensor([981]), torch.randn(1, 7, 24)
+    for network in (unet, vae):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x_t = x_t.to(device).contiguous(memory_format=torch.channels_last)
+    for run in (lambda: unet(x_t, t.to(device), context.to(device)), lambda: vae.decode(x_t)):
+        on("torch")
+        plain = run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            on("triton")
+            assert error(run(), plain.double()) < (1e-5 if device == "cpu" else 1e-3)  # convolutions in TF32
+        assert not torch.equal(run(), plain)
 
 
 def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

@@ -118,7 +118,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "'quant_conv.bias' holds NaN",
     ),
     "infinity": (
-        edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.tensor([-torch.inf] + [0.0] * 23)})),
+        edit_state("text", TEXT_FILE, lambda s: s.update({"final_layer_norm.bias": torch.full((24,), -torch.inf)})),
         "infinity",
     ),
     "old and new name": (

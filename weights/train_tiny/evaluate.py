@@ -135,7 +135,8 @@ def score(
     """success: all asked attributes are seen as asked. preserved: share of the other attributes seen as they were.
 
     Only attributes visible both before and after the ideal edit count as preserved or lost; `preserved_unedited` is the
-    same share for the reconstruction without an edit. psnr_outside compares with that reconstruction.
+    same share for the result without an edit, so what it lacks to 1 are the oracle's own errors. psnr_outside compares
+    with that result. Pictures are what a user gets: the change laid over the original pixels.
     """
     ideals = [ideal_edit(portrait, changes) for portrait in portraits]
     before, after = labels([visible(p) for p in portraits]), labels([visible(p) for p in ideals])
@@ -186,7 +187,8 @@ def contact_sheet(ledits: LEdits, count: int, scale: int = 2) -> Image.Image:
     """One row a portrait: original, reconstruction, then each edit of SHEET; the first ones without anything on."""
     pictures = np.stack([draw(p, SIZE) for p in pick({**BARE, "mouth": ("serious", "sad")}, count)])
     inversion = ledits.invert(as_images(pictures), progress=False)
-    columns = [("original", pictures), ("reconstruction", as_pixels(ledits.edit(inversion, progress=False).images))]
+    rebuilt = ledits.edit(inversion, progress=False, output_size="model")
+    columns = [("original", pictures), ("reconstruction", as_pixels(rebuilt.images))]
     for edit in EDITS:
         if edit.name in SHEET:
             edited = ledits.edit(inversion, target=edit.target, concepts=list(edit.concepts), progress=False)

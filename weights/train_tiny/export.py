@@ -122,16 +122,16 @@ def export_tokenizer(folder: Path) -> None:
 
 
 def stage_summary(log: Path) -> dict[str, Any]:
-    """Steps, seconds and about twenty points of a stage's loss curve; steps that a resumed run repeated count once."""
+    """Steps, seconds and about ten points of a stage's loss curve; steps that a resumed run repeated count once."""
     parsed = [json.loads(line) for line in log.read_text().splitlines()]
     lines = list({line["step"]: line for line in parsed}.values())
-    stride = max(1, len(lines) // 20)
+    stride = max(1, len(lines) // 10)
     curve = lines[stride - 1 :: stride]
     return {
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
-        "threads": sorted({line["threads"] for line in lines}),
-        "loss": [[line["step"], round(line["loss"], 5)] for line in curve],
+        "threads": " then ".join(map(str, dict.fromkeys(line["threads"] for line in lines))),
+        "loss": {line["step"]: round(line["loss"], 5) for line in curve},
     }
 
 
