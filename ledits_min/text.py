@@ -50,8 +50,9 @@ class TextEncoder:
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown != self.tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
-            words = self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt.lower())
-            vocabulary = self.tokenizer.get_vocab()
+            backend, vocabulary = self.tokenizer.backend_tokenizer, self.tokenizer.get_vocab()
+            plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
+            words = backend.pre_tokenizer.pre_tokenize_str(plain)
             strange = ", ".join(word for word, _ in words if word not in vocabulary)
             known = ", ".join(sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens))
             raise InputError(f"prompt {prompt!r}: this model does not know {strange!r}; it knows: {known}")

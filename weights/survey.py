@@ -112,7 +112,7 @@ def check_complete(survey: Survey) -> None:
     if missing:
         found = " and ".join(survey.parts) or "nothing"
         if "unet" in missing and survey.parts:
-            uses = " or ".join({"vae": "--vae (vae=)", "text": "text_encoder="}[part] for part in survey.parts)
+            uses = " or ".join({"vae": "--vae (vae=)", "text": "--text-encoder (text_encoder=)"}[part] for part in survey.parts)
             raise InputError(
                 f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and "
                 f"this file as {uses}"
@@ -205,7 +205,7 @@ def _refuse_other_folders(path: Path) -> None:
             raise InputError(f"{source} is {family}: it has {name}/; not supported yet; {SUPPORTED}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
         wanted = ", ".join(f"{folder}/" for folder in FOLDERS.values())
-        hint = "pass it as vae= or text_encoder=" if (path / "config.json").is_file() else "pass the right folder"
+        hint = "pass it as --vae or --text-encoder" if (path / "config.json").is_file() else "pass the right folder"
         raise InputError(f"{source} is not a diffusers folder: {wanted} are wanted in it; {hint}")
 
 

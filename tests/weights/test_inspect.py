@@ -100,7 +100,7 @@ GENERATED: dict[str, tuple[Any, str, str, str]] = {
     "bare UNet": (lambda sd: bare(sd, UNET), "SD 1.x", "incomplete", "--vae FILE"),
     "VAE alone": (lambda sd: only(sd, VAE), "SD 1.x", "part", "this file as --vae"),
     "bare VAE": (lambda sd: bare(sd, VAE), "SD 1.x", "part", "this file as --vae"),
-    "text alone": (lambda sd: bare(sd, TEXT), "SD 1.x", "part", "this file as text_encoder="),
+    "text alone": (lambda sd: bare(sd, TEXT), "SD 1.x", "part", "this file as --text-encoder"),
     "16-channel VAE": (
         lambda sd: with_shape(bare(sd, VAE), "decoder.conv_in.weight", 1, 16),
         "SD 3 or Flux",
