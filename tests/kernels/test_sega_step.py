@@ -165,7 +165,8 @@ def test_the_percentile_is_torchs_and_numpys(
     # numpy computes ranks and the interpolation in float64: only values next to its cut may fall on the other side.
     magnitude = row.abs().double().cpu().numpy()
     cut = np.quantile(magnitude, threshold)
-    clear = np.abs(magnitude - cut) > 1e-4 * (magnitude.max() - magnitude.min())
+    nearby = max(1e-4 * (magnitude.max() - magnitude.min()), float(np.spacing(np.float32(cut))))
+    clear = np.abs(magnitude - cut) > nearby
     assert (kernel.cpu().numpy() == (magnitude >= cut))[clear].all()
 
 
