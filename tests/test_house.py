@@ -45,7 +45,9 @@ TABLE: dict[str, set[str]] = {
     # The only file that knows all parts.
     "pipeline": {""} | PARTS | {"weights.load"},
     "app": set(),
-    "app.*": {"", "app", "app.*", "pipeline", "weights.load", "weights.inspect", "weights.survey", "weights.header"} | PARTS,
+    "app.*": {"", "app", "app.*", "pipeline"}
+    | {"weights.load", "weights.inspect", "weights.survey", "weights.header"}
+    | PARTS,
     "kernels.*": {"kernels.*"},
     "weights.train_tiny.*": {"", "pipeline", "weights.*", "weights.train_tiny.*"} | PARTS,
     "weights.header": {"config"},

@@ -70,7 +70,8 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def option(part: str) -> str:
     """How a missing part is supplied."""
-    return {"vae": "--vae FILE (vae= in Python)", "text": "--text-encoder FILE (text_encoder= in Python)"}.get(part, "a complete checkpoint")
+    options = {"vae": "--vae FILE (vae= in Python)", "text": "--text-encoder FILE (text_encoder= in Python)"}
+    return options.get(part, "a complete checkpoint")
 
 
 def _variant(folder: Path, stem: str, variant: str) -> tuple[Path, Path]:

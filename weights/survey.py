@@ -112,7 +112,8 @@ def check_complete(survey: Survey) -> None:
     if missing:
         found = " and ".join(survey.parts) or "nothing"
         if "unet" in missing and survey.parts:
-            uses = " or ".join({"vae": "--vae (vae=)", "text": "--text-encoder (text_encoder=)"}[part] for part in survey.parts)
+            options = {"vae": "--vae (vae=)", "text": "--text-encoder (text_encoder=)"}
+            uses = " or ".join(options[part] for part in survey.parts)
             raise InputError(
                 f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and "
                 f"this file as {uses}"
