@@ -64,7 +64,8 @@ class Inversion:
         """Read what `save` wrote. InputError for any other file, or one whose numbers do not fit together."""
         header = read_header(path)
         if header.metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: not a saved inversion; make one with `ledits invert`")
+            way_out = "make one with `ledits invert` (a checkpoint goes to --model)"
+            raise InputError(f"{path}: not a saved inversion; {way_out}")
         settings = _read_settings(header.metadata.get("settings", ""), str(path))
         _check_shapes(header.tensors, settings, str(path))
         tensors = load(Path(path).read_bytes())  # not by name: the library takes only names that are UTF-8

@@ -283,6 +283,13 @@ class LEdits:
         _prompt("target", target), _prompt("negative", negative)
         terms = [concept.resolve(self.defaults) for concept in concepts]
         live = [term for term in terms if not term.is_noop(base=negative)]
+        for term in live:
+            if not any(term.acts(step) for step in range(len(residuals))):
+                warnings.warn(
+                    f"concept {term.text[:40]!r} never acts: only {len(residuals)} steps are executed, and its warm-up "
+                    f"is {term.warmup_steps}, its cool-down {term.cooldown_steps}",
+                    stacklevel=4,
+                )
 
         contexts = self._contexts([negative, target, *(term.text for term in live)])
         recorder = Recorder(live, negative, target, schedule, skip, eta, trace)

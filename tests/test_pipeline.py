@@ -81,6 +81,11 @@ def test_a_concept_changes_the_picture_and_reports_where(ledits: LEdits, inversi
     assert json.loads(json.dumps(result.trace, allow_nan=False)) == result.trace
 
 
+def test_a_concept_that_never_acts_is_said_to(ledits: LEdits, inversion: Inversion) -> None:
+    with pytest.warns(UserWarning, match="'beard' never acts: only 7 steps"):
+        ledits.edit(inversion, concepts=[Concept("beard", warmup_steps=7)], progress=False)
+
+
 def test_same_seed_same_bytes_other_seed_other_edit(ledits: LEdits) -> None:
     """T12 and T9: the seed changes the edit and never the reconstruction."""
     edits = []

@@ -110,7 +110,7 @@ def _add_inversion_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--source", type=_prompt, metavar="T", help="a description of the picture as it is")
     group.add_argument("--source-guidance-scale", type=_number, metavar="S", help="strength of --source")
     group.add_argument("--steps", type=_whole, metavar="N", help="1 .. 500 (default: the model's, else 100)")
-    group.add_argument("--skip", type=_whole, metavar="N", help="noisiest steps left out (default: 36 %% of them)")
+    group.add_argument("--skip", type=_whole, metavar="N", help="noisiest steps to leave out (default: the model's)")
     group.add_argument("--eta", type=_number, metavar="E", help="0 .. 1, noise of the steps (default: 1)")
     group.add_argument("--seed", type=_whole, metavar="N", help="of the noise (default: 0)")
     group.add_argument("--size", type=_size, metavar="N|WxH", help="working size, longer side or both, in pixels")
