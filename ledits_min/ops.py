@@ -224,7 +224,8 @@ def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Ten
             warnings.warn("sega_step: torch takes over, because a map is too large for registers", stacklevel=2)
 
     step = int(state.step[0, 0]) if step is None else step
-    eps = dict(zip(plan.texts(step), branches.to(state.x_t.dtype), strict=False))
+    texts = plan.texts(step)
+    eps = dict(zip(texts, branches[: len(texts)].to(state.x_t.dtype), strict=True))
     guided = guided_eps(eps, plan.negative, plan.target, plan.guidance_scale)
     if plan.terms:
         uncond = eps[plan.negative] if plan.negative in eps else guided
