@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ledits_min.guidance import guided_eps, guided_texts, step_texts
+from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
 from ledits_min.inversion import posterior_mean, trajectory
 from ledits_min.schedule import Schedule
-from ledits_min.sega import ConceptTerm, semantic_guidance
+from ledits_min.sega import ConceptTerm
 
 EpsModel = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -100,14 +100,12 @@ def edit(
         eps = {text: eps_model(x_t, t, contexts[text]) for text in texts}
 
         # Guide: eps_uncond + guidance_scale (eps_target - eps_uncond) + gamma_t.
-        guided = guided_eps(eps, negative, target, guidance_scale)
+        guided, added = edited_eps(
+            eps, negative, target, guidance_scale, terms, i, momentum, momentum_scale, momentum_beta
+        )
         gamma, masks = None, []
-        if terms:
-            uncond = eps.get(negative, guided)  # absent where every concept is idle: then nothing is subtracted from it
-            concepts = [eps[term.text] if term.matters(i, momentum_scale) else None for term in terms]
-            result = semantic_guidance(uncond, concepts, terms, i, momentum, momentum_scale, momentum_beta)
-            gamma, momentum, masks = result.gamma, result.momentum, result.masks
-            guided = guided + gamma
+        if added is not None:
+            gamma, masks, momentum = added.gamma, added.masks, added.momentum
 
         # Step: x_{t-1} = mu_t(x_t, eps) + residual.
         x_t = posterior_mean(x_t, guided, *levels(schedule, sigmas, step)) + residual

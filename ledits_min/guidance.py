@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ledits_min.sega import ConceptTerm
+from ledits_min.sega import ConceptTerm, Guidance, semantic_guidance
 
 
 def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, scale: float) -> Tensor:
@@ -46,3 +46,29 @@ def step_texts(
     live = [term.text for term in terms if term.matters(step, momentum_scale)]
     base = [negative] if live else []
     return tuple(dict.fromkeys([*base, *guided_texts(negative, target, guidance_scale), *live]))
+
+
+def edited_eps(
+    eps: dict[str, Tensor],
+    negative: str,
+    target: str,
+    guidance_scale: float,
+    terms: Sequence[ConceptTerm],
+    step: int,
+    momentum: Tensor,
+    momentum_scale: float,
+    momentum_beta: float,
+) -> tuple[Tensor, Guidance | None]:
+    """The prediction that an editing step follows, and what SEGA added to it (None without concepts).
+
+    eps = eps_uncond + guidance_scale (eps_target - eps_uncond) + gamma_t        [2307.00522, Algorithm 1]
+
+    `eps` holds the predictions for `step_texts(...)`, keyed by text.
+    """
+    guided = guided_eps(eps, negative, target, guidance_scale)
+    if not terms:
+        return guided, None
+    uncond = eps.get(negative, guided)  # absent where every concept is idle: then nothing is subtracted from it
+    concepts = [eps[term.text] if term.matters(step, momentum_scale) else None for term in terms]
+    added = semantic_guidance(uncond, concepts, terms, step, momentum, momentum_scale, momentum_beta)
+    return guided + added.gamma, added

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from ledits_min import inversion
 from ledits_min.config import InputError
-from ledits_min.guidance import guided_eps, guided_texts, step_texts
+from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
 from ledits_min.inversion import posterior_mean
 from ledits_min.schedule import sqrt
-from ledits_min.sega import ConceptTerm, semantic_guidance
+from ledits_min.sega import ConceptTerm
 
 Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of one step
 
@@ -226,16 +226,13 @@ def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Ten
     step = int(state.step[0, 0]) if step is None else step
     texts = plan.texts(step)
     eps = dict(zip(texts, branches[: len(texts)].to(state.x_t.dtype), strict=True))
-    guided = guided_eps(eps, plan.negative, plan.target, plan.guidance_scale)
-    if plan.terms:
-        uncond = eps[plan.negative] if plan.negative in eps else guided
-        concepts = [eps[term.text] if term.matters(step, plan.momentum_scale) else None for term in plan.terms]
-        result = semantic_guidance(
-            uncond, concepts, plan.terms, step, state.momentum, plan.momentum_scale, plan.momentum_beta
-        )
-        guided = guided + result.gamma
-        state.momentum.copy_(result.momentum)
-        for i, mask in enumerate(result.masks):
+    guided, added = edited_eps(
+        eps, plan.negative, plan.target, plan.guidance_scale, plan.terms, step,
+        state.momentum, plan.momentum_scale, plan.momentum_beta,
+    )  # fmt: skip
+    if added is not None:
+        state.momentum.copy_(added.momentum)
+        for i, mask in enumerate(added.masks):
             if mask is not None:
                 state.shares[step, i] = mask.float().mean(dim=(2, 3))
                 if state.counts is not None:
