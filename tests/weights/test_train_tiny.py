@@ -10,6 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("dicebear", reason="the [train] extra is not installed")
 pytest.importorskip("resvg_py", reason="the [train] extra is not installed")
@@ -17,7 +18,7 @@ pytest.importorskip("resvg_py", reason="the [train] extra is not installed")
 from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
-from ledits_min.weights.train_tiny import classifier, diffusion, loop, text, vae
+from ledits_min.weights.train_tiny import classifier, diffusion, export, loop, text, vae
 from ledits_min.weights.train_tiny.portraits import (
     ATTRIBUTES,
     Portrait,
@@ -34,6 +35,8 @@ from ledits_min.weights.train_tiny.portraits import (
     vocabulary,
 )
 
+SIZE = vae.CONFIG.sample_size
+
 
 def portraits(count: int) -> list[Portrait]:
     return [sample_portrait(name) for name in seeds("unit", count)]
@@ -43,8 +46,8 @@ def portraits(count: int) -> list[Portrait]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a handful of pictures."""
     folder = tmp_path_factory.mktemp("run")
-    render_split(folder / "data", "train", 16, 64, processes=1)
-    render_split(folder / "data", "test", 4, 64, processes=1)
+    render_split(folder / "data", "train", 16, SIZE, processes=1)
+    render_split(folder / "data", "test", 4, SIZE, processes=1)
     return folder
 
 
@@ -120,9 +123,9 @@ def test_a_hat_hides_the_hair() -> None:
 
 def test_a_split_is_written_once_and_agrees_with_its_seeds(run: Path) -> None:
     pixels, shown = load_split(run / "data", "train")
-    assert pixels.shape == (16, 64, 64, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (16, SIZE, SIZE, 3) and pixels.dtype == np.uint8
     portrait = sample_portrait("train 5")
-    np.testing.assert_array_equal(pixels[5], draw(portrait, 64))
+    np.testing.assert_array_equal(pixels[5], draw(portrait, SIZE))
     assert shown[5] == visible(portrait)
     assert labels(shown).shape == (16, len(ATTRIBUTES))
 
@@ -144,6 +147,37 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(run: Path, tmp_path: P
     assert results[0].keys() == results[1].keys()
     for key, value in results[0].items():
         torch.testing.assert_close(value, results[1][key], rtol=0, atol=1e-6)
+
+
+def test_a_stage_out_of_time_saves_and_is_gone_on_with(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(run / "data")
+    plan = loop.Plan(steps=3, rate=1e-3, minutes=0.0)
+    for step in (1, 2, 3):
+        assert text.train_text(tmp_path, 0, plan).step == step
+
+
+def test_every_crop_is_a_piece_of_its_own_picture() -> None:
+    image = torch.arange(3 * 20 * 24.0).view(1, 3, 20, 24).repeat(40, 1, 1, 1) + 10_000.0 * torch.arange(40).view(
+        -1, 1, 1, 1
+    )
+    crops = vae.crop_each(image, 8, loop.generator_at(0, 0))
+    assert crops.shape == (40, 3, 8, 8)
+    corners = set()
+    for number, crop in enumerate(crops):
+        y, x = divmod(int(crop[0, 0, 0]) - 10_000 * number, 24)
+        assert torch.equal(crop, image[number, :, y : y + 8, x : x + 8])
+        corners.add((y, x))
+    assert len(corners) > 20
+
+
+def test_the_oracle_beside_a_model_sees_what_the_trained_one_saw(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(run / "data")
+    classifier.train_classifier(tmp_path, 0, loop.Plan(steps=2, rate=1e-3))
+    trained = classifier.load_classifier(tmp_path)
+    save_file(export.halves(trained), tmp_path / classifier.ORACLE)
+    image = vae.to_image(load_split(run / "data", "test")[0])
+    for ours, theirs in zip(classifier.load_oracle(tmp_path)(image), trained(image), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
 
 
 def test_whitening_keeps_the_picture_and_normalises_the_latents(run: Path) -> None:

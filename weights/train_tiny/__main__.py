@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train for another number of steps than the recipe's")
     parser.add_argument("--until", type=int, help="stop at this step, to go on later")
+    parser.add_argument("--minutes", type=float, help="stop after so long, to go on later with the same command")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
     parser.add_argument("--train-count", type=int, default=24_000, help="portraits to train on")
     parser.add_argument("--test-count", type=int, default=1_000, help="portraits held out")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw")
     parser.add_argument("--model", type=Path, default=export.TINY, help="the folder to export to or to evaluate")
-    parser.add_argument("--report", type=Path, default=Path("bench/results"), help="where evaluate writes")
-    parser.add_argument("--count", type=int, default=64, help="portraits an edit is evaluated on")
     arguments = parser.parse_args()
     run: Path = arguments.out
     run.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,17 @@ def main() -> None:
     elif arguments.stage == "evaluate":
         from ledits_min.weights.train_tiny.evaluate import evaluate
 
-        evaluate(run, arguments.model, arguments.report, arguments.count)
+        evaluate(run, arguments.model)
     else:
         train, plan = TRAINERS[arguments.stage]
-        train(run, arguments.seed, replace(plan, steps=arguments.steps or plan.steps, until=arguments.until))
+        plan = replace(
+            plan,
+            steps=arguments.steps or plan.steps,
+            until=arguments.until,
+            minutes=arguments.minutes,
+            device=arguments.device,
+        )
+        train(run, arguments.seed, plan)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from ledits_min.config import ScheduleConfig, UNetConfig
 from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
-from ledits_min.weights.train_tiny.loop import Plan, ema_weights, generator_at, save_atomically, train
+from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, generator_at, save_atomically, train
 from ledits_min.weights.train_tiny.portraits import Portrait, caption, load_split, sample_portrait, seeds
 from ledits_min.weights.train_tiny.text import load_text, tokenize
 from ledits_min.weights.train_tiny.vae import load_vae, to_image
@@ -36,7 +37,7 @@ CONFIG = UNetConfig(
 )
 SCHEDULE = ScheduleConfig()
 BATCH = 32
-PLAN = Plan(steps=9000, rate=7e-4, flat=0.6)
+PLAN = Plan(steps=11_000, rate=7e-4, flat=0.6)
 SNR_LIMIT = 5.0
 
 
@@ -62,10 +63,11 @@ def noise_loss(unet: UNet, x_0: Tensor, context: Tensor, alphas_cumprod: Tensor,
     batch = len(x_0)
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     t = (strata * len(alphas_cumprod)).long()
-    noise = torch.randn(x_0.shape, generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    t = t.to(x_0.device)
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = alpha_bar_t.sqrt() * x_0 + (1.0 - alpha_bar_t).sqrt() * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x_0.device.type, torch.bfloat16):
         eps = unet(x_t, t, context)
     snr = (alpha_bar_t / (1.0 - alpha_bar_t)).flatten()
     weight = snr.clamp(max=SNR_LIMIT) / snr
@@ -80,28 +82,29 @@ def captions_of(portraits: list[Portrait], index: Tensor, seed: int, step: int) 
 @torch.no_grad()
 def embed(tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModel, texts: list[str]) -> Tensor:
     """context (N, L, D), float32."""
-    hidden: Tensor = encoder(input_ids=tokenize(tokenizer, texts)).last_hidden_state
+    hidden: Tensor = encoder(input_ids=tokenize(tokenizer, texts).to(encoder.device)).last_hidden_state
     return hidden
 
 
-def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> None:
+def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> State:
     torch.manual_seed(seed)
     unet = UNet(CONFIG)
     torch.nn.init.zeros_(unet.conv_out.weight)
     tokenizer, encoder = load_text(run)
+    encoder.to(plan.device)
     latents = encode_pictures(run)
     portraits = [sample_portrait(name) for name in seeds("train", len(latents))]
-    alphas_cumprod = make_schedule(SCHEDULE, 1).alphas_cumprod.float()
+    alphas_cumprod = make_schedule(SCHEDULE, 1).alphas_cumprod.float().to(plan.device)
 
     def loss_at(step: int) -> Tensor:
         generator = generator_at(seed, step)
         index = torch.randint(len(latents), (BATCH,), generator=generator)
         context = embed(tokenizer, encoder, captions_of(portraits, index, seed, step))
-        return noise_loss(unet, latents[index].float(), context, alphas_cumprod, generator)
+        return noise_loss(unet, latents[index].float().to(plan.device), context, alphas_cumprod, generator)
 
     # The plain attention kernel has the faster backward pass on CPUs.
-    with sdpa_kernel(SDPBackend.MATH):
-        train(unet, loss_at, plan, run / "unet.safetensors", run / "unet.jsonl")
+    with sdpa_kernel(SDPBackend.MATH) if plan.device == "cpu" else nullcontext():
+        return train(unet, loss_at, plan, run / "unet.safetensors", run / "unet.jsonl")
 
 
 def load_unet(run: Path) -> UNet:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ledits_min.weights.train_tiny.classifier import accuracy, load_classifier
+from ledits_min.weights.train_tiny.classifier import ORACLE, accuracy, load_classifier
 from ledits_min.weights.train_tiny.diffusion import CONFIG as UNET_CONFIG
 from ledits_min.weights.train_tiny.diffusion import SCHEDULE, load_unet
 from ledits_min.weights.train_tiny.portraits import dataset_hash, draw, ideal_edit, load_split, sample_portrait
@@ -65,8 +65,9 @@ PARTS = {
 }
 NOTICE = """# The embedded model
 
-A small model of Stable Diffusion's shape for 64 x 64 drawn portraits, trained from scratch by `weights/train_tiny`
+A small model of Stable Diffusion's shape for 128 x 128 drawn portraits, trained from scratch by `weights/train_tiny`
 (`python -m ledits_min.weights.train_tiny --help`). `train_log.json` says how, on what and with which result.
+`oracle.safetensors` is the classifier that scores edits; it had no part in the training.
 
 The pictures that it learned from, and those in `samples/`, are drawn by the style "Avataaars" (https://avataaars.com/)
 by Pablo Stanley, free for personal and commercial use, as remixed by DiceBear (https://www.dicebear.com).
@@ -100,6 +101,8 @@ def export_model(run: Path, folder: Path) -> None:
         (folder / name / file).chmod(0o644)
     export_tokenizer(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE.to_json())
+    save_file(halves(load_classifier(run)), folder / ORACLE, {"format": "pt"})
+    (folder / ORACLE).chmod(0o644)
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **PARTS})
     write_json(folder / "ledits.json", DEFAULTS)
     (folder / "NOTICE.md").write_text(NOTICE, encoding="utf-8")

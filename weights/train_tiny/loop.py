@@ -27,7 +27,7 @@ BETAS = (0.9, 0.99)
 class Plan:
     """How long and how fast a stage learns; the rate is flat, then falls along a cosine from `flat` of the steps on.
 
-    `until` ends a run early, to be gone on with later: the rate still follows `steps`.
+    `until` and `minutes` end a run early, to be gone on with later: the rate still follows `steps`.
     """
 
     steps: int
@@ -39,6 +39,8 @@ class Plan:
     weight_decay: float = 0.01
     save_every: int = 250
     until: int | None = None
+    minutes: float | None = None
+    device: str = "cpu"
 
     def rate_at(self, step: int) -> float:
         if step < self.warmup:
@@ -97,7 +99,7 @@ class State:
         save_atomically(tensors, path, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
 
     def load(self, path: Path) -> None:
-        tensors = load_file(path)
+        tensors = load_file(path, device=self.plan.device)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
@@ -118,8 +120,12 @@ def train(
     log: Path,
     log_every: int = 50,
 ) -> State:
-    """Minimise `loss_at(step)` up to `plan.until` or `plan.steps`, going on from the checkpoint where there is one."""
-    state = State(module, plan)
+    """Minimise `loss_at(step)` up to `plan.until` or `plan.steps`, going on from the checkpoint where there is one.
+
+    After `plan.minutes` it saves and returns, so that a machine lent in short turns can hand the run on to itself. The
+    module is moved to `plan.device`; `loss_at` must compute there.
+    """
+    state = State(module.to(plan.device), plan)
     if checkpoint.exists():
         state.load(checkpoint)
     module.train()
@@ -142,7 +148,10 @@ def train(
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             losses.clear()
-        if state.step % plan.save_every == 0 or state.step == last:
+        out_of_time = plan.minutes is not None and time.perf_counter() - started >= 60.0 * plan.minutes
+        if state.step % plan.save_every == 0 or state.step == last or out_of_time:
             state.save(checkpoint)
+        if out_of_time:
+            break
     module.eval()
     return state

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from ledits_min.config import TextConfig
 from ledits_min.text import build_text_model
-from ledits_min.weights.train_tiny.loop import Plan, ema_weights, train
+from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, train
 from ledits_min.weights.train_tiny.portraits import ATTRIBUTES, caption, labels, sample_portrait, vocabulary
 
 LENGTH = 40
@@ -90,7 +90,7 @@ class Reader(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         """Logits (P, N, 1 + values) an attribute, read at P positions (P, N) of each of N texts."""
         hidden = self.encoder(input_ids=ids).last_hidden_state
-        features = hidden[torch.arange(len(ids)), positions]
+        features = hidden[torch.arange(len(ids), device=ids.device), positions]
         return [head(features) for head in self.heads]
 
 
@@ -101,16 +101,20 @@ def captions_at(seed: str, count: int) -> tuple[list[str], Tensor]:
     return [text for text, _ in pairs], torch.from_numpy(labels([told for _, told in pairs])) + 1
 
 
-def reading_loss(reader: Reader, ids: Tensor, told: Tensor, eos: int, generator: torch.Generator) -> Tensor:
-    """Mean cross-entropy over the attributes, at the end token and at one random token from there on."""
+def reading_positions(ids: Tensor, eos: int, generator: torch.Generator) -> Tensor:
+    """int64 (2, N): each text's end token, and one random token from there on."""
     ends = (ids == eos).int().argmax(dim=1)
-    later = ends + (torch.rand(len(ids), generator=generator) * (ids.shape[1] - ends)).long()
-    read = reader(ids, torch.stack([ends, later]))
+    return torch.stack([ends, ends + (torch.rand(len(ids), generator=generator) * (ids.shape[1] - ends)).long()])
+
+
+def reading_loss(reader: Reader, ids: Tensor, positions: Tensor, told: Tensor) -> Tensor:
+    """Mean cross-entropy over the attributes, read at each of the positions (2, N)."""
+    read = reader(ids, positions)
     losses = [F.cross_entropy(logits.flatten(0, 1), told[:, i].repeat(2)) for i, logits in enumerate(read)]
     return torch.stack(losses).mean()
 
 
-def train_text(run: Path, seed: int, plan: Plan = PLAN) -> None:
+def train_text(run: Path, seed: int, plan: Plan = PLAN) -> State:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = text_config(tokenizer)
@@ -119,9 +123,11 @@ def train_text(run: Path, seed: int, plan: Plan = PLAN) -> None:
     def loss_at(step: int) -> Tensor:
         texts, told = captions_at(f"text {seed} {step}", BATCH)
         generator = torch.Generator().manual_seed(step)
-        return reading_loss(reader, tokenize(tokenizer, texts), told, config.eos_token_id, generator)
+        ids = tokenize(tokenizer, texts)
+        positions = reading_positions(ids, config.eos_token_id, generator)
+        return reading_loss(reader, ids.to(plan.device), positions.to(plan.device), told.to(plan.device))
 
-    train(reader, loss_at, plan, run / "text.safetensors", run / "text.jsonl")
+    return train(reader, loss_at, plan, run / "text.safetensors", run / "text.jsonl")
 
 
 def load_text(run: Path) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:

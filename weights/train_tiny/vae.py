@@ -10,22 +10,23 @@ from torch import Tensor
 
 from ledits_min.config import SD15_VAE, VAEConfig
 from ledits_min.vae import VAE
-from ledits_min.weights.train_tiny.loop import Plan, ema_weights, generator_at, train
+from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, generator_at, train
 from ledits_min.weights.train_tiny.portraits import Pixels, load_split
 
 CONFIG = VAEConfig(
     in_channels=3,
     out_channels=3,
     latent_channels=4,
-    block_out_channels=(32, 64, 64),
+    block_out_channels=(24, 48, 96, 128),
     layers_per_block=1,
-    norm_num_groups=16,
+    norm_num_groups=8,
     scaling_factor=SD15_VAE.scaling_factor,
     mid_block_add_attention=False,
-    sample_size=64,
+    sample_size=128,
 )
-BATCH = 12
-PLAN = Plan(steps=4200, rate=1.5e-3, flat=0.5)
+CROP, CROPS = 64, 12  # early steps see crops, late ones as many pixels in whole pictures
+WHOLES = CROPS * CROP**2 // CONFIG.sample_size**2
+PLAN = Plan(steps=8000, rate=1.5e-3, flat=0.6)
 
 
 def to_image(pixels: Pixels) -> Tensor:
@@ -42,7 +43,7 @@ def vae_loss(vae: VAE, image: Tensor, noise: Tensor, late: bool) -> Tensor:
 
     e is the error of one posterior sample decoded; every term is a mean over its elements.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(image.device.type, torch.bfloat16):
         mean, logvar = vae.moments(image)
         mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)
         latents = mean + (0.5 * logvar).exp() * noise
@@ -63,18 +64,27 @@ def batch_at(pixels: Pixels, seed: int, step: int, size: int) -> tuple[Tensor, T
     return torch.where(flip[:, None, None, None], image.flip(-1), image), index, generator
 
 
-def train_vae(run: Path, seed: int, plan: Plan = PLAN) -> None:
+def crop_each(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of (B, C, side, side) at a random place of each picture."""
+    top, left = (torch.randint(n - side + 1, (len(image),), generator=generator).tolist() for n in image.shape[2:])
+    return torch.stack([one[:, y : y + side, x : x + side] for one, y, x in zip(image, top, left, strict=True)])
+
+
+def train_vae(run: Path, seed: int, plan: Plan = PLAN) -> State:
     torch.manual_seed(seed)
     vae = VAE(CONFIG)
     pixels, _ = load_split(run / "data", "train")
-    side = CONFIG.sample_size // CONFIG.factor
 
     def loss_at(step: int) -> Tensor:
-        image, _, generator = batch_at(pixels, seed, step, BATCH)
-        noise = torch.randn(BATCH, CONFIG.latent_channels, side, side, generator=generator)
-        return vae_loss(vae, image, noise, late=step >= plan.steps * plan.flat)
+        # Crops give more variety for the same work; the last word have whole pictures, whose norms see other averages.
+        late = step >= plan.steps * plan.flat
+        image, _, generator = batch_at(pixels, seed, step, WHOLES if late else CROPS)
+        image = image if late else crop_each(image, CROP, generator)
+        side = image.shape[-1] // CONFIG.factor
+        noise = torch.randn(len(image), CONFIG.latent_channels, side, side, generator=generator)
+        return vae_loss(vae, image.to(plan.device), noise.to(plan.device), late)
 
-    train(vae, loss_at, plan, run / "vae.safetensors", run / "vae.jsonl")
+    return train(vae, loss_at, plan, run / "vae.safetensors", run / "vae.jsonl")
 
 
 def load_raw_vae(run: Path) -> VAE:
