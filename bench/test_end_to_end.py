@@ -59,7 +59,7 @@ def test_edit_through_the_step_kernel(gpu: ModuleType, inputs: ModuleType, bench
     terms = [inputs.term("sunglasses", warmup_steps=1)]
     with gpu.kernels("torch"), torch.no_grad():
         inversion = ledits.invert(SAMPLE, progress=False)
-        contexts = {text: ledits.text.encode([text]) for text in ("", "sunglasses")}
+        contexts = {text: ledits.text.encode([text]).tokens for text in ("", "sunglasses")}
     settings = inversion.settings
     schedule = make_schedule(settings.schedule, settings.num_steps)
     steps = range(settings.skip, settings.num_steps)

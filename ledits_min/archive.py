@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ledits_min.config import InputError, ScheduleConfig, check_number, check_whole
 from ledits_min.image import atomic_write
-from ledits_min.weights.header import TensorInfo, read_header
+from ledits_min.weights.header import TensorInfo, quoted, read_header
 
 FORMAT = "ledits_min inversion 1"
 
@@ -56,22 +56,23 @@ class Inversion:
         tensors = {"x_T": self.x_T, "residuals": self.residuals, "latents": self.latents}
         tensors |= {f"original.{i}": original for i, original in enumerate(self.originals)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": FORMAT, "settings": json.dumps(asdict(self.settings))}
+        # One entry: the library writes several in an order of chance, and equal inversions are equal files.
+        metadata = {FORMAT: json.dumps(asdict(self.settings))}
         atomic_write(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
         """Read what `save` wrote. InputError for any other file, or one whose numbers do not fit together."""
         header = read_header(path)
-        if header.metadata.get("format") != FORMAT:
+        if FORMAT not in header.metadata:
             way_out = "make one with `ledits invert` (a checkpoint goes to --model)"
-            raise InputError(f"{path}: not a saved inversion; {way_out}")
-        settings = _read_settings(header.metadata.get("settings", ""), str(path))
-        _check_shapes(header.tensors, settings, str(path))
+            raise InputError(f"{quoted(path)}: not a saved inversion; {way_out}")
+        settings = _read_settings(header.metadata[FORMAT], quoted(path))
+        _check_shapes(header.tensors, settings, quoted(path))
         tensors = load(Path(path).read_bytes())  # not by name: the library takes only names that are UTF-8
         for name in ("x_T", "residuals", "latents"):
             if not bool(tensors[name].isfinite().all()):
-                raise InputError(f"{path}: {name} holds values that are not finite; make the inversion again")
+                raise InputError(f"{quoted(path)}: {name} holds values that are not finite; make the inversion again")
         originals = tuple(tensors[f"original.{i}"] for i in range(len(tensors["x_T"])))
         return cls(tensors["x_T"], tensors["residuals"], tensors["latents"], originals, settings)
 

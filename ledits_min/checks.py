@@ -40,7 +40,7 @@ class Reader:
             raise InputError(f"{source}: a JSON object is wanted, not {type(mapping).__name__}")
         found = mapping.get("_class_name", class_name)
         if class_name is not None and found != class_name:
-            raise InputError(f"{source}: _class_name is {found!r}; only {class_name!r} is supported here")
+            raise InputError(f"{source}: _class_name is {short(found)}; only {class_name!r} is supported here")
         self.mapping, self.source, self.defaults = mapping, source, defaults
         self.honoured: set[str] = set()
 

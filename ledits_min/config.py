@@ -48,18 +48,29 @@ class UNetConfig:
     norm_eps: float
     use_linear_projection: bool
     sample_size: int
+    transformer_layers_per_block: tuple[int, ...] = ()  # a level's transformers are this deep; () is 1 everywhere
+    upcast_attention: bool = False
+    addition_time_embed_dim: int = 0  # sinusoids a size number, 0 where there is no added embedding
+    projection_class_embeddings_input_dim: int = 0  # width of the added embedding's input, 0 where there is none
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types", "num_attention_heads"):
-            if len(getattr(self, name)) != levels:
+        for name in ("down_block_types", "up_block_types", "num_attention_heads", "transformer_layers_per_block"):
+            entries = len(getattr(self, name))
+            if entries != levels and not (name == "transformer_layers_per_block" and entries == 0):
                 raise InputError(
-                    f"unet config: {name} has {len(getattr(self, name))} entries but block_out_channels has "
+                    f"unet config: {name} has {entries} entries but block_out_channels has "
                     f"{levels}; both must have one entry a level"
                 )
         _check_types("down_block_types", self.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
         _check_types("up_block_types", self.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
-        _check_positive("unet", self)
+        no_added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        _check_positive("unet", self, zero_allowed=no_added)
+        if len({bool(getattr(self, name)) for name in no_added}) > 1 or self.addition_time_embed_dim % 2:
+            raise InputError(
+                f"unet config: addition_time_embed_dim {self.addition_time_embed_dim} must be even, and be there "
+                "exactly where projection_class_embeddings_input_dim is"
+            )
         if self.block_out_channels[0] % 2:
             raise InputError(
                 f"unet config: the first width {self.block_out_channels[0]} must be even, since the timestep is "
@@ -72,12 +83,18 @@ class UNetConfig:
                     f"and of its {heads} attention heads"
                 )
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of a transformer, for each level."""
+        return self.transformer_layers_per_block or (1,) * len(self.block_out_channels)
+
     @classmethod
     def from_json(cls, mapping: Mapping[str, Any], source: str) -> UNetConfig:
         """Read a diffusers `unet/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
         read = Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
         widths = read.wholes("block_out_channels", _UNET_WIDTHS)
         heads = read.wholes("attention_head_dim", 8, repeat=len(widths))
+        depths = read.wholes("transformer_layers_per_block", 1, repeat=len(widths))
         config = cls(
             in_channels=read.whole("in_channels", 4),
             out_channels=read.whole("out_channels", 4),
@@ -91,7 +108,17 @@ class UNetConfig:
             norm_eps=read.number("norm_eps", 1e-5),
             use_linear_projection=read.flag("use_linear_projection", False),
             sample_size=read.whole("sample_size", 64),
+            transformer_layers_per_block=() if set(depths) == {1} and len(depths) == len(widths) else depths,
+            upcast_attention=read.flag("upcast_attention", False),
+            addition_time_embed_dim=read.whole("addition_time_embed_dim", 0),
+            projection_class_embeddings_input_dim=read.whole("projection_class_embeddings_input_dim", 0),
         )
+        kind, wanted = read.string("addition_embed_type", ""), "text_time" if config.addition_time_embed_dim else ""
+        if kind != wanted:
+            raise InputError(
+                f"{source}: addition_embed_type {short(kind)} with addition_time_embed_dim "
+                f"{config.addition_time_embed_dim} is not supported; 'text_time' with a width, or neither, is"
+            )
         read.refuse_the_rest()
         return config
 
@@ -99,6 +126,10 @@ class UNetConfig:
         """The diffusers-style dictionary that `from_json` reads back."""
         values = _as_json(self)
         values["attention_head_dim"] = values.pop("num_attention_heads")
+        values["transformer_layers_per_block"] = list(self.depths)
+        values["addition_embed_type"] = "text_time" if self.addition_time_embed_dim else None
+        for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            values[name] = values[name] or None
         return {"_class_name": "UNet2DConditionModel", **values}
 
 
@@ -115,6 +146,7 @@ class VAEConfig:
     scaling_factor: float
     mid_block_add_attention: bool
     sample_size: int
+    force_upcast: bool = True  # SDXL's overflows float16; the others' configs say so too, and do not mean it
 
     def __post_init__(self) -> None:
         _check_positive("vae", self)
@@ -148,8 +180,8 @@ class VAEConfig:
             scaling_factor=read.number("scaling_factor", 0.18215),
             mid_block_add_attention=read.flag("mid_block_add_attention", True),
             sample_size=read.whole("sample_size", 32),
+            force_upcast=read.flag("force_upcast", True),
         )
-        read.flag("force_upcast", True)  # a precision hint for another family's VAE; harmless here
         read.refuse_the_rest()
         return config
 
@@ -175,9 +207,11 @@ class TextConfig:
     bos_token_id: int
     eos_token_id: int
     pad_token_id: int
+    projection_dim: int = 0  # width of the pooled text; 0 where the model has no projection
 
     def __post_init__(self) -> None:
-        _check_positive("text_encoder", self, zero_allowed=("bos_token_id", "eos_token_id", "pad_token_id"))
+        zero_allowed = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
+        _check_positive("text_encoder", self, zero_allowed)
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"text_encoder config: hidden_size {self.hidden_size} must be a multiple of its "
@@ -191,7 +225,9 @@ class TextConfig:
         read = Reader(mapping, source, None, {})
         kind = mapping.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
-            raise InputError(f"{source}: model_type is {kind!r}; only a 'clip_text_model' can be the text encoder")
+            raise InputError(f"{source}: model_type is {short(kind)}; only a 'clip_text_model' can be the text encoder")
+        # Every config names a width of the projection; only some models have one.
+        projects = read.strings("architectures", ()) == ("CLIPTextModelWithProjection",)
         return cls(
             vocab_size=read.whole("vocab_size", 49408),
             hidden_size=read.whole("hidden_size", 512),
@@ -204,11 +240,17 @@ class TextConfig:
             bos_token_id=read.whole("bos_token_id", 49406),
             eos_token_id=read.whole("eos_token_id", 49407),
             pad_token_id=read.whole("pad_token_id", 1),
+            projection_dim=read.whole("projection_dim", 512) if projects else 0,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The Hugging-Face-style dictionary that `from_json` reads back."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **_as_json(self)}
+        values, kind = _as_json(self), "CLIPTextModel"
+        if self.projection_dim:
+            kind = "CLIPTextModelWithProjection"
+        else:
+            del values["projection_dim"]
+        return {"architectures": [kind], "model_type": "clip_text_model", **values}
 
 
 @dataclass(frozen=True)
@@ -288,7 +330,7 @@ class EditDefaults:
         unknown = sorted(set(mapping) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
-            raise InputError(f"{source}: unknown key {unknown[0]!r}; the keys are {known}")
+            raise InputError(f"{source}: unknown key {short(unknown[0])}; the keys are {known}")
         return cls(
             num_steps=read.whole("num_steps", paper.num_steps),
             skip=read.whole("skip", paper.skip),
@@ -311,9 +353,16 @@ def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> 
             raise InputError(f"config: {name} {short(value)} is not supported; the choices are {', '.join(known)}")
 
 
+_MOST_LAYERS = 256  # names and shapes are listed before a weight is looked at: a config must not promise millions
+_LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
+
+
 def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name in _LAYERS:
+            for layers in value if isinstance(value, tuple) else (value,):
+                check_whole(f"{part} config: {field.name}", layers, 1, _MOST_LAYERS)
         least = 0 if field.name in zero_allowed else 1
         if (type(value) is int and not least <= value <= 2**20) or (type(value) is float and not value > 0.0):
             raise InputError(f"{part} config: {field.name} = {value} is out of range; a positive number is wanted")
@@ -340,8 +389,6 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1,
-    "upcast_attention": False,
     "attention_type": "default",
 }
 _VAE_DEFAULTS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}

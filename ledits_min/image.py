@@ -9,7 +9,8 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 )
 # What Pillow's readers raise on damaged files: they parse with struct, indices and int(), and rarely wrap it.
 _DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AssertionError, AttributeError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -183,7 +185,8 @@ def check_output_picture(path: str | Path, size: tuple[int, int]) -> None:
 def atomic_write(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write a file so that it is there whole or not at all: a new one beside it, synced, then renamed over it.
 
-    `content` is the bytes, or a function that writes them to the path it is given. OSError as for any file.
+    `content` is the bytes, or a function that writes them to the path it is given. OSError as for any file, under the
+    final name. A process that is killed outright may leave `.ledits-*.tmp` beside it, never a broken file.
     """
     final = Path(os.path.realpath(path))  # an existing link keeps pointing at the file it names
     temporary = final.with_name(f".ledits-{secrets.token_hex(6)}.tmp")
@@ -198,8 +201,10 @@ def atomic_write(path: str | Path, content: bytes | Callable[[Path], object]) ->
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, final)
-    except BaseException:  # Ctrl-C and SIGTERM too: nothing may stay behind
+    except BaseException as error:  # Ctrl-C and SIGTERM too: nothing may stay behind
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(final)) from error  # not the temporary's name, or none
         raise
 
 
@@ -267,7 +272,8 @@ def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
     """Decode `image`, which may still be lazy; upright 8-bit sRGB with nothing else attached."""
     _check_size(image.size, name)  # before decoding: a small file can promise gigabytes
     try:
-        image.load()
+        with _quiet_stderr() if image.format == "TIFF" else nullcontext():
+            image.load()
         rgb = _upright(image, _to_srgb(image, name, notices), name, notices)
     except InputError:
         raise
@@ -275,6 +281,24 @@ def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
         raise _damaged(name, error) from error
     rgb.info = {}  # an orientation left here would be saved, and applied a second time
     return rgb
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """libtiff tells its troubles to the terminal by itself; what matters of them comes as an exception too."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing to keep quiet
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _to_srgb(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
@@ -297,10 +321,10 @@ def _to_srgb(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     """16-bit grey, scaled by 1/257 so that 65535 becomes 255 (Pillow's own conversion clips)."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65_535:
         raise InputError(f"{name} holds values in {values.min()} .. {values.max()}; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:

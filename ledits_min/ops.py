@@ -29,6 +29,8 @@ from ledits_min.inversion import posterior_mean
 from ledits_min.schedule import sqrt
 from ledits_min.sega import ConceptTerm
 
+SCORES = 2**24  # bytes of attention scores at a time, on a CPU: what its last cache holds
+FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of one step
 
 
@@ -87,6 +89,34 @@ def geglu(projected: Tensor) -> Tensor:
         return kernel.geglu(projected.contiguous())
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
+
+    torch's fused attention keeps the scores in float32, and has no fast product for that on a CPU that multiplies
+    bfloat16 in vectors but not in tiles (AMX). There the queries go through in slices whose scores fit into the cache,
+    rounded to bfloat16 like everything between two layers.
+    """
+    slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and multiplies_bfloat16_in_vectors()
+    small = q.shape[2] * k.shape[2] < FEW_SCORES
+    if not slow or small or (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v)
+    batch, heads, queries, width = q.shape
+    rows = batch * heads
+    keys, values = k.reshape(rows, -1, width).transpose(1, 2), v.reshape(rows, -1, width)
+    scaled = (q * width**-0.5).reshape(rows, queries, width)
+    size = max(1, SCORES // (rows * keys.shape[2] * q.element_size()))
+    slices = [torch.bmm(torch.bmm(part, keys).softmax(dim=-1), values) for part in scaled.split(size, dim=1)]
+    attended = slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+    return attended.view(batch, heads, queries, width)
+
+
+@cache
+def multiplies_bfloat16_in_vectors() -> bool:
+    """Whether this CPU has AVX-512's bfloat16 products and no AMX; False where torch (before 2.10) cannot tell."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16")) and not (found.get("amx_bf16") or found.get("amx_tile"))
 
 
 # --- the inversion --------------------------------------------------------------------------------------------------

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ledits_min import edit as algorithm
+from ledits_min import p2p
 from ledits_min.archive import Inversion, InversionSettings, check_settings
 from ledits_min.config import EditDefaults, InputError, RunError, ScheduleConfig, check_number, check_whole
 from ledits_min.image import fit_size, lay_change, open_image, to_images, to_tensor
 from ledits_min.inversion import draw_noise, eps_from_v
+from ledits_min.networks import build_networks, resolve_device, resolve_dtype
+from ledits_min.ops import EditPlan
 from ledits_min.record import Recorder
+from ledits_min.runner import Runner, progress_bar
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept
-from ledits_min.text import TextEncoder, build_text_model, load_tokenizer
-from ledits_min.unet import UNet
+from ledits_min.text import Context, TextEncoder, TextEncoderPair
+from ledits_min.unet import AttentionControl, UNet, sinusoids
 from ledits_min.vae import VAE
-from ledits_min.weights.load import load_checkpoint
+from ledits_min.weights.load import Checkpoint, load_checkpoint
+from ledits_min.weights.lora import LoraSource
 
 ImageLike = Image.Image | str | Path | np.ndarray[Any, Any]
-Module = TypeVar("Module", bound=nn.Module)
 
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32,
-    "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-}  # fmt: skip
 EMBEDDED_MIN_PSNR = 25.0  # below it a picture is outside what the embedded model's VAE has learned
 
 
@@ -64,7 +62,7 @@ class LEdits:
         self,
         unet: UNet,
         vae: VAE,
-        text: TextEncoder,
+        text: TextEncoder | TextEncoderPair,
         schedule: ScheduleConfig,
         defaults: EditDefaults,
         fingerprint: str,
@@ -73,6 +71,7 @@ class LEdits:
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.defaults, self.fingerprint, self.notes, self.embedded = defaults, fingerprint, tuple(notes), embedded
+        self.runner = Runner(unet, vae, schedule.prediction_type, text.length)
 
     @classmethod
     def from_pretrained(
@@ -85,37 +84,40 @@ class LEdits:
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         prediction_type: str | None = None,
+        lora: LoraSource | Sequence[LoraSource] = (),
+        ema: bool = False,
     ) -> LEdits:
-        """Load the embedded model ("tiny"), a .safetensors file or a diffusers folder. Never touches a network.
+        """Load the embedded model ("tiny"), a .safetensors file, a diffusers folder, or an org/name[@revision] that is
+        in the local Hugging Face cache. Never touches a network.
 
         device "auto" is CUDA where there is one; dtype "auto" is float16 there, bfloat16 on a CPU that computes in it,
         else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
-        "epsilon" ("eps") or "v_prediction" ("v"). InputError names anything that does not fit.
+        "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
+        `ema` takes the averaged UNet of a single file that brings both. InputError names anything that does not fit.
         """
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
-            model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type
-        )
+            model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
+            lora=lora, ema=ema, dtype=chosen_dtype,
+        )  # fmt: skip
+        return cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, embedded=str(model) == "tiny")
 
-        def place(build: Callable[[], Module], state: dict[str, Tensor]) -> Module:
-            with torch.device("meta"):
-                module = build()
-            module.load_state_dict(state, strict=True, assign=True)
-            state.clear()  # the module owns the mapped tensors now; each is dropped as its converted copy replaces it
-            return module.to(chosen_device, chosen_dtype).eval().requires_grad_(False)
-
-        text_model = place(lambda: build_text_model(checkpoint.text_config), checkpoint.text)
-        text_length = checkpoint.text_config.max_position_embeddings
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedded: bool = False
+    ) -> LEdits:
+        """Build the networks around a checkpoint's tensors, which they take over."""
+        networks = build_networks(checkpoint, device, dtype)
         return cls(
-            unet=place(lambda: UNet(checkpoint.unet_config), checkpoint.unet),
-            vae=place(lambda: VAE(checkpoint.vae_config), checkpoint.vae),
-            text=TextEncoder(load_tokenizer(checkpoint.tokenizer, text_length), text_model),
+            unet=networks.unet,
+            vae=networks.vae,
+            text=networks.text,
             schedule=checkpoint.schedule_config,
             defaults=EditDefaults.from_json(checkpoint.defaults, "ledits.json"),
             fingerprint=checkpoint.fingerprint,
             notes=checkpoint.notes,
-            embedded=str(model) == "tiny",
+            embedded=embedded,
         )
 
     @property
@@ -154,30 +156,40 @@ class LEdits:
         noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         """
-        num_steps, skip = self._steps(num_steps, skip)
         pictures = self._open(image)
         seeds = _seeds(seed, len(pictures)) if noise is None else ()
+        settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        num_steps, skip, scale = settings.num_steps, settings.skip, settings.source_guidance_scale
+        schedule = make_schedule(self.schedule, num_steps)
+        original = self._original_size(picture.size for picture in pictures)
+        x_0 = self._encode(pictures, size)
+        contexts = self._contexts(["", source], original, x_0)
+        if noise is None:
+            noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
+        _check_noise(noise, (num_steps - skip, *x_0.shape))
+        x_T, residuals = self.runner.invert(
+            contexts, x_0, noise.to(x_0), schedule, skip, eta, source, scale, progress
+        )  # fmt: skip
+        originals = tuple(torch.from_numpy(np.array(picture)) for picture in pictures)
+        return Inversion(x_T.cpu(), residuals.cpu(), x_0.cpu(), originals, settings)
+
+    def inversion_settings(
+        self,
+        source: str = "",
+        source_guidance_scale: float | None = None,
+        num_steps: int | None = None,
+        skip: int | None = None,
+        eta: float = 1.0,
+        seeds: tuple[int, ...] = (),
+    ) -> InversionSettings:
+        """What `invert` would note down, every default resolved; it refuses what `invert` refuses."""
+        num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
         settings = InversionSettings(
             self.fingerprint, self.schedule, num_steps, skip, eta, _prompt("source", source), scale, seeds
         )
         check_settings(settings, "invert")
-        schedule = make_schedule(self.schedule, num_steps)
-        contexts = self._contexts(["", source])
-
-        x_0 = self._encode(pictures, size)
-        if noise is None:
-            noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
-        _check_noise(noise, (num_steps - skip, *x_0.shape))
-        with _progress("inverting", num_steps - skip, progress) as bar:
-            x_T, residuals = algorithm.invert(
-                self._eps_model(schedule), contexts, x_0, noise.to(x_0), schedule, skip, eta, source, scale,
-                on_step=lambda index: bar.update(),
-            )  # fmt: skip
-        finite = residuals.flatten(1).isfinite().all(dim=1)
-        _refuse_non_finite(finite, schedule, skip, "inverting")
-        originals = tuple(torch.from_numpy(np.array(picture)) for picture in pictures)
-        return Inversion(x_T.cpu(), residuals.cpu(), x_0.cpu(), originals, settings)
+        return settings
 
     @torch.no_grad()
     def edit(
@@ -192,6 +204,7 @@ class LEdits:
         progress: bool = True,
         trace: bool = False,
         output_size: str = "input",
+        attention: p2p.PromptToPrompt | None = None,
     ) -> Result:
         """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
 
@@ -200,18 +213,25 @@ class LEdits:
         momentum_*    SEGA's momentum, 0 <= value < 1; off by default, since LEDITS has none
         output_size   "input": the change, laid over the original pixels at the original size;
                       "model": the model's own picture at the size it worked at
+        attention     Prompt-to-Prompt: the attention maps of the inversion's source prompt, lent to the target
         """
         settings = inversion.settings
         if settings.fingerprint != self.fingerprint:
-            raise InputError("this inversion was made with another model; edit it with that one, or invert again")
+            raise InputError(
+                "this inversion was made with another model, or with other parts or LoRAs; edit it with the same ones, "
+                "or invert again"
+            )
         check_settings(settings, "inversion")
         if output_size not in ("input", "model"):
             raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        loop = None
+        if attention is not None:
+            loop = partial(p2p.edit, row=self._source_row(attention, inversion, target, negative))
         latents, masks, steps = self._denoise(
-            "editing", inversion.x_T, inversion.residuals, make_schedule(settings.schedule, settings.num_steps),
-            settings.skip, settings.eta, target, scale, negative, concepts, momentum_scale, momentum_beta,
-            progress, trace,
+            loop, "editing", self._size_inverted(inversion), inversion.x_T, inversion.residuals,
+            make_schedule(settings.schedule, settings.num_steps), settings.skip, settings.eta, target, scale, negative,
+            concepts, momentum_scale, momentum_beta, progress, trace,
         )  # fmt: skip
         return Result(self._pictures(inversion, latents, output_size), latents.cpu(), masks, steps)
 
@@ -249,14 +269,16 @@ class LEdits:
         noise = draw_noise(seeds, num_steps + 1, shape)
         residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
         latents, masks, steps = self._denoise(
-            "generating", noise[0], residuals, schedule, 0, eta, prompt, guidance_scale,
+            None, "generating", (width, height), noise[0], residuals, schedule, 0, eta, prompt, guidance_scale,
             negative, concepts, momentum_scale, momentum_beta, progress, trace,
         )  # fmt: skip
-        return Result(to_images(self.vae.decode(latents)), latents.cpu(), masks, steps)
+        return Result(to_images(self.runner.decode(latents)), latents.cpu(), masks, steps)
 
     def _denoise(
         self,
+        loop: Callable[..., Tensor] | None,
         phase: str,
+        original: tuple[int, int],
         x_T: Tensor,
         residuals: Tensor,
         schedule: Schedule,
@@ -291,24 +313,35 @@ class LEdits:
                     stacklevel=4,
                 )
 
-        contexts = self._contexts([negative, target, *(term.text for term in live)])
-        recorder = Recorder(live, negative, target, schedule, skip, eta, trace)
-        with _progress(phase, len(residuals), progress) as bar:
-
-            def on_step(step: algorithm.Step) -> None:
-                recorder.record(step)
-                bar.update()
-
-            latents = algorithm.edit(
-                self._eps_model(schedule), contexts, x_T.to(self.device), residuals.to(self.device), schedule,
-                skip, eta, target, guidance_scale, negative, live, momentum_scale, momentum_beta, on_step,
+        contexts = self._contexts([negative, target, *(term.text for term in live)], original, x_T)
+        x_T, residuals = x_T.to(self.device), residuals.to(self.device)
+        if loop is None:
+            sigmas = schedule.sigmas(eta)
+            levels = [algorithm.levels(schedule, sigmas, step) for step in range(skip, schedule.num_steps)]
+            plan = EditPlan(levels, live, target, guidance_scale, negative, momentum_scale, momentum_beta)
+            latents, covered, steps = self.runner.edit(
+                phase, contexts, plan, x_T, residuals, schedule, skip, eta, progress, trace
             )  # fmt: skip
-        _refuse_non_finite(torch.stack(recorder.finite), schedule, skip, phase)
+        else:
+            recorder = Recorder(live, negative, target, schedule, skip, eta, trace)
+            with progress_bar(phase, len(residuals), "step", progress) as bar:
 
-        found = iter(recorder.masks(x_T))
+                def on_step(step: algorithm.Step) -> None:
+                    recorder.record(step)
+                    bar.update()
+
+                with self.runner.memory_named(phase, x_T):
+                    latents = loop(
+                        self._eps_model(schedule), contexts, x_T, residuals, schedule, skip, eta, target,
+                        guidance_scale, negative, live, momentum_scale, momentum_beta, on_step,
+                    )  # fmt: skip
+            _refuse_non_finite(torch.stack(recorder.finite), schedule, skip, phase)
+            covered, steps = recorder.masks(x_T), recorder.trace
+
+        found = iter(covered)
         nothing = torch.zeros_like(x_T[:, 0]).cpu()
         masks = [nothing if term.is_noop(base=negative) else next(found) for term in terms]
-        return latents, masks, recorder.trace
+        return latents, masks, steps
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
@@ -336,9 +369,9 @@ class LEdits:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
             raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
         tensor = to_tensor(pictures, sizes.pop()).to(self.device)
-        x_0 = self.vae.encode(tensor)
+        x_0 = self.runner.encode(tensor)
         if self.embedded:
-            error = (self.vae.decode(x_0).clamp(-1.0, 1.0) - tensor).square().mean(dim=(1, 2, 3)).max()
+            error = (self.runner.decode(x_0).clamp(-1.0, 1.0) - tensor).square().mean(dim=(1, 2, 3)).max()
             psnr = 10.0 * float(torch.log10(4.0 / error))
             if psnr < EMBEDDED_MIN_PSNR:
                 warnings.warn(
@@ -348,16 +381,65 @@ class LEdits:
                 )
         return x_0
 
-    def _contexts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        # One prompt a call: a prompt's embedding must not depend, to the last bit, on its neighbours.
-        return {text: self.text.encode([text]) for text in dict.fromkeys(texts)}
+    def _contexts(self, texts: Sequence[str], original: tuple[int, int], latents: Tensor) -> dict[str, Context]:
+        """What the UNet is told of each text, one row; SDXL's is told the sizes too.
 
-    def _eps_model(self, schedule: Schedule) -> algorithm.EpsModel:
+        added = [pooled text, waves of (H, W of the original; 0, 0: nothing cropped; H, W worked at)]
+        [2307.01952, section 2.2]
+        """
+        # One prompt a call: a prompt's embedding must not depend, to the last bit, on its neighbours.
+        contexts = {text: self.text.encode([text]) for text in dict.fromkeys(texts)}
+        waves = self.unet.config.addition_time_embed_dim
+        if not waves:
+            return contexts
+        worked_at = [side * self.vae.config.factor for side in latents.shape[-2:]]
+        numbers = torch.tensor([*reversed(original), 0, 0, *worked_at], device=self.device)
+        sizes = sinusoids(numbers, waves).view(1, -1)
+        return {text: context.told(sizes) for text, context in contexts.items()}
+
+    def _original_size(self, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """(width, height) of the pictures' own pixels. Only SDXL is told; it must be one for all that share a run."""
+        first, *others = dict.fromkeys(sizes)
+        if others and self.unet.config.addition_time_embed_dim:
+            raise InputError(
+                f"this model is told each picture's own size, and {first} and {others[0]} differ; give it one at a time"
+            )
+        return first
+
+    def _size_inverted(self, inversion: Inversion) -> tuple[int, int]:
+        return self._original_size((picture.shape[1], picture.shape[0]) for picture in inversion.originals)
+
+    def _source_row(
+        self, attention: p2p.PromptToPrompt, inversion: Inversion, target: str, negative: str
+    ) -> p2p.SourceRow:
+        """The row that Prompt-to-Prompt predicts beside the edit's; InputError where there is no such pair."""
+        if not isinstance(attention, p2p.PromptToPrompt):
+            raise InputError(f"attention is {type(attention).__name__}; PromptToPrompt() or None is wanted")
+        settings, batch = inversion.settings, len(inversion.x_T)
+        p2p.check_prompts(settings.source, target, negative)
+        original = self._size_inverted(inversion)
+        contexts = self._contexts(["", settings.source, target], original, inversion.x_T)
+        both = [contexts[settings.source], contexts[target]]
+        tokens = torch.cat([context.tokens for context in both])
+        added = [context.added for context in both if context.added is not None]
+        control = attention.control(
+            self.text.words(settings.source), self.text.words(target), tokens.shape[1],
+            settings.num_steps, inversion.x_T.to(self.device),
+        )  # fmt: skip
+        both_rows = Context(
+            tokens.repeat_interleave(batch, dim=0),
+            torch.cat(added).repeat_interleave(batch, dim=0) if added else None,
+        )
+        return p2p.SourceRow(settings.source, settings.source_guidance_scale, contexts[""], both_rows, control)
+
+    def _eps_model(self, schedule: Schedule) -> p2p.ControlledEpsModel:
         """The UNet as the maths sees it: it predicts eps, in float32, for one text and a batch of latents."""
         alphas_cumprod = schedule.alphas_cumprod.to(self.device, torch.float32)
 
-        def eps_model(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            prediction: Tensor = self.unet(x_t, t, context.expand(len(x_t), -1, -1))
+        def eps_model(x_t: Tensor, t: Tensor, context: Context, attention: AttentionControl | None = None) -> Tensor:
+            batch = len(x_t)
+            added = None if context.added is None else context.added.expand(batch, -1)
+            prediction: Tensor = self.unet(x_t, t, context.tokens.expand(batch, -1, -1), added, attention)
             if self.schedule.prediction_type == "v_prediction":
                 return eps_from_v(prediction, x_t, alphas_cumprod[t].view(-1, 1, 1, 1))
             return prediction
@@ -365,41 +447,12 @@ class LEdits:
         return eps_model
 
     def _pictures(self, inversion: Inversion, latents: Tensor, output_size: str) -> list[Image.Image]:
-        after = self.vae.decode(latents)
+        after = self.runner.decode(latents)
         if output_size == "model":
             return to_images(after)
-        before = self.vae.decode(inversion.latents.to(self.device))
+        before = self.runner.decode(inversion.latents.to(self.device))
         originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
         return [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """"auto", or a device that is really there; InputError otherwise."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device {str(device)!r} is not one torch knows; use auto, cpu or cuda") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (chosen.index or 0) >= count.get(chosen.type, 0):
-        raise InputError(f"device {str(device)!r} is not available on this machine; use cpu")
-    return chosen
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the networks; everything between them is float32."""
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype == "auto":
-        if device.type == "cpu":
-            capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
-            fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
-            return torch.bfloat16 if fast else torch.float32
-        return torch.float16
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; the choices are auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def _prompt(name: str, text: str) -> str:
@@ -431,8 +484,3 @@ def _refuse_non_finite(finite: Tensor, schedule: Schedule, skip: int, phase: str
         index = int(bad[0])
         t = int(schedule.timesteps[skip + index])
         raise RunError(f"{phase}: values that are not finite at step {index} (t = {t}); try --dtype float32")
-
-
-def _progress(phase: str, total: int, wanted: bool) -> tqdm[Any]:
-    """A bar on stderr that stays silent where stderr is no terminal."""
-    return tqdm(total=total, desc=phase, unit="step", file=sys.stderr, disable=None if wanted else True)

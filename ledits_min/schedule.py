@@ -12,6 +12,7 @@ from torch import Tensor
 from ledits_min.config import InputError, ScheduleConfig
 
 Scalar = TypeVar("Scalar", float, Tensor)
+MARGIN = 1e-6  # nearer to 0 and 1 than this, 1 - alpha_bar_prev - sigma_t^2 is rounding error and may be negative
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> Schedule:
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config.steps_offset
     t_prev = torch.cat([timesteps[1:], torch.tensor([-1])])
     alphas_cumprod = torch.cumprod(1.0 - betas(config), dim=0)
+    if alphas_cumprod[0] > 1.0 - MARGIN or alphas_cumprod[-1] < MARGIN:
+        raise InputError(
+            f"beta_start {config.beta_start} and beta_end {config.beta_end} make a noise schedule that begins or ends "
+            f"within {MARGIN} of pure picture or pure noise; use the checkpoint's own scheduler config"
+        )
     return Schedule(
         timesteps=timesteps,
         t_prev=t_prev,

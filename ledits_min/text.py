@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,51 @@ from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from ledits_min.config import InputError, TextConfig
-from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
+from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
+from ledits_min.weights.header import quoted
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class TextEncoder:
-    """Prompts -> the text model's last hidden states behind its final LayerNorm, what SD 1.x calls the context.
+@dataclass(frozen=True)
+class Context:
+    """What the UNet is told of N texts, float32.
 
+    tokens  (N, L, D), what the cross-attentions read
+    added   (N, A), what is embedded beside the timestep; None where the family has no such thing
+    """
+
+    tokens: Tensor
+    added: Tensor | None = None
+
+    def told(self, features: Tensor) -> Context:
+        """With more features (N, F) behind what is embedded beside the timestep."""
+        return Context(self.tokens, features if self.added is None else torch.cat([self.added, features], dim=1))
+
+
+class TextEncoder:
+    """Prompts -> hidden states of a text model, the context, and the pooled text where the model has a projection.
+
+    SD 1.x and 2.x read the last layer behind the final LayerNorm, SDXL the one before it as it is (`penultimate`). The
+    pooled text is the last layer's state at the end token, behind LayerNorm and projection, in either case.
     Padding tokens are attended to, as in the published models: no attention mask is passed.
     """
 
-    def __init__(self, tokenizer: Any, model: CLIPTextModel) -> None:
+    def __init__(self, tokenizer: Any, model: CLIPTextModel, penultimate: bool = False) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.penultimate = penultimate
         self.length = int(model.config.max_position_embeddings)
+        largest, known = max(tokenizer.get_vocab().values(), default=0), int(model.config.vocab_size or 0)
+        if largest >= known:
+            raise InputError(
+                f"the tokenizer numbers its tokens up to {largest}, the text encoder knows {known}; "
+                "use the tokenizer that belongs to it"
+            )
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Context of each prompt, float32 (N, L, D), L the model's full length.
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """Context of N prompts: tokens (N, L, D) with L the model's full length, added (N, P) the pooled text.
 
         A prompt that is too long is cut, with a warning that names the dropped words. A word-level tokenizer refuses
         words it does not know with an InputError that lists those it does.
@@ -42,8 +70,20 @@ class TextEncoder:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        states = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
-        return torch.as_tensor(states).float()
+        output = self.model(tokens.input_ids.to(self.model.device), output_hidden_states=self.penultimate)
+        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        projection = getattr(self.model, "text_projection", None)
+        pooled = None if projection is None else projection(output.pooler_output).float()
+        return Context(states.float(), pooled)
+
+    def words(self, prompt: str) -> list[tuple[int, ...]]:
+        """The token ids of each word of a prompt, those cut off left out; a punctuation mark counts as a word."""
+        found = self.tokenizer(prompt, truncation=True, max_length=self.length)
+        words: dict[int, list[int]] = {}
+        for token, word in zip(found.input_ids, found.word_ids(), strict=True):
+            if word is not None:  # begin and end token
+                words.setdefault(word, []).append(token)
+        return [tuple(tokens) for tokens in words.values()]
 
     def check(self, prompt: str) -> None:
         """Warn of words that do not fit; refuse words that a word-level tokenizer does not know."""
@@ -53,9 +93,14 @@ class TextEncoder:
             backend, vocabulary = self.tokenizer.backend_tokenizer, self.tokenizer.get_vocab()
             plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
             words = backend.pre_tokenizer.pre_tokenize_str(plain)
-            strange = ", ".join(word for word, _ in words if word not in vocabulary)
-            known = ", ".join(sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens))
-            raise InputError(f"prompt {prompt!r}: this model does not know {strange!r}; it knows: {known}")
+            strange = [word for word, _ in words if word not in vocabulary]
+            known = sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens)
+            near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
+            hint = f" (did you mean {', '.join(near)}?)" if near else ""
+            words_known = ", ".join(known)
+            raise InputError(
+                f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}{hint}; it knows: {words_known}"
+            )
         room = self.length - 2  # begin and end tokens
         if len(ids) > room:
             dropped = self.tokenizer.decode(ids[room:])
@@ -64,11 +109,41 @@ class TextEncoder:
             )
 
 
+class TextEncoderPair:
+    """SDXL's two text encoders as one: tokens side by side along D, the second one's pooled text.
+
+    zeros_for_empty  the empty prompt is told as zeros in place of its embeddings, as SDXL base was trained
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder, zeros_for_empty: bool) -> None:
+        self.first, self.second, self.zeros_for_empty = first, second, zeros_for_empty
+        self.tokenizer, self.length = first.tokenizer, first.length
+
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """As `TextEncoder.encode`, D being the sum of both widths."""
+        one, two = self.first.encode(prompts), self.second.encode(prompts)
+        assert two.added is not None, "the second text encoder pools"
+        tokens, pooled = torch.cat([one.tokens, two.tokens], dim=-1), two.added
+        if self.zeros_for_empty:
+            said = torch.tensor([[bool(prompt)] for prompt in prompts], device=tokens.device)
+            tokens, pooled = tokens * said[..., None], pooled * said
+        return Context(tokens, pooled)
+
+    def words(self, prompt: str) -> list[tuple[int, ...]]:
+        return self.first.words(prompt)
+
+    def check(self, prompt: str) -> None:
+        self.first.check(prompt)
+
+
 def build_text_model(config: TextConfig) -> CLIPTextModel:
     """The text model with uninitialised or random weights; under `torch.device("meta")` its parameters are shapes."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     more = ("max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
-    model = CLIPTextModel(CLIPTextConfig(**{name: getattr(config, name) for name in names + more}))
+    settings = {name: getattr(config, name) for name in (*names, *more, "projection_dim")}
+    model = CLIPTextModel(CLIPTextConfig(**settings))
+    if config.projection_dim:
+        model.text_projection = torch.nn.Linear(config.hidden_size, config.projection_dim, bias=False)
     # Not a weight: checkpoints lack it or bring a damaged copy, and a meta buffer would have no numbers at all.
     positions = torch.arange(config.max_position_embeddings, device="cpu")[None]
     model.embeddings.position_ids = torch.nn.Buffer(positions, persistent=False)
@@ -76,29 +151,48 @@ def build_text_model(config: TextConfig) -> CLIPTextModel:
     return model
 
 
-def load_tokenizer(folder: Path | None, max_length: int) -> Any:
+def load_tokenizer(folder: Path | None, config: TextConfig) -> Any:
     """The tokenizer in `folder`: vocab.json with merges.txt, or tokenizer.json alone; None: CLIP's, shipped here.
 
+    What stands behind the end of a prompt is what the folder's files say, else what the published models were trained
+    with: the end token again in OpenAI's CLIP, token 0, which is "!", in OpenCLIP. The kind of gelu tells them apart.
     InputError where the folder holds neither, or files that are no tokenizer.
     """
+    max_length = config.max_position_embeddings
     if folder is None:
-        return CLIPTokenizer(vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=max_length)  # type: ignore[arg-type]
+        vocabulary, merges_of = clip_vocabulary(), list(clip_merges())
+        pad = "!" if config.hidden_act == "gelu" else END
+        return CLIPTokenizer(vocab=vocabulary, merges=merges_of, model_max_length=max_length, pad_token=pad)  # type: ignore[arg-type]
     special = _special_tokens(folder)
+    tokenizer: Any
     vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
     try:
         if vocab.is_file() and merges.is_file():
             lines = merges.read_text(encoding="utf-8").splitlines()
             pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
             words = json.loads(vocab.read_text(encoding="utf-8"))
-            return CLIPTokenizer(vocab=words, merges=pairs, model_max_length=max_length, **special)  # type: ignore[arg-type]
+            tokenizer = CLIPTokenizer(vocab=words, merges=pairs, model_max_length=max_length, **special)  # type: ignore[arg-type]
+            return _tried_out(tokenizer, max_length)
         if whole.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(whole), model_max_length=max_length, **special)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(whole), model_max_length=max_length, **special)
+            return _tried_out(tokenizer, max_length)
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises just that for a file it cannot parse
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder}: its files are no tokenizer ({reason}); fetch them again") from None
-    raise InputError(f"{folder}: no tokenizer there; vocab.json with merges.txt is wanted, or tokenizer.json")
+    # The tokenizers library raises bare Exceptions for files it cannot use, and panics, which are not even that.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = quoted(error, 100) if str(error) else type(error).__name__
+        raise InputError(f"{quoted(folder)}: its files are no tokenizer ({reason}); fetch them again") from None
+    raise InputError(f"{quoted(folder)}: no tokenizer there; vocab.json with merges.txt is wanted, or tokenizer.json")
+
+
+def _tried_out(tokenizer: Any, max_length: int) -> Any:
+    """The tokenizer itself; what is wrong with its tables shows only when it meets words, known and unknown."""
+    tokenizer(["a portrait", "\N{SNOWMAN} zyxwv", ""], padding="max_length", truncation=True, max_length=max_length)
+    for name in _SPECIAL_TOKENS:
+        getattr(tokenizer, f"{name}_id")
+    return tokenizer
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -111,7 +205,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
         try:
             mapping = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not readable as JSON ({type(error).__name__}); fetch it again") from None
+            raise InputError(f"{quoted(path)}: not readable as JSON ({type(error).__name__}); fetch it again") from None
         for key in _SPECIAL_TOKENS:
             token = mapping.get(key) if isinstance(mapping, dict) else None
             text = token.get("content") if isinstance(token, dict) else token

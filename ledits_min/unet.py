@@ -1,4 +1,4 @@
-"""The Stable Diffusion 1.x UNet, written top-down: the network, its blocks, then the layers inside a block.
+"""The UNet of Stable Diffusion 1.x, 2.x and XL, written top-down: the network, its blocks, the layers inside a block.
 
 Attribute names are the keys of a diffusers checkpoint, so a key found in a file can be grepped to the line that owns
 it. The price is an odd name here and there: `to_out.0` and `ff.net.2` count positions of a list that also held dropout.
@@ -8,19 +8,47 @@ Architecture: Latent Diffusion [2112.10752, section 3.3], after the U-Net of DDP
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
+from ledits_min.ops import attention as plain_attention
 from ledits_min.ops import geglu, group_norm_silu
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+KeysValues = Mapping["Attention", tuple[Tensor, Tensor]]  # what a text is to every cross-attention
+
+
+class AttentionControl(Protocol):
+    """What may be done instead of softmax(q k^T / sqrt(d)) v, in every transformer block alike.
+
+    q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d); L = N in self-attention.
+    """
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What every block is told besides its input: time (B, time_width), the text's context (B, L, D), how to attend."""
+
+    time: Tensor
+    context: Tensor | KeysValues
+    attention: AttentionControl | None = None
 
 
 class UNet(nn.Module):
     """Predict the noise (or v) in `x_t`, given the timestep and the text.
 
     x_t (B, C, h, w) in any float dtype, t int64 (B,), context (B, L, D); returns float32 (B, C, h, w).
+    added (B, A) is SDXL's second way in: the pooled text beside sinusoids of the picture's sizes, embedded like t.
     The body runs in the parameters' dtype. The last convolution runs in float32 whatever that dtype is: SEGA works on
     the difference of two predictions, of which a bfloat16 output would keep only a handful of levels.
     """
@@ -28,10 +56,12 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, heads = config.block_out_channels, config.num_attention_heads
+        widths, heads, depths = config.block_out_channels, config.num_attention_heads, config.depths
         time_width = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_width)
+        added_width = config.projection_class_embeddings_input_dim
+        self.add_embedding = TimeEmbedding(added_width, time_width) if added_width else None
 
         # Each level's resnets and downsampler leave one skip connection; the way up consumes them in reverse.
         skips = [widths[0]]
@@ -41,83 +71,125 @@ class UNet(nn.Module):
             attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
             last = level == len(widths) - 1
             self.down_blocks.append(
-                DownBlock(channels, width, time_width, heads[level] if attends else None, not last, config)
+                DownBlock(channels, width, time_width, heads[level], depths[level] * attends, not last, config)
             )
             skips += [width] * (config.layers_per_block + (not last))
             channels = width
 
-        self.mid_block = MidBlock(channels, time_width, heads[-1], config)
+        self.mid_block = MidBlock(channels, time_width, heads[-1], depths[-1], config)
 
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(reversed(widths)):
             attends = config.up_block_types[level] == "CrossAttnUpBlock2D"
             last = level == len(widths) - 1
             skip_channels = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            level_heads = tuple(reversed(heads))[level] if attends else None
-            self.up_blocks.append(UpBlock(channels, skip_channels, width, time_width, level_heads, not last, config))
+            self.up_blocks.append(
+                UpBlock(
+                    channels, skip_channels, width, time_width, heads[-1 - level], depths[-1 - level] * attends,
+                    not last, config,
+                )
+            )  # fmt: skip
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: Tensor | KeysValues,
+        added: Tensor | None = None,
+        attention: AttentionControl | None = None,
+    ) -> Tensor:
+        """Whoever asks often about the same t or text passes what `embed` and `project` made of them instead."""
         dtype = self.conv_in.weight.dtype
-        time = self.time_embedding(t, dtype)
-        context = context.to(dtype)
+        time = t if t.is_floating_point() else self.embed(t, added)
+        if isinstance(context, Tensor):
+            context = context.to(dtype)
+        conditioning = Conditioning(time, context, attention)
         hidden = self.conv_in(x_t.to(dtype))
         skips = [hidden]
         for block in self.down_blocks:
-            hidden = block(hidden, time, context, skips)
-        hidden = self.mid_block(hidden, time, context)
+            hidden = block(hidden, conditioning, skips)
+        hidden = self.mid_block(hidden, conditioning)
         for block in self.up_blocks:
-            hidden = block(hidden, time, context, skips)
+            hidden = block(hidden, conditioning, skips)
         hidden = group_norm_silu(hidden, self.conv_norm_out).float()
         bias = None if self.conv_out.bias is None else self.conv_out.bias.float()
         return F.conv2d(hidden, self.conv_out.weight.float(), bias, padding=1)
 
+    def embed(self, t: Tensor, added: Tensor | None = None) -> Tensor:
+        """t (B,), and added (B, A) where the family has it -> (B, time_width)."""
+        dtype = self.conv_in.weight.dtype
+        time: Tensor = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
+        if self.add_embedding is not None:
+            assert added is not None, "this UNet is told more than the text's tokens"
+            time = time + self.add_embedding(added.to(dtype))
+        return time
+
+    def project(self, context: Tensor) -> KeysValues:
+        """context (B, L, D) -> its keys and values (B, heads, L, C / heads) in every cross-attention."""
+        context = context.to(self.conv_in.weight.dtype)
+        crossing = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+        return {attention: attention.project(context) for attention in crossing}
+
+
+def sinusoids(values: Tensor, width: int) -> Tensor:
+    """Describe numbers such as a timestep by waves of many lengths; values (...) -> float32 (..., width).
+
+    [cos(t f_0), .., cos(t f_n), sin(t f_0), .., sin(t f_n)],  f_i = 10000 ^ (-i / n),  n = width / 2
+    """
+    half = width // 2
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[..., None] * torch.exp(exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of t through a two-layer MLP; t (B,) -> (B, time_width).
-
-    features = [cos(t f_0), .., cos(t f_n), sin(t f_0), .., sin(t f_n)],  f_i = 10000 ^ (-i / n),  n = width / 2
-    """
+    """A two-layer MLP on what every resnet is told; features (B, width) -> (B, time_width)."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
-        self.width = width
         self.linear_1 = nn.Linear(width, time_width)
         self.linear_2 = nn.Linear(time_width, time_width)
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self.width // 2
-        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * torch.exp(exponent)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    def forward(self, features: Tensor) -> Tensor:
         embedding: Tensor = self.linear_2(F.silu(self.linear_1(features)))
         return embedding
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: resnets, each followed by a transformer where the level attends, then a halving."""
+    """One level on the way down: resnets, each followed by a transformer where the level attends, then a halving.
+
+    `depth` is the number of layers in each transformer; 0 where the level does not attend.
+    """
 
     def __init__(
-        self, channels: int, width: int, time_width: int, heads: int | None, downsample: bool, config: UNetConfig
+        self,
+        channels: int,
+        width: int,
+        time_width: int,
+        heads: int,
+        depth: int,
+        downsample: bool,
+        config: UNetConfig,
     ) -> None:
         super().__init__()
         layers = config.layers_per_block
         inputs = [channels] + [width] * (layers - 1)
         self.resnets = nn.ModuleList(ResnetBlock(c, width, time_width, config) for c in inputs)
-        if heads is not None:
-            self.attentions = nn.ModuleList(Transformer(width, heads, config) for _ in range(layers))
+        if depth:
+            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in range(layers))
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(width)])
 
-    def forward(self, hidden: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Appends every intermediate result to `skips`."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, time)
+            hidden = resnet(hidden, conditioning.time)
             if hasattr(self, "attentions"):
-                hidden = self.attentions[i](hidden, context)
+                hidden = self.attentions[i](hidden, conditioning)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
@@ -128,15 +200,15 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottleneck: resnet, transformer, resnet."""
 
-    def __init__(self, width: int, time_width: int, heads: int, config: UNetConfig) -> None:
+    def __init__(self, width: int, time_width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, time_width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(width, heads, config)])
+        self.attentions = nn.ModuleList([Transformer(width, heads, depth, config)])
 
-    def forward(self, hidden: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        hidden = self.resnets[0](hidden, time)
-        hidden = self.attentions[0](hidden, context)
-        result: Tensor = self.resnets[1](hidden, time)
+    def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+        hidden = self.resnets[0](hidden, conditioning.time)
+        hidden = self.attentions[0](hidden, conditioning)
+        result: Tensor = self.resnets[1](hidden, conditioning.time)
         return result
 
 
@@ -149,7 +221,8 @@ class UpBlock(nn.Module):
         skip_channels: list[int],
         width: int,
         time_width: int,
-        heads: int | None,
+        heads: int,
+        depth: int,
         upsample: bool,
         config: UNetConfig,
     ) -> None:
@@ -158,17 +231,17 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(c + skip, width, time_width, config) for c, skip in zip(inputs, skip_channels, strict=True)
         )
-        if heads is not None:
-            self.attentions = nn.ModuleList(Transformer(width, heads, config) for _ in skip_channels)
+        if depth:
+            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in skip_channels)
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
-    def forward(self, hidden: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Consumes one entry of `skips` a resnet; the next one left gives the size to upsample to."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), conditioning.time)
             if hasattr(self, "attentions"):
-                hidden = self.attentions[i](hidden, context)
+                hidden = self.attentions[i](hidden, conditioning)
         if hasattr(self, "upsamplers"):
             # Not always twice the size: 65 latents halve to 33, which must come back as 65.
             hidden = self.upsamplers[0](hidden, skips[-1].shape[-2:])
@@ -195,17 +268,17 @@ class ResnetBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the pixels of a feature map (B, C, h, w), with a projection in and out."""
+    """`depth` transformer blocks over the pixels of a feature map (B, C, h, w), with a projection in and out."""
 
-    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
         self.linear_projection = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, config.cross_attention_dim)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, heads, config) for _ in range(depth))
         self.proj_out = nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
 
-    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = hidden.shape[-2:]
         residual = hidden
         hidden = group_norm_silu(hidden, self.norm, silu=False)
@@ -214,7 +287,8 @@ class Transformer(nn.Module):
         tokens = hidden.flatten(2).transpose(1, 2)  # (B, h w, C)
         if self.linear_projection:
             tokens = self.proj_in(tokens)
-        tokens = self.transformer_blocks[0](tokens, context)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, conditioning)
         if self.linear_projection:
             tokens = self.proj_out(tokens)
         hidden = tokens.transpose(1, 2).unflatten(2, (height, width))
@@ -226,41 +300,55 @@ class Transformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm and added to its input."""
 
-    def __init__(self, width: int, heads: int, context_width: int) -> None:
+    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, width, heads)
+        self.attn1 = Attention(width, width, heads, config.upcast_attention)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, context_width, heads)
+        self.attn2 = Attention(width, config.cross_attention_dim, heads, config.upcast_attention)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+        control = conditioning.attention
+        on_self: Attend = plain_attention
+        on_text: Attend = plain_attention
+        if control is not None:
+            on_self, on_text = control.self_attention, control.cross_attention
         normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed)
-        tokens = tokens + self.attn2(self.norm2(tokens), context)
+        tokens = tokens + self.attn1(normed, normed, on_self)
+        tokens = tokens + self.attn2(self.norm2(tokens), conditioning.context, on_text)
         result: Tensor = tokens + self.ff(self.norm3(tokens))
         return result
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D)."""
+    """softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D).
 
-    def __init__(self, width: int, context_width: int, heads: int) -> None:
+    With `upcast` it is computed in float32: SD 2.1's q k^T overflows float16.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.upcast = upcast
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, context: Tensor | KeysValues, attend: Attend) -> Tensor:
         q = self.split_heads(self.to_q(tokens))
-        k = self.split_heads(self.to_k(context))
-        v = self.split_heads(self.to_v(context))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        k, v = self.project(context) if isinstance(context, Tensor) else context[self]
+        if self.upcast:
+            q, k, v = q.float(), k.float(), v.float()
+        attended = attend(q, k, v).to(tokens.dtype)
         result: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
         return result
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of context (B, L, D), (B, heads, L, C / heads) each."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, C / heads)."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import group_norm_silu
+from ledits_min.ops import attention, group_norm_silu
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         normed = group_norm_silu(hidden, self.group_norm, silu=False)
         tokens = normed.flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        attended: Tensor = self.to_out[0](attention(q, k, v))
         return hidden + attended[:, 0].transpose(1, 2).reshape(hidden.shape)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.weights.shapes import text_shapes, unet_shapes, vae_shapes
+from ledits_min.families import Config
+from ledits_min.weights.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 
 State = dict[str, Tensor]
 Listing = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
@@ -64,7 +66,46 @@ REDUCED_TEXT = TextConfig(
     pad_token_id=49407,
 )
 
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1}
+# Every family at a size that a test can run, with all that tells it from the others.
+REDUCED_SD2_TEXT = replace(REDUCED_TEXT, hidden_act="gelu", pad_token_id=0)
+REDUCED: dict[str, dict[str, Config]] = {
+    "SD 1.x": {"unet": REDUCED_UNET, "vae": REDUCED_VAE, "text": REDUCED_TEXT},
+    "SD 2.x": {
+        "unet": replace(REDUCED_UNET, use_linear_projection=True, upcast_attention=True),
+        "vae": REDUCED_VAE,
+        "text": REDUCED_SD2_TEXT,
+    },
+    "SDXL": {
+        "unet": replace(
+            REDUCED_UNET,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=44,
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 1, 2),
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=28 + 6 * 8,
+        ),
+        "vae": replace(REDUCED_VAE, scaling_factor=0.13025),
+        "text": REDUCED_TEXT,
+        "text_2": replace(REDUCED_SD2_TEXT, hidden_size=20, num_hidden_layers=3, projection_dim=28),
+    },
+}
+# Part -> (folder, stem) in a diffusers folder, and prefix in an LDM file of each family.
+_FOLDERS = {
+    "unet": ("unet", "diffusion_pytorch_model"),
+    "vae": ("vae", "diffusion_pytorch_model"),
+    "text": ("text_encoder", "model"),
+    "text_2": ("text_encoder_2", "model"),
+}
+_TEXT_PREFIXES = {
+    "SD 1.x": {"text": "cond_stage_model.transformer.text_model."},
+    "SD 2.x": {"text": "cond_stage_model.model."},
+    "SDXL": {"text": "conditioner.embedders.0.transformer.text_model.", "text_2": "conditioner.embedders.1.model."},
+}
+
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8"), 1)
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _BUFFERS = ("betas", "alphas_cumprod", "sqrt_alphas_cumprod", "posterior_variance")
 
@@ -82,15 +123,18 @@ def random_states(
 @cache
 def _random_states(unet: UNetConfig, vae: VAEConfig, text: TextConfig, seed: int) -> dict[str, State]:
     generator = torch.Generator().manual_seed(seed)
-
-    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-        values = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            return 0.1 * values + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        return values / float(torch.tensor(shape[1:]).prod()) ** 0.5
-
     shapes = {"unet": unet_shapes(unet), "vae": vae_shapes(vae), "text": text_shapes(text)}
-    return {part: {name: tensor(name, shape) for name, shape in names.items()} for part, names in shapes.items()}
+    return {
+        part: {name: _random_tensor(name, shape, generator) for name, shape in names.items()}
+        for part, names in shapes.items()
+    }
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator)
+    if len(shape) == 1:
+        return 0.1 * values + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return values / float(torch.tensor(shape[1:]).prod()) ** 0.5
 
 
 def write_folder(
@@ -173,6 +217,98 @@ def ldm_state(
     return result
 
 
+def family_states(family: str, seed: int = 0) -> dict[str, State]:
+    """Random weights of a reduced family, part by part."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        part: {name: _random_tensor(name, shape, generator) for name, shape in expected_shapes(config).items()}
+        for part, config in REDUCED[family].items()
+    }
+
+
+def write_family_folder(
+    path: Path, family: str, schedule: ScheduleConfig = SD15_SCHEDULE, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, State]:
+    """A diffusers folder of a reduced family, its text encoders as transformers names them there."""
+    states = family_states(family, seed)
+    for part, config in REDUCED[family].items():
+        folder, stem = _FOLDERS[part]
+        (path / folder).mkdir(parents=True)
+        (path / folder / "config.json").write_text(json.dumps(config.to_json()))
+        state = text_as(states[part], "projecting" if part == "text_2" else "flat") if "text" in part else states[part]
+        save(path / folder / f"{stem}.safetensors", state, dtype)
+    (path / "scheduler").mkdir()
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps(schedule.to_json()))
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    (path / "model_index.json").write_text(json.dumps(index if family == "SDXL" else {}))
+    return states
+
+
+def write_family_ldm(
+    path: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+    seed: int = 0,
+    extra: Mapping[str, Tensor] | None = None,
+) -> dict[str, State]:
+    """A single file of a reduced family, its OpenCLIP text encoder as OpenCLIP names it."""
+    states = family_states(family, seed)
+    result = family_ldm_state(family, REDUCED[family], states) | dict(extra or {})
+    save_file({name: t.to(dtype).contiguous() for name, t in result.items()}, path, metadata)
+    return states
+
+
+def family_ldm_state(family: str, configs: Mapping[str, Config], states: Mapping[str, State]) -> State:
+    """All parts of a family under the names of a single file."""
+    unet, vae = configs["unet"], configs["vae"]
+    assert isinstance(unet, UNetConfig) and isinstance(vae, VAEConfig)
+    result = ldm_state(states, unet, vae, ("unet", "vae"))
+    for part, prefix in _TEXT_PREFIXES[family].items():
+        state = states[part] if prefix.endswith("text_model.") else openclip_state(states[part])
+        result |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    return result
+
+
+def family_listing(family: str, configs: Mapping[str, Config], dtype: str = "F16") -> Listing:
+    """Names, dtypes and shapes of a family's single file, by rule; nothing is stored."""
+    states = {
+        part: {name: torch.empty(shape, device="meta") for name, shape in expected_shapes(config).items()}
+        for part, config in configs.items()
+    }
+    state = family_ldm_state(family, configs, states)
+    return {name: (dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def openclip_state(state: State) -> State:
+    """A text model under OpenCLIP's names: q, k and v in one, and what nobody reads, such as SD 2's last layer."""
+    result: State = {"logit_scale": torch.full_like(state["final_layer_norm.bias"][0], 4.6)}
+    for name, tensor in state.items():
+        if (match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name)) is not None:
+            joint = [state[name.replace("q_proj", projection)] for projection in ("q_proj", "k_proj", "v_proj")]
+            result[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(joint)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            result[openclip_name(name)] = tensor.T if name == "text_projection.weight" else tensor
+    if "text_projection.weight" not in state:
+        bias = state["final_layer_norm.bias"]
+        last = max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
+        behind = {n: t for n, t in result.items() if n.startswith(f"transformer.resblocks.{last}.")}
+        result |= {n.replace(f".{last}.", f".{last + 1}.", 1): torch.full_like(t, 9.0) for n, t in behind.items()}
+        result["text_projection"] = bias.new_full((len(bias), len(bias)), 9.0)
+    return result
+
+
+def openclip_name(name: str) -> str:
+    """transformers' name of a text model's tensor -> OpenCLIP's; not for q, k and v, which are one there."""
+    name = re.sub(r"^embeddings\.token_embedding", "token_embedding", name)
+    name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
+    name = name.replace("text_projection.weight", "text_projection").replace("final_layer_norm", "ln_final")
+    name = name.replace("encoder.layers.", "transformer.resblocks.").replace(".self_attn.", ".attn.")
+    for ours, theirs in (("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+        name = name.replace(f".{ours}", f".{theirs}")
+    return name
+
+
 def ldm_unet_name(name: str, config: UNetConfig) -> str:
     """Our UNet name -> LDM name, from the level and the layer by arithmetic."""
     layers = config.layers_per_block
@@ -180,6 +316,7 @@ def ldm_unet_name(name: str, config: UNetConfig) -> str:
     name = re.sub(r"^conv_in\.", "input_blocks.0.0.", name)
     name = re.sub(r"^conv_norm_out\.", "out.0.", name)
     name = re.sub(r"^conv_out\.", "out.2.", name)
+    name = re.sub(r"^add_embedding\.linear_([12])", lambda m: f"label_emb.0.{2 * int(m[1]) - 2}", name)
 
     def down(match: re.Match[str]) -> str:
         level, kind, layer = int(match[1]), match[2], int(match[3])
@@ -243,9 +380,14 @@ def old_vae(state: State) -> State:
 
 
 def text_as(state: State, layout: str) -> State:
-    """The text model as "flat" (transformers >= 5.6), "prefixed", or "prefixed+ids" (the oldest) files spell it."""
+    """The text model as "flat" (transformers >= 5.6), "prefixed", or "prefixed+ids" (the oldest) files spell it.
+
+    "projecting" is prefixed but for the projection.
+    """
     if layout == "flat":
         return dict(state)
+    if layout == "projecting":
+        return {name if name.startswith("text_proj") else f"text_model.{name}": t for name, t in state.items()}
     result = {f"text_model.{name}": tensor for name, tensor in state.items()}
     if layout == "prefixed+ids":
         length = state["embeddings.position_embedding.weight"].shape[0]

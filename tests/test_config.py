@@ -23,6 +23,16 @@ from ledits_min.config import (
     check_number,
     check_whole,
 )
+from ledits_min.families import (
+    SD20_UNET,
+    SD21_SCHEDULE,
+    SD21_TEXT,
+    SD21_UNET,
+    SDXL_TEXT_2,
+    SDXL_UNET,
+    SDXL_VAE,
+    family_of,
+)
 
 # The files of Stable Diffusion 1.5 as they were published.
 PUBLISHED_UNET: dict[str, Any] = {
@@ -155,6 +165,65 @@ class TestAccepted:
         assert VAEConfig.from_json(mapping, "vae/config.json") == SD15_VAE
         assert SD15_VAE.factor == 8
 
+    def test_unets_of_the_other_families(self) -> None:
+        """As published with stable-diffusion-2-1-base, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0."""
+        second = {
+            **RESAVED_UNET,
+            "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024,
+            "dual_cross_attention": False,
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        }
+        assert UNetConfig.from_json(second, "unet") == SD20_UNET
+        assert UNetConfig.from_json({**second, "sample_size": 96}, "unet") == SD21_UNET
+        plain = UNetConfig.from_json({**second, "upcast_attention": False}, "unet")
+        assert plain == replace(SD20_UNET, upcast_attention=False)
+        for config, name in ((plain, "SD 2.x"), (SD21_UNET, "SD 2.x"), (SD15_UNET, "SD 1.x"), (SDXL_UNET, "SDXL")):
+            family = family_of(config)
+            assert family is not None and family.name == name
+        assert family_of(SMALL_UNET) is None
+        xl = {
+            **RESAVED_UNET,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "attention_head_dim": [5, 10, 20],
+            "block_out_channels": [320, 640, 1280],
+            "cross_attention_dim": 2048,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "only_cross_attention": False,
+            "projection_class_embeddings_input_dim": 2816,
+            "sample_size": 128,
+            "transformer_layers_per_block": [1, 2, 10],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "upcast_attention": None,
+            "use_linear_projection": True,
+        }
+        assert UNetConfig.from_json(xl, "unet") == SDXL_UNET
+
+    def test_text_models_of_the_other_families(self) -> None:
+        second = {
+            **PUBLISHED_TEXT,
+            "hidden_act": "gelu",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 23,
+            "projection_dim": 512,
+        }
+        ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+        assert TextConfig.from_json(second, "text") == replace(SD21_TEXT, **ids)
+        big = {
+            **second,
+            "architectures": ["CLIPTextModelWithProjection"],
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 20,
+            "num_hidden_layers": 32,
+            "projection_dim": 1280,
+        }
+        assert TextConfig.from_json(big, "text") == replace(SDXL_TEXT_2, **ids)
+
     def test_text(self) -> None:
         found = TextConfig.from_json(PUBLISHED_TEXT, "text_encoder/config.json")
         assert found == replace(SD15_TEXT, bos_token_id=0, eos_token_id=2, pad_token_id=1)
@@ -197,7 +266,17 @@ SMALL_SCHEDULE = ScheduleConfig(300, 1e-4, 0.02, "linear", 0, "v_prediction")
 
 @pytest.mark.parametrize(
     "config",
-    [SD15_UNET, SMALL_UNET, SD15_VAE, SMALL_VAE, SD15_TEXT, SMALL_TEXT, SD15_SCHEDULE, SMALL_SCHEDULE],
+    [SD15_UNET, SMALL_UNET, SD15_VAE, SMALL_VAE, SD15_TEXT, SMALL_TEXT, SD15_SCHEDULE, SMALL_SCHEDULE]
+    + [
+        SD20_UNET,
+        SD21_UNET,
+        SD21_TEXT,
+        SD21_SCHEDULE,
+        SDXL_UNET,
+        SDXL_VAE,
+        SDXL_TEXT_2,
+        replace(SDXL_VAE, force_upcast=False),
+    ],
     ids=lambda config: type(config).__name__,
 )
 def test_round_trip_through_a_file(config: UNetConfig | VAEConfig | TextConfig | ScheduleConfig) -> None:
@@ -230,7 +309,7 @@ class TestRefused:
             ("dual_cross_attention", True),
             ("only_cross_attention", True),
             ("only_cross_attention", [False, True, False, False]),
-            ("upcast_attention", True),
+            ("upcast_attention", "yes"),
             ("act_fn", "gelu"),
             ("flip_sin_to_cos", False),
             ("freq_shift", 1),
@@ -238,7 +317,10 @@ class TestRefused:
             ("mid_block_scale_factor", 2),
             ("mid_block_type", "UNetMidBlock2D"),
             ("resnet_time_scale_shift", "scale_shift"),
-            ("transformer_layers_per_block", [1, 2, 10, 10]),
+            ("transformer_layers_per_block", [[1, 2], [2, 2], [4, 4], [4, 4]]),
+            ("addition_embed_type", "image"),
+            ("reverse_transformer_layers_per_block", [[4], [3]]),
+            ("cross_attention_dim", [768, 768]),
             ("attention_type", "gated"),
             ("conv_in_kernel", 5),
             ("dropout", 0.1),
@@ -291,6 +373,9 @@ class TestRefused:
             (UNetConfig.from_json, PUBLISHED_UNET, "attention_head_dim", 0),
             (UNetConfig.from_json, PUBLISHED_UNET, "attention_head_dim", 7),
             (UNetConfig.from_json, PUBLISHED_UNET, "norm_num_groups", 33),
+            (UNetConfig.from_json, PUBLISHED_UNET, "transformer_layers_per_block", [1, 2, 10]),
+            (UNetConfig.from_json, PUBLISHED_UNET, "addition_time_embed_dim", 256),
+            (UNetConfig.from_json, PUBLISHED_UNET, "projection_class_embeddings_input_dim", 2816),
             (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", "small"),
             (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", float("nan")),
             (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", 10**400),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -294,6 +295,33 @@ def test_resizing_does_not_round_to_8_bits() -> None:
     levels = (to_tensor([ramp], (64, 64)) + 1.0) * 127.5
     assert len(levels.unique()) > 4
     assert 99.0 < float(levels.min()) <= float(levels.max()) < 102.0
+
+
+def test_the_library_behind_tiff_keeps_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff writes to the terminal by itself."""
+    content = encoded(noise_picture(), "TIFF", compression="tiff_lzw")
+    for start in (100, 200, 400):
+        damaged = content[:start] + bytes(200) + content[start + 200 :]
+        (tmp_path / "x.tif").write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            open_image(tmp_path / "x.tif")
+    print("still here")
+    os.write(2, b"and here")
+    assert capfd.readouterr() == ("still here\n", "and here")
+
+
+def test_colours_of_16_bits(tmp_path: Path) -> None:
+    """Pillow keeps the high byte of a 16-bit RGB PNG: right to one level."""
+    values = np.random.default_rng(0).integers(0, 65_536, (20, 20, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    found, _ = opened(tmp_path / "x.png", b"\x89PNG\r\n\x1a\n" + body)
+    assert np.abs(np.asarray(found).astype(float) - values / 257.0).max() <= 1.0
 
 
 def test_non_finite_pixels_are_never_written() -> None:

@@ -16,6 +16,14 @@ def test_published_numbers() -> None:
     assert float(schedule.alphas_cumprod[999]) == pytest.approx(0.00466010, abs=3e-8)
 
 
+@pytest.mark.parametrize(("beta_start", "beta_end"), [(1e-300, 0.012), (0.00085, 0.999), (1e-8, 1e-8)])
+def test_a_schedule_that_reaches_pure_noise_or_never_leaves_the_picture_is_refused(
+    beta_start: float, beta_end: float
+) -> None:
+    with pytest.raises(InputError, match="pure picture or pure noise"):
+        make_schedule(ScheduleConfig(beta_start=beta_start, beta_end=beta_end), 50)
+
+
 def test_tables_are_float64() -> None:
     schedule = make_schedule(ScheduleConfig(), 20)
     tables = (schedule.alpha_bar_t, schedule.alpha_bar_prev, schedule.alphas_cumprod, schedule.sigmas(0.5))

@@ -7,33 +7,38 @@ refused by name with the way out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ledits_min.config import InputError, UNetConfig, VAEConfig
-from ledits_min.weights import ldm, legacy
+from ledits_min.config import InputError, TextConfig, UNetConfig
+from ledits_min.families import FAMILIES, Config
+from ledits_min.weights import ldm, legacy, openclip
 from ledits_min.weights.header import Header, TensorInfo, quoted
-from ledits_min.weights.shapes import Config
 
-PARTS = ("unet", "vae", "text")
-SUPPORTED = "supported are Stable Diffusion 1.x checkpoints"
+PARTS = ("unet", "vae", "text", "text_2")
+SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and XL checkpoints"
 
 
 class Stored(NamedTuple):
-    """Where one tensor lies: the file, its name in it, and what the header says of it."""
+    """Where one tensor lies: the file, its name in it, and what the header says of it.
+
+    It may be some rows of the one in the file, or its transpose: `info` then describes what it is to us.
+    """
 
     path: Path
     name: str
     info: TensorInfo
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
     """What one file, or one part of a folder, holds.
 
-    parts     "unet", "vae", "text" -> {name inside the part, as the file spells it: tensor}
+    parts     "unet", "vae", "text", "text_2" -> {name inside the part, as the file spells it: tensor}
     dialects  the same keys -> "LDM" or "diffusers"
     ignored   why tensors are left aside -> how many
     unknown   names that belong to no part
@@ -55,8 +60,11 @@ def stored(path: Path, header: Header) -> dict[str, Stored]:
     return {name: Stored(path, name, info) for name, info in header.tensors.items()}
 
 
-def identify(tensors: Mapping[str, Stored]) -> Layout:
-    """Sort the tensors of a file into parts and name the family; reads nothing."""
+def identify(tensors: Mapping[str, Stored], folder_part: str | None = None) -> Layout:
+    """Sort the tensors of a file into parts and name the family; reads nothing.
+
+    `folder_part` is the part that the file's folder is named after: it tells a second text encoder of unusual size.
+    """
     parts: dict[str, dict[str, Stored]] = {}
     dialects: dict[str, str] = {}
     ignored: dict[str, int] = {}
@@ -74,10 +82,13 @@ def identify(tensors: Mapping[str, Stored]) -> Layout:
         else:
             rest[name] = tensor
     if not parts and (alone := _bare_part(rest)) is not None:
-        part, dialects[part] = alone
-        parts[part] = {name: tensor for name, tensor in rest.items() if not legacy.is_beside_the_text_model(name)}
+        part, dialect = alone
+        if part == "text" and (folder_part == "text_2" or _text_width(rest) == 1280):
+            part = "text_2"
+        dialects[part] = dialect
+        parts[part] = {name: tensor for name, tensor in rest.items() if not legacy.is_picture_half(name)}
         if beside := len(rest) - len(parts[part]):
-            ignored["projections and picture half of CLIP"] = beside
+            ignored["picture half of CLIP"] = beside
         rest = {}
     family, refusal = _family(tensors, parts)
     return Layout(family, dialects, parts, ignored, tuple(sorted(rest)), frozenset(markers), refusal)
@@ -86,24 +97,38 @@ def identify(tensors: Mapping[str, Stored]) -> Layout:
 def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[str, Stored]:
     """The tensors of one part under the names of our modules; unknown names stay, to be reported later."""
     result: dict[str, Stored] = {}
-    table: Mapping[str, str] = {}
-    if isinstance(config, UNetConfig) and layout.dialects[part] == "LDM":
-        table = ldm.unet_table(config)
-    elif isinstance(config, VAEConfig) and layout.dialects[part] == "LDM":
-        table = ldm.vae_table(config)
-    for name, tensor in layout.parts[part].items():
-        ours = table.get(name, name)
-        if part == "vae":
-            ours = legacy.modern_vae_name(ours)
-        elif part == "text":
-            ours = legacy.flat_text_name(ours)
+    for spelled, ours, tensor in _renamed(layout, part, config):
         if ours in result:
             raise InputError(
                 f"{source} holds the tensor {quoted(ours, 80)} twice, as {quoted(result[ours].name, 80)} and "
-                f"as {quoted(tensor.name, 80)}; use an unmodified checkpoint"
+                f"as {quoted(spelled, 80)}; use an unmodified checkpoint"
             )
         result[ours] = tensor
     return result
+
+
+def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, str, Stored]]:
+    """(name in the file, our name, tensor), without what a text encoder brings and nobody reads."""
+    tensors = layout.parts[part]
+    if isinstance(config, TextConfig):
+        read = {name: tensor for name, tensor in tensors.items() if not _is_unread(name, config)}
+        if any(openclip.is_openclip(name) for name in tensors):
+            for name, tensor in read.items():
+                for ours, info, rows, transposed in openclip.pieces(name, tensor.info):
+                    yield tensor.name, ours, Stored(tensor.path, tensor.name, info, rows, transposed)
+        else:
+            yield from ((tensor.name, legacy.flat_text_name(name), tensor) for name, tensor in read.items())
+        return
+    table: Mapping[str, str] = {}
+    if layout.dialects[part] == "LDM":
+        table = ldm.unet_table(config) if isinstance(config, UNetConfig) else ldm.vae_table(config)
+    for name, tensor in tensors.items():
+        ours = table.get(name, name)
+        yield tensor.name, legacy.modern_vae_name(ours) if part == "vae" else ours, tensor
+
+
+def _is_unread(name: str, config: TextConfig) -> bool:
+    return openclip.is_unused(name, config) or legacy.is_unread_by_text(name, bool(config.projection_dim))
 
 
 def old_attention_names(layout: Layout) -> bool:
@@ -124,8 +149,7 @@ def _ignorable(name: str) -> str | None:
 
 
 def _prefixed(name: str) -> tuple[str, str] | None:
-    prefixes = (("unet", ldm.UNET_PREFIX), ("vae", ldm.VAE_PREFIX), ("text", ldm.TEXT_PREFIX))
-    return next(((part, name[len(prefix) :]) for part, prefix in prefixes if name.startswith(prefix)), None)
+    return next(((part, name[len(prefix) :]) for part, prefix in ldm.PREFIXES if name.startswith(prefix)), None)
 
 
 def _bare_part(names: Iterable[str]) -> tuple[str, str] | None:
@@ -138,18 +162,20 @@ def _bare_part(names: Iterable[str]) -> tuple[str, str] | None:
         ({"decoder.conv_in.weight", "decoder.mid_block.resnets.0.conv1.weight"}, "vae", "diffusers"),
         ({"text_model.embeddings.token_embedding.weight"}, "text", "diffusers"),
         ({"embeddings.token_embedding.weight", "final_layer_norm.weight"}, "text", "diffusers"),
+        ({"token_embedding.weight", "ln_final.weight"}, "text", "LDM"),
     ):
         if signature <= names:
             return part, dialect
     return None
 
 
+_REFINER = "pass the base model, whose pictures it only polishes"
 # What a name somewhere in the file gives away, in this order: (pattern, family, what to do).
 _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), family, advice)
     for pattern, family, advice in (
         (r"lora_|\.lora\.|hada_w|lokr_|oft_blocks|dora_scale", "LoRA",
-         "it only changes another checkpoint: pass that one; add-ons are not supported yet"),
+         "it only changes another checkpoint: pass that one as --model, and this file as --lora (lora=)"),
         (r"^control_model\.|^controlnet_|^input_hint_block\.", "ControlNet",
          "it only steers another checkpoint: pass that one"),
         (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
@@ -159,14 +185,31 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
         (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),
         (r"(^|\.)joint_blocks\.|\.attn\.add_[kq]_proj\.", "SD 3", f"not supported; {SUPPORTED}"),
-        (r"^conditioner\.embedders\.|(^|\.)label_emb\.0\.0\.|^add_embedding\.linear_1\.", "SDXL",
-         f"not supported yet; {SUPPORTED}"),
-        (r"(^|\.)transformer\.resblocks\.", "SD 2.x", f"not supported yet; {SUPPORTED}"),
+        (r"(^|\.)clip_(txt_|text_)?(pooled_)?mapper\.", "Stable Cascade", f"not supported; {SUPPORTED}"),
+        (r"^noise_augmentor\.|^embedder\.model\.visual\.|^class_embedding\.linear_1\.", "SD 2.x unCLIP",
+         f"it is told a picture, not a text; {SUPPORTED}"),
+        (r"(^|\.)edm_(mean|std)$|(^|\.)edm_vpred\.", "SDXL with EDM noise levels",
+         f"such as Playground 2.5 or CosXL, whose schedule is not supported; {SUPPORTED}"),
+        (r"^conditioner\.embedders\.0\.model\.", "SDXL refiner", _REFINER),
     )
 )  # fmt: skip
 
-_CONTEXT_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL", 2048: "SDXL"}
+# Weights in 8 bits that are worth nothing without the factors stored beside them.
+_SCALED = re.compile(r"(^|\.)(scaled_fp8|comfy_quant)$|\.(scale_weight|weight_scale|weight_scale_inv|scale_input)$")
+
+_CONTEXT_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
+_TEXT_FAMILIES = {768: "SD 1.x or SDXL", 1024: "SD 2.x", 1280: "SDXL"}
 _SPECIAL_INPUTS = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth-to-image", 7: "upscaler"}
+ANY_VAE = "SD 1.x, SD 2.x or SDXL"
+
+
+def configs_of(layout: Layout) -> Mapping[str, Config]:
+    """What every part of a file without configs must look like: as in its family, or in the first that has such."""
+    of_family = next((family.configs for family in FAMILIES if family.name == layout.family), {})
+    found: dict[str, Config] = {}
+    for configs in (of_family, *(family.configs for family in FAMILIES)):
+        found = {**configs, **found}
+    return found
 
 
 def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -> tuple[str, str | None]:
@@ -179,12 +222,19 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
         kind = _SPECIAL_INPUTS[channels]
         return f"{family} {kind}", (
             f"is the {kind} variant of {family}: its UNet takes {channels} channels where editing has 4; "
-            "pass the plain SD 1.x checkpoint it was made from"
+            "pass the plain checkpoint it was made from"
         )
     if foreign is not None:
         return family, f"is {_article(family)} {family} file: {foreign[2]}"
-    if family in ("SD 2.x", "SDXL", "SD 3 or Flux"):
-        return family, f"is {_article(family)} {family} file: not supported yet; {SUPPORTED}"
+    if family == "SDXL refiner":
+        return family, f"is an SDXL refiner file: {_REFINER}"
+    if family == "SD 3 or Flux":
+        return family, f"is {_article(family)} {family} file: not supported; {SUPPORTED}"
+    if (scaled := next((name for name in names if _SCALED.search(name)), None)) is not None:
+        return family, (
+            f"keeps its weights as scaled fp8 (see {quoted(scaled, 80)}), which is not supported; "
+            "pass its float16 version"
+        )
     if family == "unknown":
         shown = ", ".join(quoted(name, 60) for name in sorted(names)[:3])
         return (
@@ -197,15 +247,20 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
 def _family_by_width(parts: Mapping[str, Mapping[str, Stored]]) -> str:
     if unet := parts.get("unet"):
         contexts = [t.info.shape[-1] for n, t in unet.items() if n.endswith("attn2.to_k.weight") and t.info.shape]
-        return _CONTEXT_FAMILIES.get(contexts[0], "SD 1.x, another size") if contexts else "unknown"
-    if text := parts.get("text"):
-        widths = [t.info.shape[-1] for n, t in text.items() if n.endswith("token_embedding.weight") and t.info.shape]
-        return _CONTEXT_FAMILIES.get(widths[0], "SD 1.x, another size") if widths else "unknown"
+        return _CONTEXT_FAMILIES.get(contexts[0], "SD, another size") if contexts else "unknown"
+    if text := parts.get("text_2") or parts.get("text"):
+        width = _text_width(text)
+        return _TEXT_FAMILIES.get(width, "SD, another size") if width else "unknown"
     if vae := parts.get("vae"):
         latents = vae.get("decoder.conv_in.weight")
         channels = latents.info.shape[1] if latents is not None and len(latents.info.shape) == 4 else 4
-        return "SD 3 or Flux" if channels == 16 else "SD 1.x"
+        return "SD 3 or Flux" if channels == 16 else ANY_VAE
     return "unknown"
+
+
+def _text_width(tensors: Mapping[str, Stored]) -> int:
+    widths = [t.info.shape[-1] for n, t in tensors.items() if n.endswith("token_embedding.weight") and t.info.shape]
+    return widths[0] if widths else 0
 
 
 def _input_channels(unet: Mapping[str, Stored]) -> int | None:

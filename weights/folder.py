@@ -16,10 +16,10 @@ from ledits_min.config import InputError
 from ledits_min.weights.family import Stored, stored
 from ledits_min.weights.header import PICKLE_SUFFIXES, quoted, read_header
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model"}
-FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "text_2": "model"}
+FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}
 VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
-MAX_JSON_BYTES = 32_000_000
+MAX_JSON_BYTES = 16_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +70,11 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def option(part: str) -> str:
     """How a missing part is supplied."""
-    options = {"vae": "--vae FILE (vae= in Python)", "text": "--text-encoder FILE (text_encoder= in Python)"}
+    options = {
+        "vae": "--vae FILE (vae= in Python)",
+        "text": "--text-encoder FILE (text_encoder= in Python)",
+        "text_2": "--text-encoder MODEL (text_encoder= in Python), a folder or file that has both text encoders",
+    }
     return options.get(part, "a complete checkpoint")
 
 

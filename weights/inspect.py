@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ledits_min.config import InputError
-from ledits_min.weights.family import PARTS, Layout, Stored, identify, old_attention_names, stored
+from ledits_min.families import SDXL
+from ledits_min.weights.family import PARTS, Layout, Stored, identify, old_attention_names
 from ledits_min.weights.folder import FOLDERS, option, part_tensors
 from ledits_min.weights.header import quoted, read_header
 from ledits_min.weights.shapes import FLOAT_DTYPES
-from ledits_min.weights.survey import TINY, Survey, check_complete, describe_ignored, survey_checkpoint
+from ledits_min.weights.survey import (
+    Survey,
+    describe_ignored,
+    find_model,
+    layout_of,
+    supplied_parts,
+    survey_checkpoint,
+    survey_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +62,28 @@ class Report:
             dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
             lines.append(f"{part.name:<9} {part.parameters:,} parameters in {part.tensors} tensors ({dtypes})")
         lines += [f"note      {oddity}" for oddity in self.oddities]
-        lines += [f"missing   {part}: pass {option(part)}" for part in self.missing]
+        both = "text_2" in self.missing
+        lines += [f"missing   {p}: pass {option('text_2' if both and p == 'text' else p)}" for p in self.missing]
         return "\n".join([*lines, f"verdict   {self.verdict}" + (f": {self.reason}" if self.reason else "")])
 
 
-def inspect(path: str | Path) -> Report:
+def inspect(path: str | Path, **options: Any) -> Report:
     """Describe a checkpoint, a part of one, or a folder, from headers and configs alone.
 
-    Raises InputError only where there is no header to describe: no such file, not safetensors, damaged.
+    `options` are those of `survey_whole`: the verdict is on the checkpoint with them. Raises InputError only where
+    there is no header to describe: no such file, not safetensors, damaged.
     """
-    path = TINY if path == "tiny" else Path(path)
-    layouts = _folder_layouts(path) if path.is_dir() else [identify(stored(path, read_header(path)))]
+    supplied = supplied_parts(options.get("vae"), options.get("text_encoder"))
+    path = find_model(path, supplied)
+    ema = bool(options.get("ema"))
+    layouts = _folder_layouts(path) if path.is_dir() else [layout_of(path, read_header(path), ema)[0]]
     parts = {part: layout.parts[part] for layout in layouts for part in PARTS if part in layout.parts}
-    survey, reason = _try_to_load(path)
-    missing = tuple(part for part in PARTS if part not in parts)
-    verdict = "refused" if survey is None else "part" if "unet" in missing else "incomplete" if reason else "loads"
+    survey, reason = _try_to_load(path, supplied, options)
+    wanted = [part for part in PARTS if part != "text_2" or _family(layouts) == SDXL.name]
+    missing = tuple(part for part in wanted if part not in parts and part not in supplied)
+    verdict = "loads" if not reason else "refused" if survey is None or not missing else "incomplete"
+    if verdict == "incomplete" and "unet" in missing:
+        verdict = "part"
     return Report(
         path=quoted(path),
         size=_size(path),
@@ -80,12 +97,12 @@ def inspect(path: str | Path) -> Report:
     )
 
 
-def _try_to_load(path: Path) -> tuple[Survey | None, str]:
-    """(survey, "") if it loads; (survey, reason) if parts are missing; (None, reason) if it is refused."""
+def _try_to_load(path: Path, supplied: Collection[str], options: Mapping[str, Any]) -> tuple[Survey | None, str]:
+    """(survey, "") if it loads; (survey, reason) if what is there is sound by itself; (None, reason) if it is not."""
     survey = None
     try:
-        survey = survey_checkpoint(path)
-        check_complete(survey)
+        survey = survey_checkpoint(path, supplied, bool(options.get("ema")))
+        survey = survey_whole(path, **options)
     except InputError as error:
         return survey, str(error)
     return survey, ""
@@ -100,7 +117,7 @@ def _folder_layouts(path: Path) -> list[Layout]:
                 tensors, _ = part_tensors(path / FOLDERS[part], part)
             except InputError:
                 continue
-            layouts.append(identify(tensors))
+            layouts.append(identify(tensors, part))
     return layouts
 
 
@@ -141,16 +158,18 @@ def _oddities(
             yield from describe_ignored(layout)
         if old_attention_names(layout):
             yield "vae: attention layers carry their old names (query, key, value, proj_attn)"
-        if any(name.startswith("text_model.") for name in layout.parts.get("text", {})):
-            yield "text: names carry the prefix text_model. (written by transformers before 5.6)"
+        for part in ("text", "text_2"):
+            if any(name.startswith("text_model.") for name in layout.parts.get(part, {})):
+                yield f"{part}: names carry the prefix text_model. (written by transformers before 5.6)"
     for part, tensors in parts.items():
         dtypes = Counter(tensor.info.dtype for tensor in tensors.values())
         if len(dtypes) > 1:
             counts = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
             yield f"{part}: mixed dtypes ({counts})"
         for dtype in dtypes:
-            if dtype == "F64":
-                yield f"{part}: float64 tensors will be cast to float32"
+            if dtype in ("F64", "F8_E4M3", "F8_E5M2"):
+                cast = "float32" if dtype == "F64" else "float16"
+                yield f"{part}: {dtypes[dtype]} tensors of dtype {dtype} will be cast to {cast}"
             elif dtype not in FLOAT_DTYPES:
                 yield f"{part}: {dtypes[dtype]} tensors of dtype {dtype}, which cannot be loaded"
         if not all(tensor.info.numel for tensor in tensors.values()):

@@ -16,7 +16,18 @@ from ledits_min.weights.shapes import unet_shapes, vae_shapes
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
+OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x
+XL_TEXT_PREFIX = "conditioner.embedders.0.transformer."
+XL_TEXT_2_PREFIX = "conditioner.embedders.1.model."
 EMA_PREFIX = "model_ema."
+PREFIXES = (
+    ("unet", UNET_PREFIX),
+    ("vae", VAE_PREFIX),
+    ("text", TEXT_PREFIX),
+    ("text", OPENCLIP_PREFIX),
+    ("text", XL_TEXT_PREFIX),
+    ("text_2", XL_TEXT_2_PREFIX),
+)
 
 # Inside a block: our name -> the LDM name. What is missing here has the same name in both.
 _UNET_RESNET = {
@@ -46,6 +57,8 @@ def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
+    yield "add_embedding.linear_1", "label_emb.0.0"
+    yield "add_embedding.linear_2", "label_emb.0.2"
     last = len(config.block_out_channels) - 1
     number = 1
     for level, kind in enumerate(config.down_block_types):

@@ -27,7 +27,7 @@ _BUFFERS = frozenset(
         ),
     ]
 )
-_NOT_THE_TEXT_MODEL = ("text_projection", "logit_scale", "vision_model.", "visual_projection.")
+_PICTURE_HALF = ("vision_model.", "visual_projection.", "visual.")
 
 
 def modern_vae_name(name: str) -> str:
@@ -54,6 +54,11 @@ def is_buffer(name: str) -> bool:
     return name in _BUFFERS
 
 
-def is_beside_the_text_model(name: str) -> bool:
-    """Parts of a full CLIP that Stable Diffusion does not use: the picture half and the projections."""
-    return name.startswith(_NOT_THE_TEXT_MODEL)
+def is_picture_half(name: str) -> bool:
+    """The half of a full CLIP that looks at pictures, which Stable Diffusion does not use."""
+    return name.startswith(_PICTURE_HALF)
+
+
+def is_unread_by_text(name: str, projects: bool) -> bool:
+    """What a text encoder may bring and nobody reads: CLIP's temperature, its projection where none is wanted."""
+    return name == "logit_scale" or (name.startswith("text_projection") and not projects)

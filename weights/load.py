@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ledits_min.config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ledits_min.families import Config
+from ledits_min.weights import merge
 from ledits_min.weights.family import PARTS, Stored
-from ledits_min.weights.folder import tokenizer_folder
 from ledits_min.weights.header import quoted, read_header
-from ledits_min.weights.shapes import Config, expected_shapes
-from ledits_min.weights.survey import (
-    Survey,
-    check_complete,
-    prediction_type_named,
-    survey_checkpoint,
-    take_part,
-    typed_configs,
-)
+from ledits_min.weights.lora import LoraSource
+from ledits_min.weights.prediction import looks_like_v
+from ledits_min.weights.shapes import expected_shapes
+from ledits_min.weights.survey import Survey, settle, survey_whole, typed_configs
 
 FINGERPRINT_BYTES = 65536
 TENSORS_PER_MAPPING = 16
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# What no layer computes in is read as the nearest dtype that holds it: both float8 kinds fit float16 exactly.
+_READ_AS = {"F64": torch.float32, "F8_E4M3": torch.float16, "F8_E5M2": torch.float16}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a pipeline needs: three state dicts under our modules' names, and what describes them.
+    """Everything a pipeline needs: state dicts under our modules' names, and what describes them.
 
-    unet, vae, text   tensors in the file's dtype, memory-mapped (float64 is cast to float32)
+    unet, vae, text   tensors in the file's dtype, memory-mapped; float64 is cast to float32, float8 to float16, and
+                      weights that a LoRA changes to the dtype asked for
     tokenizer         a folder, or None for the CLIP vocabulary shipped here
     defaults          the checkpoint's own `ledits.json`, {} if it brings none
-    fingerprint       sha256 over configs, headers and the first 64 KiB of every tensor
+    fingerprint       sha256 over configs, headers, the first 64 KiB of every tensor, and LoRAs with their scales
     notes             one line for each choice and oddity a person may want to know
+    text_2, ...       SDXL's second text encoder with its config and tokenizer; {}, None and None elsewhere
+    zeros_for_empty_prompt   whether SDXL was trained to be told nothing at all where the prompt is empty
     """
 
     unet: dict[str, Tensor]
@@ -59,6 +63,10 @@ class Checkpoint:
     defaults: dict[str, Any]
     fingerprint: str
     notes: list[str]
+    text_2: dict[str, Tensor] = field(default_factory=dict)
+    text_2_config: TextConfig | None = None
+    tokenizer_2: Path | None = None
+    zeros_for_empty_prompt: bool = False
 
 
 def load_checkpoint(
@@ -68,35 +76,43 @@ def load_checkpoint(
     text_encoder: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    lora: LoraSource | Sequence[LoraSource] = (),
+    ema: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Load a Stable Diffusion 1.x checkpoint: "tiny", a single .safetensors file, or a diffusers folder.
+    """Load a checkpoint: "tiny", a single .safetensors file, a diffusers folder, or an org/name in the local cache.
 
-    `vae` and `text_encoder` (a file or a folder) replace or supply a part, `tokenizer` is a folder,
-    `prediction_type` is "epsilon" or "v_prediction" (or eps, v). Raises InputError for whatever does not
-    fit, before any tensor is read.
+    The options are those of `survey_whole`; weights that a LoRA changes come in `dtype`. Raises InputError for whatever
+    does not fit, before any tensor is read.
     """
-    supplied = {part: Path(path) for part, path in (("vae", vae), ("text", text_encoder)) if path is not None}
-    survey = survey_checkpoint(model, supplied)
-    for part, path in supplied.items():
-        take_part(survey, part, path)
-    if tokenizer is not None:
-        survey.tokenizer = tokenizer_folder(Path(tokenizer))
-    if prediction_type is not None:
-        survey.schedule = replace(survey.schedule, prediction_type=prediction_type_named(prediction_type))
-    check_complete(survey)
-    return fetch(survey)
+    survey = survey_whole(
+        model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
+        lora=lora, ema=ema,
+    )  # fmt: skip
+    return fetch(survey, dtype)
 
 
-def fetch(survey: Survey) -> Checkpoint:
-    """Map the surveyed tensors into memory and fingerprint them."""
-    fingerprint = _fingerprint(survey)
+def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Map the surveyed tensors into memory, merge the LoRAs into them, and fingerprint the whole."""
+    if survey.undecided is not None:
+        spread = float(_read(survey.undecided, _open(survey.undecided.path)).float().std(unbiased=False))
+        prediction_type, note = looks_like_v(spread)
+        settle(survey, prediction_type)
+        survey.notes.append(note)
+    fingerprint = merge.fingerprint(_fingerprint(survey), survey.loras)
     unet, vae, text = typed_configs(survey)
-    for part in PARTS:
+    text_2 = survey.configs.get("text_2")
+    for part in survey.parts:
         _note_dtypes(survey, part)
+    changed = {part: {n for lora in survey.loras for n in lora.updates.get(part, {})} for part in survey.parts}
+    states = {
+        part: _map_tensors(tensors, survey.configs[part], changed[part]) for part, tensors in survey.parts.items()
+    }
+    merge.merge(states, survey.loras, dtype)
     return Checkpoint(
-        unet=_map_tensors(survey.parts["unet"], unet),
-        vae=_map_tensors(survey.parts["vae"], vae),
-        text=_map_tensors(survey.parts["text"], text),
+        unet=states["unet"],
+        vae=states["vae"],
+        text=states["text"],
         unet_config=unet,
         vae_config=vae,
         text_config=text,
@@ -105,6 +121,10 @@ def fetch(survey: Survey) -> Checkpoint:
         defaults=survey.defaults,
         fingerprint=fingerprint,
         notes=survey.notes,
+        text_2=states.get("text_2", {}),
+        text_2_config=text_2 if isinstance(text_2, TextConfig) else None,
+        tokenizer_2=survey.tokenizer_2,
+        zeros_for_empty_prompt=text_2 is not None and survey.zeros_for_empty_prompt,
     )
 
 
@@ -113,26 +133,36 @@ def _note_dtypes(survey: Survey, part: str) -> None:
     if len(dtypes) > 1:
         counts = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
         survey.notes.append(f"{part}: mixed dtypes ({counts})")
-    if "F64" in dtypes:
-        survey.notes.append(f"{part}: {dtypes['F64']} float64 tensors are cast to float32")
+    for name, kind in _READ_AS.items():
+        if name in dtypes:
+            stored, cast = (str(dtype).removeprefix("torch.") for dtype in (_TORCH_DTYPES[name], kind))
+            survey.notes.append(f"{part}: {dtypes[name]} {stored} tensors are cast to {cast}")
 
 
-def _map_tensors(tensors: Mapping[str, Stored], config: Config) -> dict[str, Tensor]:
-    """Views into memory-mapped files, in module order; only float64 is copied, and 1x1 convolutions lose their 1s.
+def _map_tensors(tensors: Mapping[str, Stored], config: Config, changed: Collection[str] = ()) -> dict[str, Tensor]:
+    """Views into memory-mapped files, in module order; float64 and float8 are copied, 1x1 convolutions lose their 1s.
 
     A file is mapped anew for every few tensors. A mapping is dropped with its last tensor, so that a network which is
-    cast to another dtype, tensor after tensor, never holds the whole file beside its own weights.
+    cast to another dtype, tensor after tensor, never holds the whole file beside its own weights. Those that will be
+    `changed` share no mapping with others, for the same reason.
     """
     wanted = expected_shapes(config)
+    ordered = sorted(wanted, key=lambda name: name not in changed)
     result = {}
     for start in range(0, len(wanted), TENSORS_PER_MAPPING):
-        names = list(wanted)[start : start + TENSORS_PER_MAPPING]
+        names = ordered[start : start + TENSORS_PER_MAPPING]
         files = {path: _open(path) for path in {tensors[name].path for name in names}}
         for name in names:
-            path, key, info = tensors[name]
-            tensor: Tensor = files[path].get_tensor(key)
-            result[name] = (tensor.float() if info.dtype == "F64" else tensor).view(wanted[name])
+            tensor = _read(tensors[name], files[tensors[name].path])
+            result[name] = tensor.to(_READ_AS.get(tensors[name].info.dtype, tensor.dtype)).view(wanted[name])
     return result
+
+
+def _read(stored: Stored, file: Any) -> Tensor:
+    tensor: Tensor = file.get_tensor(stored.name)
+    if stored.rows is not None:
+        tensor = tensor[slice(*stored.rows)]
+    return tensor.T.contiguous() if stored.transposed else tensor
 
 
 def _open(path: Path) -> Any:
@@ -147,9 +177,11 @@ def _fingerprint(survey: Survey) -> str:
 
     The bytes are read, not mapped, so that nothing stays resident; a NaN or infinity among them is refused.
     """
-    configs = [survey.configs[part].to_json() for part in PARTS] + [survey.schedule.to_json()]
+    parts = [part for part in PARTS if part in survey.parts]
+    configs = [survey.configs[part].to_json() for part in parts] + [survey.schedule.to_json()]
+    configs += [{"zeros_for_empty_prompt": survey.zeros_for_empty_prompt}] if "text_2" in parts else []
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    used = [tensor for part in PARTS for tensor in survey.parts[part].values()]
+    used = [tensor for part in parts for tensor in survey.parts[part].values()]
     all_zero = True
     for path in dict.fromkeys(tensor.path for tensor in used):
         header = read_header(path)
@@ -159,7 +191,8 @@ def _fingerprint(survey: Survey) -> str:
                 file.seek(header.data_start + tensor.info.begin)
                 start = bytearray(file.read(min(FINGERPRINT_BYTES, tensor.info.end - tensor.info.begin)))
                 digest.update(start)
-                if not torch.frombuffer(start, dtype=_TORCH_DTYPES[tensor.info.dtype]).isfinite().all():
+                values = torch.frombuffer(start, dtype=_TORCH_DTYPES[tensor.info.dtype])
+                if not values.float().isfinite().all():
                     raise InputError(
                         f"{quoted(path)}: tensor {quoted(tensor.name, 80)} holds NaN or infinity; the file "
                         "is damaged or its merge failed, use another"

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, InputError, TextConfig, UNetConfig, VAEConfig
+from ledits_min.config import InputError, TextConfig, UNetConfig, VAEConfig
+from ledits_min.families import FAMILIES, Config, family_of
 from ledits_min.weights.header import TensorInfo, quoted
 
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Config = UNetConfig | VAEConfig | TextConfig
 
 
 def unet_shapes(config: UNetConfig) -> Shapes:
-    """Every tensor of `UNet(config)`: 686 for Stable Diffusion 1.x."""
-    widths, layers = config.block_out_channels, config.layers_per_block
+    """Every tensor of `UNet(config)`: 686 for Stable Diffusion 1.x and 2.x, 1680 for XL."""
+    widths, layers, depths = config.block_out_channels, config.layers_per_block, config.depths
     time_width = 4 * widths[0]
     shapes = _conv("conv_in", config.in_channels, widths[0])
     shapes |= _linear("time_embedding.linear_1", widths[0], time_width)
     shapes |= _linear("time_embedding.linear_2", time_width, time_width)
+    if added_width := config.projection_class_embeddings_input_dim:
+        shapes |= _linear("add_embedding.linear_1", added_width, time_width)
+        shapes |= _linear("add_embedding.linear_2", time_width, time_width)
 
     skips = [widths[0]]
     channels = widths[0]
@@ -33,7 +36,7 @@ def unet_shapes(config: UNetConfig) -> Shapes:
         for layer in range(layers):
             shapes |= _resnet(f"down_blocks.{level}.resnets.{layer}", channels, width, time_width)
             if config.down_block_types[level] == "CrossAttnDownBlock2D":
-                shapes |= _transformer(f"down_blocks.{level}.attentions.{layer}", width, config)
+                shapes |= _transformer(f"down_blocks.{level}.attentions.{layer}", width, depths[level], config)
             skips.append(width)
             channels = width
         if level < len(widths) - 1:
@@ -42,13 +45,13 @@ def unet_shapes(config: UNetConfig) -> Shapes:
 
     for layer in range(2):
         shapes |= _resnet(f"mid_block.resnets.{layer}", channels, channels, time_width)
-    shapes |= _transformer("mid_block.attentions.0", channels, config)
+    shapes |= _transformer("mid_block.attentions.0", channels, depths[-1], config)
 
     for level, width in enumerate(reversed(widths)):
         for layer in range(layers + 1):
             shapes |= _resnet(f"up_blocks.{level}.resnets.{layer}", channels + skips.pop(), width, time_width)
             if config.up_block_types[level] == "CrossAttnUpBlock2D":
-                shapes |= _transformer(f"up_blocks.{level}.attentions.{layer}", width, config)
+                shapes |= _transformer(f"up_blocks.{level}.attentions.{layer}", width, depths[-1 - level], config)
             channels = width
         if level < len(widths) - 1:
             shapes |= _conv(f"up_blocks.{level}.upsamplers.0.conv", width, width)
@@ -82,7 +85,7 @@ def vae_shapes(config: VAEConfig) -> Shapes:
 
 
 def text_shapes(config: TextConfig) -> Shapes:
-    """Every tensor of the CLIP text model: 196 for Stable Diffusion 1.x."""
+    """Every tensor of the CLIP text model: 196 for Stable Diffusion 1.x, 372 for 2.x, 196 and 517 for XL."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (config.vocab_size, width),
@@ -94,6 +97,8 @@ def text_shapes(config: TextConfig) -> Shapes:
             shapes |= _linear(f"{name}.self_attn.{projection}", width, width)
         shapes |= _linear(f"{name}.mlp.fc1", width, inner) | _linear(f"{name}.mlp.fc2", inner, width)
         shapes |= _norm(f"{name}.layer_norm1", width) | _norm(f"{name}.layer_norm2", width)
+    if config.projection_dim:
+        shapes["text_projection.weight"] = (config.projection_dim, width)
     return shapes | _norm("final_layer_norm", width)
 
 
@@ -116,10 +121,9 @@ def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, sourc
     """Hold one part against its config: dtypes, then names both ways and shapes; InputError if it differs."""
     for name, info in found.items():
         if info.dtype not in FLOAT_DTYPES:
-            kind = "8-bit or smaller float" if info.dtype.startswith("F") else "non-float"
             raise InputError(
-                f"{source}: {part} tensor {quoted(name, 80)} is {info.dtype}; {kind} weights are not "
-                "supported, use an fp32, fp16 or bf16 file"
+                f"{source}: {part} tensor {quoted(name, 80)} is {info.dtype}; weights are read from "
+                f"{', '.join(FLOAT_DTYPES)}, so use an fp32, fp16 or bf16 file"
             )
     wanted = expected_shapes(config)
     as_conv = {f"{module}.weight" for module in vae_attention_modules(config)} if isinstance(config, VAEConfig) else ()
@@ -144,7 +148,9 @@ def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, sourc
 
 
 def _described(config: Config) -> str:
-    return "Stable Diffusion 1.x" if config in (SD15_UNET, SD15_VAE, SD15_TEXT) else "their config.json"
+    families = [family_of(config)] if isinstance(config, UNetConfig) else FAMILIES
+    titles = [family.title for family in families if family and config in family.configs.values()]
+    return titles[0] if titles else "their config.json"
 
 
 def _vae_middle(half: str, width: int, config: VAEConfig) -> Shapes:
@@ -168,11 +174,16 @@ def _resnet(name: str, channels: int, width: int, time_width: int | None = None)
     return shapes
 
 
-def _transformer(name: str, width: int, config: UNetConfig) -> Shapes:
+def _transformer(name: str, width: int, depth: int, config: UNetConfig) -> Shapes:
     project = _linear if config.use_linear_projection else _conv1x1
-    block = f"{name}.transformer_blocks.0"
     shapes = _norm(f"{name}.norm", width) | project(f"{name}.proj_in", width, width)
-    shapes |= project(f"{name}.proj_out", width, width)
+    for layer in range(depth):
+        shapes |= _transformer_block(f"{name}.transformer_blocks.{layer}", width, config)
+    return shapes | project(f"{name}.proj_out", width, width)
+
+
+def _transformer_block(block: str, width: int, config: UNetConfig) -> Shapes:
+    shapes: Shapes = {}
     for attention, context_width in (("attn1", width), ("attn2", config.cross_attention_dim)):
         shapes[f"{block}.{attention}.to_q.weight"] = (width, width)
         shapes[f"{block}.{attention}.to_k.weight"] = (width, context_width)

@@ -6,43 +6,39 @@ instant.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ledits_min.config import (
-    SD15_SCHEDULE,
-    SD15_TEXT,
-    SD15_UNET,
-    SD15_VAE,
-    InputError,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
+from ledits_min.config import SD15_SCHEDULE, InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ledits_min.families import FAMILIES, SD20, SD21, Config, family_of
+from ledits_min.weights.ema import choose_weights
+from ledits_min.weights.family import PARTS, SUPPORTED, Layout, Stored, configs_of, identify, our_names, stored
+from ledits_min.weights.fit import check_latents, check_parts, check_scale, check_vocabulary
+from ledits_min.weights.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
+from ledits_min.weights.header import Header, quoted, read_header
+from ledits_min.weights.hub import cached_model, cached_part, is_hub_id
+from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
+from ledits_min.weights.prediction import (
+    TELLING_TENSOR,
+    UNDECIDED,
+    prediction_type_named,
+    schedule_of_file,
+    schedule_of_folder,
 )
-from ledits_min.weights.family import PARTS, SUPPORTED, Layout, Stored, identify, our_names, stored
-from ledits_min.weights.folder import FOLDERS, option, part_tensors, read_json, tokenizer_folder
-from ledits_min.weights.header import quoted, read_header
-from ledits_min.weights.shapes import Config, check_part
+from ledits_min.weights.shapes import check_part, expected_shapes
 
 TINY = Path(__file__).with_name("tiny")
-SD15_CONFIGS: Mapping[str, Config] = {"unet": SD15_UNET, "vae": SD15_VAE, "text": SD15_TEXT}
-_PREDICTION_TYPES = {
-    "eps": "epsilon",
-    "epsilon": "epsilon",
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-}
-_CLIP_VOCABULARY = 49408
 
 
 @dataclass
 class Survey:
     """What headers and configs say of a checkpoint, before any tensor is read.
 
-    `parts` maps "unet", "vae", "text" to {our name: where it lies}, each checked against `configs[part]`.
+    `parts` maps "unet", "vae", "text" and SDXL's "text_2" to {our name: where it lies}, each checked against
+    `configs[part]`. `undecided` is the weight that tells eps from v where neither file nor user does. `own_vae` is what
+    a folder's VAE looked like, where another one replaces it.
     """
 
     source: str
@@ -50,98 +46,178 @@ class Survey:
     configs: dict[str, Config] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
     schedule: ScheduleConfig = SD15_SCHEDULE
+    undecided: Stored | None = None
     tokenizer: Path | None = None
+    tokenizer_2: Path | None = None
+    zeros_for_empty_prompt: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
+    own_vae: VAEConfig | None = None
+    loras: list[Lora] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def survey_checkpoint(model: str | Path, supplied: Collection[str] = ()) -> Survey:
+def survey_whole(
+    model: str | Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    lora: LoraSource | Sequence[LoraSource] = (),
+    ema: bool = False,
+) -> Survey:
+    """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError.
+
+    `vae` and `text_encoder` (a file, a folder or a cached Hugging Face id) replace or supply a part, `tokenizer` is a
+    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths or (path, scale) pairs,
+    `ema` takes the averaged UNet weights of an LDM file that has both.
+    """
+    supplied = supplied_parts(vae, text_encoder)
+    survey = survey_checkpoint(model, supplied, ema)
+    for part, path in supplied.items():
+        take_part(survey, part, path)
+    if tokenizer is not None:
+        survey.tokenizer = tokenizer_folder(Path(tokenizer))
+    if prediction_type is not None:
+        settle(survey, prediction_type_named(prediction_type))
+    check_complete(survey)
+    take_loras(survey, lora)
+    return survey
+
+
+def survey_checkpoint(model: str | Path, supplied: Collection[str] = (), ema: bool = False) -> Survey:
     """Headers and configs of `model`, every part found in it checked; parts may still be absent.
 
     Parts named in `supplied` come from elsewhere and are not looked at.
     """
+    path = find_model(model, supplied)
+    return survey_folder(path, supplied, ema) if path.is_dir() else survey_file(path, supplied, ema=ema)
+
+
+def find_model(model: str | Path, supplied: Collection[str] = ()) -> Path:
+    """The file or folder that `model` names: "tiny", a path, or the snapshot of org/name in the Hugging Face cache.
+
+    A path that exists here wins over an id that reads the same.
+    """
     path = TINY if model == "tiny" else Path(model)
+    if _exists(path):
+        return path
+    if is_hub_id(model):
+        return cached_model(str(model), supplied)
+    raise InputError(
+        f"{quoted(model)} is neither a file nor a folder here, and nothing is ever downloaded; pass the path of a "
+        ".safetensors file or diffusers folder, the org/name of a model in the Hugging Face cache, or 'tiny'"
+    )
+
+
+def _exists(path: Path) -> bool:
     try:
-        is_folder, exists = path.is_dir(), path.exists() or path.is_symlink()
+        return path.exists() or path.is_symlink()
     except (OSError, ValueError) as error:
-        raise InputError(f"{quoted(model)} is not a usable path ({quoted(error, 80)}); pass a local file") from error
-    if not exists:
-        raise InputError(
-            f"{quoted(model)} is neither a file nor a folder here, and nothing is ever downloaded; pass the "
-            "path of an SD 1.x .safetensors file or diffusers folder, or 'tiny'"
-        )
-    return survey_folder(path, supplied) if is_folder else survey_file(path, supplied)
+        raise InputError(f"{quoted(path)} is not a usable path ({quoted(error, 80)}); pass a local file") from error
 
 
-def survey_file(path: Path, supplied: Collection[str] = (), configs: Mapping[str, Config] = SD15_CONFIGS) -> Survey:
-    """A single file; it carries no configs, so its tensors must fit the given ones exactly."""
+def survey_file(
+    path: Path, supplied: Collection[str] = (), configs: Mapping[str, Config] | None = None, ema: bool = False
+) -> Survey:
+    """A single file; it carries no configs, so its tensors must fit the given ones exactly (None: its family's)."""
     header = read_header(path)
     survey = Survey(quoted(path))
-    layout = identify(stored(path, header))
+    layout, survey.notes = layout_of(path, header, ema)
     for part in PARTS:
         if part in layout.parts and part not in supplied:
-            _add_part(survey, part, layout, configs[part], quoted(path))
+            _add_part(survey, part, layout, (configs or configs_of(layout))[part], quoted(path))
     _note_layout(survey, layout)
-    survey.schedule = _schedule_of_file(survey, layout, header.metadata)
+    schedule, why = schedule_of_file(layout, header.metadata, survey.source)
+    if schedule is None:
+        _leave_undecided(survey)
+    else:
+        survey.notes.append(why)
+        settle(survey, schedule.prediction_type)
     return survey
 
 
-def survey_folder(path: Path, supplied: Collection[str] = ()) -> Survey:
-    """A diffusers folder: three parts with their configs, a scheduler, a tokenizer."""
+def layout_of(path: Path, header: Header, ema: bool = False) -> tuple[Layout, list[str]]:
+    """What a single file holds, with one set of UNet weights, and a note if that set is the averaged one."""
+    unets = [unet for family in FAMILIES if isinstance(unet := family.configs["unet"], UNetConfig)]
+    tensors, notes = choose_weights(stored(path, header), ema, unets, quoted(path))
+    return identify(tensors), notes
+
+
+def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False) -> Survey:
+    """A diffusers folder: its parts with their configs, a scheduler, tokenizers."""
     _refuse_other_folders(path)
+    if ema:
+        raise InputError(f"{quoted(path)} is a folder, and those hold one set of weights; --ema is for single files")
     survey = Survey(quoted(path))
     for part in PARTS:
         # A missing one is named by check_complete.
         if part not in supplied and (path / FOLDERS[part]).is_dir():
             _take_folder(survey, part, path / FOLDERS[part])
+    if "vae" in supplied and (own := path / FOLDERS["vae"] / "config.json").is_file():
+        survey.own_vae = VAEConfig.from_json(read_json(own), quoted(own))
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        survey.schedule = ScheduleConfig.from_json(read_json(scheduler), quoted(scheduler))
+        survey.schedule = schedule_of_folder(read_json(scheduler), quoted(scheduler))
     else:
-        survey.notes.append("no scheduler config: the noise schedule of Stable Diffusion 1.x is used")
+        survey.notes.append("no scheduler config: the noise schedule of Stable Diffusion is used")
+        _leave_undecided(survey)
     if (path / "tokenizer").is_dir():
         survey.tokenizer = tokenizer_folder(path / "tokenizer")
+    if (path / "tokenizer_2").is_dir():
+        survey.tokenizer_2 = tokenizer_folder(path / "tokenizer_2")
+    index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    survey.zeros_for_empty_prompt = index.get("force_zeros_for_empty_prompt", True) is True
     if (path / "ledits.json").is_file():
         survey.defaults = read_json(path / "ledits.json")
     return survey
 
 
+def settle(survey: Survey, prediction_type: str) -> None:
+    """Fix what the UNet predicts; SD 2.x files without configs tell from it at which size they were trained."""
+    survey.schedule = replace(survey.schedule, prediction_type=prediction_type)
+    survey.undecided, survey.notes = None, [note for note in survey.notes if note != UNDECIDED]
+    if survey.configs.get("unet") == SD20.configs["unet"] and prediction_type == SD21.schedule.prediction_type:
+        survey.configs["unet"] = SD21.configs["unet"]
+
+
+def _leave_undecided(survey: Survey) -> None:
+    unet = survey.configs.get("unet")
+    if isinstance(unet, UNetConfig) and family_of(unet) in (SD20, SD21):
+        survey.undecided = survey.parts["unet"][TELLING_TENSOR]
+        survey.notes.append(UNDECIDED)
+
+
 def check_complete(survey: Survey) -> None:
-    """All three parts are there and fit each other; InputError with the way out if not."""
-    missing = [part for part in PARTS if part not in survey.parts]
-    if missing:
-        found = " and ".join(survey.parts) or "nothing"
-        if "unet" in missing and survey.parts:
-            options = {"vae": "--vae (vae=)", "text": "--text-encoder (text_encoder=)"}
-            uses = " or ".join(options[part] for part in survey.parts)
-            raise InputError(
-                f"{survey.source} holds the {found} only, not a whole checkpoint: pass a checkpoint, and "
-                f"this file as {uses}"
-            )
-        supply = ", ".join(f"pass {option(part)} for the {part}" for part in missing)
-        raise InputError(f"{survey.source} holds no {' and no '.join(missing)} (found: {found}); {supply}")
-    unet, vae, text = typed_configs(survey)
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise InputError(
-            f"{survey.source}: the unet takes {unet.in_channels} and gives {unet.out_channels} channels, the "
-            f"vae has {vae.latent_channels}; use parts of one family"
-        )
-    if text.hidden_size != unet.cross_attention_dim:
-        raise InputError(
-            f"{survey.source}: the text encoder is {text.hidden_size} wide, the unet wants "
-            f"{unet.cross_attention_dim}; use parts of one family"
-        )
-    if survey.tokenizer is None and text.vocab_size != _CLIP_VOCABULARY:
-        raise InputError(
-            f"{survey.source} brings no tokenizer and its text encoder knows {text.vocab_size} tokens, not "
-            f"CLIP's {_CLIP_VOCABULARY}; pass tokenizer= with its folder"
-        )
+    """All parts are there and fit each other; InputError with the way out if not."""
+    check_parts(survey.configs, survey.source)
+    tokenizers = {"text": survey.tokenizer, "text_2": survey.tokenizer_2}
+    check_vocabulary(survey.configs, tokenizers, survey.source)
     if survey.tokenizer is None:
         survey.notes.append("no tokenizer in the checkpoint: the CLIP vocabulary shipped with this program is used")
 
 
-def take_part(survey: Survey, part: str, path: Path) -> None:
-    """Replace one part by the one in `path`: a file, the part's own folder, or a whole diffusers folder."""
+def supplied_parts(vae: str | Path | None, text_encoder: str | Path | None) -> dict[str, str | Path]:
+    """Part -> where it comes from instead of the checkpoint. A text encoder may be SDXL's second one, or both."""
+    supplied: dict[str, str | Path] = {} if vae is None else {"vae": vae}
+    if text_encoder is not None:
+        path = _located(text_encoder, "text")
+        if not path.is_dir():
+            layout = identify(stored(path, read_header(path)))
+            found = [part for part in ("text", "text_2") if part in layout.parts]
+        else:
+            found = [part for part in ("text", "text_2") if (path / FOLDERS[part]).is_dir()]
+            found = found or (["text_2"] if path.name == FOLDERS["text_2"] else [])
+        supplied |= dict.fromkeys(found or ["text"], text_encoder)
+    return supplied
+
+
+def take_part(survey: Survey, part: str, source: str | Path) -> None:
+    """Replace one part by the one in `source`: a file, the part's own folder, or a whole diffusers folder.
+
+    A folder may be named by its org/name in the Hugging Face cache.
+    """
+    path = _located(source, part)
     whole = path / FOLDERS[part]
     if path.is_dir():
         _take_folder(survey, part, whole if whole.is_dir() else path)
@@ -149,14 +225,40 @@ def take_part(survey: Survey, part: str, path: Path) -> None:
         layout = identify(stored(path, read_header(path)))
         if part not in layout.parts and layout.refusal is None:
             raise InputError(f"{quoted(path)} holds no {part} (found: {', '.join(layout.parts)}); pass another file")
-        _add_part(survey, part, layout, SD15_CONFIGS[part], quoted(path))
+        if part == "vae" and layout.family in {family.name for family in FAMILIES}:
+            check_scale(survey.configs.get("unet"), configs_of(layout)[part], quoted(path))  # of a whole checkpoint
+        _add_part(survey, part, layout, _published(survey, layout)[part], quoted(path))
+    if part == "vae":
+        check_latents(survey.own_vae, survey.configs[part], quoted(path))
     survey.notes.append(f"{part}: taken from {quoted(path)}")
+
+
+def _located(source: str | Path, part: str) -> Path:
+    path = Path(source)
+    return cached_part(str(source), part) if not _exists(path) and is_hub_id(source) else path
+
+
+def _published(survey: Survey, layout: Layout) -> Mapping[str, Config]:
+    """What a part from a file must look like: as the checkpoint's family has it, else as the file's own has."""
+    unet = survey.configs.get("unet")
+    family = family_of(unet) if isinstance(unet, UNetConfig) else None
+    return {**configs_of(layout), **(family.configs if family is not None else {})}
+
+
+def take_loras(survey: Survey, lora: LoraSource | Sequence[LoraSource]) -> None:
+    """Hold every LoRA against the weights of a complete survey; they are merged in this order when tensors are read."""
+    shapes = {part: expected_shapes(config) for part, config in survey.configs.items()}
+    changed = {part: names for part, names in shapes.items() if part != "vae"}
+    unet, _, _ = typed_configs(survey)
+    for path, scale in lora_pairs(lora):
+        survey.loras.append(survey_lora(path, scale, changed, unet))
+        survey.notes.append(str(survey.loras[-1]))
 
 
 def _take_folder(survey: Survey, part: str, folder: Path) -> None:
     tensors, notes = part_tensors(folder, part)
     source = quoted(folder)
-    layout = identify(tensors)
+    layout = identify(tensors, part)
     if layout.refusal is not None:
         raise InputError(f"{source} {layout.refusal}")
     if part not in layout.parts:
@@ -167,9 +269,11 @@ def _take_folder(survey: Survey, part: str, folder: Path) -> None:
         config = UNetConfig.from_json(mapping, config_source)
     elif part == "vae":
         config = VAEConfig.from_json(mapping, config_source)
-        _refuse_other_scale(survey, config, config_source)
+        check_scale(survey.configs.get("unet"), config, config_source)
     else:
-        config = TextConfig.from_json(mapping, config_source)
+        # The folder's name says whether its text is pooled; some configs name the other class.
+        kind = "CLIPTextModelWithProjection" if part == "text_2" else "CLIPTextModel"
+        config = TextConfig.from_json({**mapping, "architectures": [kind]}, config_source)
     _add_part(survey, part, layout, config, source)
     survey.notes.extend(notes)
 
@@ -180,15 +284,9 @@ def _add_part(survey: Survey, part: str, layout: Layout, config: Config, source:
     tensors = our_names(layout, part, config, source)
     check_part(part, {name: tensor.info for name, tensor in tensors.items()}, config, source)
     survey.parts[part], survey.configs[part], survey.layouts[part] = tensors, config, layout
-
-
-def _refuse_other_scale(survey: Survey, vae: VAEConfig, source: str) -> None:
-    """A VAE of the same shape may speak another latent language, which only its scaling factor betrays."""
-    unet = survey.configs.get("unet")
-    if unet == SD15_UNET and vae.scaling_factor != SD15_VAE.scaling_factor:
-        raise InputError(
-            f"{source}: scaling_factor {vae.scaling_factor} belongs to another family than the unet (its VAE "
-            f"has {SD15_VAE.scaling_factor}); use an SD 1.x VAE"
+    if unread := len(layout.parts[part]) - len({tensor.name for tensor in tensors.values()}):
+        survey.notes.append(
+            f"{part}: {_tensors(unread)} that are never read (a last layer, a projection, a temperature)"
         )
 
 
@@ -198,30 +296,16 @@ def _refuse_other_folders(path: Path) -> None:
     if (path / "snapshots").is_dir():
         raise InputError(f"{source} is a hub cache folder; pass the folder inside its snapshots/ instead")
     for name, family in (
-        ("text_encoder_2", "SDXL"),
         ("transformer", "SD 3 or Flux"),
         ("prior", "Stable Cascade"),
+        ("image_normalizer", "SD 2.x unCLIP"),
     ):
         if (path / name).is_dir():
-            raise InputError(f"{source} is {family}: it has {name}/; not supported yet; {SUPPORTED}")
+            raise InputError(f"{source} is {family}: it has {name}/; not supported; {SUPPORTED}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
         wanted = ", ".join(f"{folder}/" for folder in FOLDERS.values())
         hint = "pass it as --vae or --text-encoder" if (path / "config.json").is_file() else "pass the right folder"
         raise InputError(f"{source} is not a diffusers folder: {wanted} are wanted in it; {hint}")
-
-
-def _schedule_of_file(survey: Survey, layout: Layout, metadata: Mapping[str, str]) -> ScheduleConfig:
-    """A single file says how it was trained only by marker tensors or by modelspec metadata, if at all."""
-    if "ztsnr" in layout.markers:
-        raise InputError(f"{survey.source} was trained with zero terminal SNR, not supported; {SUPPORTED}")
-    if "v_pred" in layout.markers:
-        survey.notes.append("v-prediction: the file holds the marker tensor v_pred")
-        return replace(SD15_SCHEDULE, prediction_type="v_prediction")
-    declared = _PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", "epsilon"))
-    if declared == "v_prediction":
-        survey.notes.append("v-prediction: the file's metadata says so (modelspec.prediction_type)")
-        return replace(SD15_SCHEDULE, prediction_type=declared)
-    return SD15_SCHEDULE
 
 
 def describe_ignored(layout: Layout) -> list[str]:
@@ -237,13 +321,6 @@ def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"
 
 
-def prediction_type_named(value: str) -> str:
-    """eps and v in their short and their long spelling."""
-    if value not in _PREDICTION_TYPES:
-        raise InputError(f"prediction type {quoted(value, 40)} is unknown; the choices are eps and v")
-    return _PREDICTION_TYPES[value]
-
-
 def _note_layout(survey: Survey, layout: Layout) -> None:
     if layout.refusal is not None:
         raise InputError(f"{survey.source} {layout.refusal}")
@@ -251,7 +328,7 @@ def _note_layout(survey: Survey, layout: Layout) -> None:
 
 
 def typed_configs(survey: Survey) -> tuple[UNetConfig, VAEConfig, TextConfig]:
-    """The three configs of a complete survey."""
-    unet, vae, text = (survey.configs[part] for part in PARTS)
+    """The configs that every complete survey has."""
+    unet, vae, text = (survey.configs[part] for part in ("unet", "vae", "text"))
     assert isinstance(unet, UNetConfig) and isinstance(vae, VAEConfig) and isinstance(text, TextConfig)
     return unet, vae, text

@@ -18,11 +18,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ledits_min.app.options import build_parser, check_ranges
 from ledits_min.config import InputError, RunError
-from ledits_min.weights.header import quoted
+from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,15 +58,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _edit(args: argparse.Namespace) -> None:
     check_ranges(args)
-    from ledits_min import Concept
+    from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs
+    from ledits_min.app.explain import latent_size, plan_edit
     from ledits_min.image import atomic_write, check_output_picture, save_image
+    from ledits_min.p2p import check_prompts
 
     concepts = [Concept(**fields) for fields in args.concepts or []]
+    attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
     if args.masks is not None and not concepts:
         raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
 
     saved = is_saved_inversion(args.image)
+    if args.explain:
+        _tell_plan(args, concepts)
+        return
     out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
     _check_outputs(args, {
         "-o": (out, outputs.PICTURES),
@@ -77,6 +83,8 @@ def _edit(args: argparse.Namespace) -> None:
 
     clock = _Clock()
     made = _load_inversion(args) if saved else None
+    if attention is not None:
+        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
     picture = outputs.original_picture(made) if made else _open(args)
     check_output_picture(out, picture.size)
     ledits = _load_model(args)
@@ -86,7 +94,32 @@ def _edit(args: argparse.Namespace) -> None:
     clock.lap("load")
     inversion = made or _run_inversion(args, ledits, picture)
     clock.lap("invert")
-    edit = {
+    edit = _edit_settings(args, ledits)
+    result = ledits.edit(inversion, concepts=concepts, trace=args.report is not None, attention=attention, **edit)
+    clock.lap("edit")
+
+    masks = [mask[0] for mask in result.masks]
+    values = outputs.settings(ledits, inversion, concepts, attention, edit)
+    if args.masks is not None:
+        save_image(outputs.mask_picture(picture, concepts, masks), args.masks)
+    if args.save_inversion is not None:
+        inversion.save(args.save_inversion)
+    if args.report is not None:
+        plan = None
+        if attention is None:  # Prompt-to-Prompt keeps to the plain loop
+            plan = plan_edit(ledits, inversion.settings, latent_size(inversion), saved, concepts, edit, ledits.device)
+        evaluations = {"planned": plan and plan.to_json(), "evaluated": ledits.runner.evaluations}
+        content = outputs.report(
+            values, masks, result.trace, clock.laps, args.said, str(ledits.device), evaluations
+        )  # fmt: skip
+        atomic_write(args.report, content)
+    save_image(result.images[0], out, outputs.metadata(values))  # last: where it is, the others are
+    _tell_written(clock, [out, args.masks, args.report, args.save_inversion])
+
+
+def _edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
+    """The arguments of `LEdits.edit` that are plain values."""
+    return {
         "target": args.target,
         "guidance_scale": ledits.defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale,
         "negative": args.negative,
@@ -94,20 +127,29 @@ def _edit(args: argparse.Namespace) -> None:
         "momentum_beta": args.momentum_beta,
         "output_size": args.output_size,
     }
-    result = ledits.edit(inversion, concepts=concepts, trace=args.report is not None, **edit)
-    clock.lap("edit")
 
-    masks = [mask[0] for mask in result.masks]
-    values = outputs.settings(ledits, inversion, concepts, edit)
-    if args.masks is not None:
-        save_image(outputs.mask_picture(picture, concepts, masks), args.masks)
-    if args.save_inversion is not None:
-        inversion.save(args.save_inversion)
-    if args.report is not None:
-        content = outputs.report(values, masks, result.trace, clock.laps, args.said, str(ledits.device))
-        atomic_write(args.report, content)
-    save_image(result.images[0], out, outputs.metadata(values))  # last: where it is, the others are
-    _tell_written(clock, [out, args.masks, args.report, args.save_inversion])
+
+def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
+    """What the same command without --explain would evaluate. No weight is read and nothing is written."""
+    if args.p2p is not None:
+        raise InputError("--explain does not know --p2p; leave one of them out")
+    from ledits_min.app.explain import fitted_size, latent_size, plan_edit, without_weights
+
+    made = _load_inversion(args) if is_saved_inversion(args.image) else None
+    ledits, device = without_weights(args.model, args.device, args.dtype, **_parts(args))
+    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+        _check_prompt(ledits, text)
+    if made is not None:
+        settings, latents = made.settings, latent_size(made)
+    else:
+        eta = 1.0 if args.eta is None else args.eta
+        settings = ledits.inversion_settings(
+            args.source or "", args.source_guidance_scale, args.steps, args.skip, eta
+        )  # fmt: skip
+        latents = fitted_size(ledits, _open(args), args.size)
+    edit = _edit_settings(args, ledits)
+    for line in plan_edit(ledits, settings, latents, made is not None, concepts, edit, device).lines():
+        _tell(line)
 
 
 def _invert(args: argparse.Namespace) -> None:
@@ -137,7 +179,10 @@ def _demo(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from ledits_min.weights.inspect import inspect
 
-    _tell(str(inspect(args.checkpoint)))
+    report = inspect(args.checkpoint, **_parts(args))
+    _tell(str(report))
+    if report.verdict == "refused":
+        raise InputError(report.reason)
 
 
 def is_saved_inversion(path: str) -> bool:
@@ -147,7 +192,7 @@ def is_saved_inversion(path: str) -> bool:
             start = file.read(16)
     except (OSError, ValueError):
         return False
-    header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000
+    header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
     return header or (Path(path).suffix.lower() == ".safetensors" and not start.startswith(_PICTURE_MAGIC))
 
 
@@ -155,7 +200,9 @@ def _check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path 
     from ledits_min.app.outputs import check_outputs
 
     outputs = {option: (Path(path), suffixes) for option, (path, suffixes) in wanted.items() if path is not None}
-    check_outputs(outputs, [args.image, args.model, args.vae, args.text_encoder, args.tokenizer], args.overwrite)
+    loras = [path for path, _ in args.lora or []]
+    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *loras]
+    check_outputs(outputs, inputs, args.overwrite)
 
 
 def _open(args: argparse.Namespace) -> Image.Image:
@@ -184,18 +231,19 @@ def _load_inversion(args: argparse.Namespace) -> Inversion:
     return inversion
 
 
+def _parts(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what a checkpoint is made of, as keywords."""
+    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema")
+    return {"lora": args.lora or [], **{name: getattr(args, name) for name in names}}
+
+
 def _load_model(args: argparse.Namespace) -> LEdits:
+    from ledits_min.weights.survey import survey_whole
+
+    survey_whole(args.model, **_parts(args))  # a bad file is refused before torch and transformers are imported
     from ledits_min import LEdits
 
-    ledits = LEdits.from_pretrained(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        vae=args.vae,
-        text_encoder=args.text_encoder,
-        tokenizer=args.tokenizer,
-        prediction_type=args.prediction_type,
-    )
+    ledits = LEdits.from_pretrained(args.model, device=args.device, dtype=args.dtype, **_parts(args))
     for note in ledits.notes:
         _notice(args, note)
     return ledits
@@ -215,7 +263,7 @@ def _run_inversion(args: argparse.Namespace, ledits: LEdits, picture: Image.Imag
             f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes",
             stacklevel=2,
         )
-    return ledits.invert(
+    inversion = ledits.invert(
         picture,
         source=args.source or "",
         source_guidance_scale=args.source_guidance_scale,
@@ -225,6 +273,12 @@ def _run_inversion(args: argparse.Namespace, ledits: LEdits, picture: Image.Imag
         seed=args.seed or 0,
         size=size,
     )
+    factor = ledits.vae.config.factor
+    height, width = (factor * side for side in inversion.latents.shape[-2:])
+    if size is not None and size not in (max(width, height), (width, height)):
+        asked = " x ".join(map(str, size)) if isinstance(size, tuple) else size
+        _notice(args, f"--size {asked}: this model works in steps of {factor} pixels; {width} x {height} is used")
+    return inversion
 
 
 def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
@@ -278,20 +332,26 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM ends a run the way Ctrl-C does: through every `finally`."""
+    """Ctrl-C and SIGTERM both end a run through every `finally`."""
+    ends: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
 
-    def stop(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-        raise _Terminated
+    def stop(number: int, _: object) -> NoReturn:
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        raise ends[number]
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    # A shell starts what runs in its background with Ctrl-C ignored; it stays so.
+    before = {each: signal.getsignal(each) for each in ends if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for each, handler in before.items():
+            signal.signal(each, handler or signal.SIG_DFL)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--target", type=_prompt, default="", metavar="T", help="a description of the new picture")
     group.add_argument("--negative", type=_prompt, default="", metavar="T", help="what the picture should not show")
     group.add_argument("--guidance-scale", type=_number, metavar="S", help="strength of --target")
+    group.add_argument("--p2p", nargs="?", const="", type=parse_p2p, metavar="P",
+                       help="Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2")  # fmt: skip
     group.add_argument("--momentum-scale", type=_number, default=0.0, metavar="S", help="SEGA's momentum (default: 0)")
     group.add_argument("--momentum-beta", type=_number, default=0.6, metavar="B", help="its memory (default: 0.6)")
     _add_inversion_options(edit)
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--save-inversion", metavar="F", help="keep the inversion for further edits (.safetensors)")
     group.add_argument("--masks", metavar="F", help="a picture of where each concept acted")
     group.add_argument("--report", metavar="F.json", help="parameters, timings, mask statistics and trace")
+    group.add_argument("--explain", action="store_true", help="only say what would be evaluated, and what it costs")
     group.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     invert = _command(commands, "invert", "find the noise maps of a picture, to edit it many times")
@@ -61,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     inspect = _command(commands, "inspect", "say what a checkpoint is, from its header alone")
-    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a .safetensors file, a folder, or tiny")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="what --model takes")
+    _add_part_options(inspect.add_argument_group("what would be passed beside it"))
     return parser
 
 
@@ -84,10 +88,36 @@ def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
         name, convert = _CONCEPT_KEYS[key]
         if name in fields:
             raise argparse.ArgumentTypeError(f"{key} is given twice in {quoted(text, 80)}; give it once")
-        fields[name] = convert(value)
+        try:
+            fields[name] = convert(value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{key} in {quoted(text, 80)}: {error}") from None
     if not words.strip():
         raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no concept; write it before the colon")
     return {"text": _prompt(words.strip()), **fields}
+
+
+def parse_p2p(text: str) -> dict[str, float]:
+    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2", either of them, or none."""
+    fields: dict[str, float] = {}
+    for pair in text.split(",") if text else []:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if key not in ("cross", "self") or not equals or key in fields:
+            raise argparse.ArgumentTypeError(
+                f"{quoted(pair.strip() or text, 60)} is not cross=N or self=N, each once (a picture comes before --p2p)"
+            )
+        fields[key] = _number(value)
+    return fields
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """(path, scale) from "style.safetensors" or "style.safetensors:0.8"; a number after the last colon is the scale."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or not _NUMBER.fullmatch(scale):
+        path, scale = text, "1"
+    if not path:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no file; write it before the colon")
+    return path, _number(scale)
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -119,13 +149,21 @@ def _add_inversion_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     group.add_argument("--model", default="tiny", metavar="M",
-                       help="tiny, a Stable Diffusion 1.x .safetensors file, or a diffusers folder")  # fmt: skip
+                       help="tiny, a .safetensors file, a diffusers folder, or org/name[@revision] in the local "
+                            "Hugging Face cache")  # fmt: skip
+    _add_part_options(group)
+    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", metavar="D", help="auto, float32, bfloat16 or float16")
+
+
+def _add_part_options(group: Any) -> None:
     group.add_argument("--vae", metavar="F", help="another VAE: a .safetensors file or a folder")
     group.add_argument("--text-encoder", metavar="F", help="another text encoder, likewise")
     group.add_argument("--tokenizer", metavar="D", help="another tokenizer, a folder")
+    group.add_argument("--lora", action="append", type=parse_lora, metavar="FILE[:SCALE]",
+                       help="merge a LoRA into the model (default scale: 1); can be given many times")  # fmt: skip
+    group.add_argument("--ema", action="store_true", help="of a file with plain and averaged (EMA) weights, the latter")
     group.add_argument("--prediction-type", choices=("eps", "v"), help="what the UNet predicts, if a file lies")
-    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", metavar="D", help="auto, float32, bfloat16 or float16")
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from ledits_min import __version__
 from ledits_min.archive import Inversion
 from ledits_min.config import InputError
 from ledits_min.image import OUTPUT_SIDES
+from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 from ledits_min.weights.header import quoted
 
@@ -87,7 +88,11 @@ def _same_file(source: str, path: Path) -> bool:
 
 
 def settings(
-    ledits: LEdits, inversion: Inversion, concepts: Sequence[Concept], edit: Mapping[str, Any]
+    ledits: LEdits,
+    inversion: Inversion,
+    concepts: Sequence[Concept],
+    attention: PromptToPrompt | None,
+    edit: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats."""
     made = inversion.settings
@@ -105,6 +110,7 @@ def settings(
         "source": made.source,
         "source_guidance_scale": made.source_guidance_scale,
         **edit,
+        "prompt_to_prompt": None if attention is None else asdict(attention),
         "concepts": [asdict(concept.resolve(ledits.defaults)) for concept in concepts],
     }
 
@@ -123,6 +129,8 @@ def parameters_line(values: Mapping[str, Any]) -> str:
             parts.append(f"{name} {quoted(values[name], 1000)}")
     if values["target"]:
         parts.append(f"target scale {values['guidance_scale']:g}")
+    if values["prompt_to_prompt"]:
+        parts.append("Prompt-to-Prompt cross {cross:g}, self {self:g}".format(**values["prompt_to_prompt"]))
     if values["momentum_scale"]:
         parts.append(f"momentum {values['momentum_scale']:g}, beta {values['momentum_beta']:g}")
     parts.append(f"{values['num_steps']} steps, skip {values['skip']}, eta {values['eta']:g}")
@@ -148,8 +156,9 @@ def report(
     seconds: Mapping[str, float],
     notices: Sequence[str],
     device: str,
+    evaluations: Mapping[str, Any],
 ) -> bytes:
-    """The report as strict JSON: settings, versions, seconds a phase, mask statistics, trace, notices."""
+    """The report as strict JSON: settings, versions, seconds a phase, evaluations planned and made, masks, trace."""
     statistics = [
         {
             "text": concept["text"],
@@ -170,6 +179,7 @@ def report(
         },
         "device": device,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "evaluations": evaluations,
         "masks": statistics,
         "trace": list(trace),
         "notices": list(notices),

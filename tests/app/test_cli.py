@@ -71,6 +71,16 @@ def test_any_text_without_an_equals_sign_is_a_prompt(text: str) -> None:
         assert concepts_of(f"--add={text}:scale=2") == [Concept(text.strip(), guidance_scale=2.0)]
 
 
+def test_prompt_to_prompt_is_kept_in_the_report(place: Path) -> None:
+    prompts = ["--source", "long brown hair", "--target", "long black hair"]
+    assert main(["edit", "p.png", *prompts, "--p2p", "self=0.4", "--report", "r.json", *FAST]) == 0
+    assert main(["edit", "p.png", *prompts, "-o", "pure.png", *FAST]) == 0
+    assert json.loads((place / "r.json").read_text())["settings"]["prompt_to_prompt"] == {"cross": 0.6, "self": 0.4}
+    with Image.open("p.ledits.png") as controlled, Image.open("pure.png") as pure:
+        assert controlled.tobytes() != pure.tobytes()
+        assert any("Prompt-to-Prompt cross 0.6, self 0.4" in str(value) for value in controlled.info.values())
+
+
 def test_an_edit_writes_all_it_was_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--masks", "m.png", "--report", "r.json", "--save-inversion", "i.safetensors"]
     assert main(["edit", "p.png", "--add", "sunglasses:scale=9", "--remove", "hat", "--seed", "5", *FAST, *wanted]) == 0
@@ -164,8 +174,10 @@ def test_doubtful_wishes_are_warned_of(place: Path, capsys: pytest.CaptureFixtur
     assert "ledits: warning: nothing to change is asked for" in capsys.readouterr().err
     assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "b.png", "--add", "hat", "--remove", "hat"]) == 0
     assert "ledits: warning: 'hat' is both added and removed" in capsys.readouterr().err
-    assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "c.png", "--add", "hat", "--size", "128"]) == 0
-    assert "ledits: warning: --size asks for 128 pixels" in capsys.readouterr().err
+    assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "c.png", "--add", "hat", "--size", "256"]) == 0
+    assert "ledits: warning: --size asks for 256 pixels" in capsys.readouterr().err
+    assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "d.png", "--add", "hat", "--size", "61"]) == 0
+    assert "ledits: --size 61: this model works in steps of" in capsys.readouterr().err
 
 
 def test_a_photograph_keeps_its_size_and_its_notices(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +288,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("module", "function", "signal", "code"),
-    [("edit", "edit", "SIGTERM", 143), ("edit", "invert", "SIGINT", 130), ("image", "os.replace", "SIGTERM", 143)],
+    [("engine", "edit", "SIGTERM", 143), ("engine", "invert", "SIGINT", 130), ("image", "os.replace", "SIGTERM", 143)],
 )
 def test_a_stopped_process_leaves_nothing(place: Path, module: str, function: str, signal: str, code: int) -> None:
     text = STOPPED.format(module=module, function=function, signal=signal)

@@ -67,6 +67,12 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no tensors": (with_header("{}", 0), "no tensors"),
     "metadata only": (with_header('{"__metadata__": {"a": "b"}}', 0), "no tensors"),
     "metadata number": (with_header('{"__metadata__": {"a": 1}, "a": ' + ONE + "}"), "strings to strings"),
+    "half a character in metadata": (with_header('{"__metadata__": {"a": "\\ud800"}, "a": ' + ONE + "}"), "surrogate"),
+    "half a character in a metadata key": (
+        with_header('{"__metadata__": {"\\udfff": "b"}, "a": ' + ONE + "}"),
+        "surrogate",
+    ),
+    "metadata in metadata": (with_header('{"__metadata__": {"a": {}}, "a": ' + ONE + "}"), "strings to strings"),
     "metadata null": (with_header('{"__metadata__": null, "a": ' + ONE + "}"), "strings to strings"),
     "twice the same": (with_header('{"a": ' + ONE + ', "a": ' + ONE + "}"), "names 'a' twice"),
     "twice in an entry": (with_header('{"a": {"dtype": "F32", "dtype": "F32", "shape": [8]}}'), "'dtype' twice"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE
+from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, InputError
 from ledits_min.text import build_text_model
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
@@ -136,6 +136,41 @@ def test_float64_is_cast_with_a_note(checkpoints: ModuleType, tmp_path: Path) ->
     checkpoint = load_checkpoint(tmp_path)
     assert_same(checkpoint, states)
     assert sum("cast to float32" in note for note in checkpoint.notes) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_exactly_as_float16(checkpoints: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Both kinds fit float16; torch itself writes the files, in both dialects."""
+    states = checkpoints.write_folder(tmp_path / "folder", dtype=dtype)
+    checkpoints.write_ldm(tmp_path / "x.safetensors", dtype=dtype, position_ids=torch.arange(77)[None])
+    for checkpoint in (load_checkpoint(tmp_path / "folder"), load_ldm(checkpoints, tmp_path / "x.safetensors")):
+        for part in ("unet", "vae", "text"):
+            for name, tensor in states[part].items():
+                found = getattr(checkpoint, part)[name]
+                assert found.dtype == torch.float16 and torch.equal(found.float(), tensor.to(dtype).float()), name
+        assert (
+            sum(f"{str(dtype).removeprefix('torch.')} tensors are cast to float16" in n for n in checkpoint.notes) == 3
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_in_float8_is_found(checkpoints: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
+    states = checkpoints.random_states()
+    states["unet"]["conv_in.bias"] = torch.full_like(states["unet"]["conv_in.bias"], torch.nan)
+    checkpoints.write_folder(tmp_path, states=states, dtype=dtype)
+    with pytest.raises(InputError, match="'conv_in.bias' holds NaN or infinity"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("marker", ["model.diffusion_model.scaled_fp8", "scaled_fp8"])
+def test_scaled_float8_is_refused_by_name(checkpoints: ModuleType, tmp_path: Path, marker: str) -> None:
+    """Without the factors beside them such weights are far too large; a file that brings factors is not guessed at."""
+    state = checkpoints.ldm_state(checkpoints.random_states(), checkpoints.REDUCED_UNET, checkpoints.REDUCED_VAE)
+    scales = {f"{name.removesuffix('.weight')}.scale_weight": torch.ones(()) for name in state if "attn1.to_q" in name}
+    for extra in (scales, {marker: torch.ones(2)}):
+        checkpoints.save(tmp_path / "x.safetensors", state | extra, torch.float8_e4m3fn)
+        with pytest.raises(InputError, match="scaled fp8 .* is not supported; pass its float16 version"):
+            load_ldm(checkpoints, tmp_path / "x.safetensors")
 
 
 def test_mixed_dtypes_are_kept_with_a_note(checkpoints: ModuleType, folder: Path) -> None:

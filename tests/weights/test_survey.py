@@ -107,11 +107,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
     ),
     "integers": (
         edit_state("unet", UNET_FILE, lambda s: s.update({n: t.to(torch.int8) for n, t in s.items() if "ff" in n})),
-        "is I8; non-float weights are not supported",
+        "is I8; weights are read from F32, F16, BF16",
     ),
-    "float8": (
-        edit_state("unet", UNET_FILE, lambda s: s.update({n: t.to(torch.float8_e4m3fn) for n, t in s.items()})),
-        "is F8_E4M3; 8-bit or smaller float weights are not supported",
+    "float8 of another kind": (
+        edit_state("unet", UNET_FILE, lambda s: s.update({n: t.to(torch.float8_e4m3fnuz) for n, t in s.items()})),
+        "is F8_E4M3FNUZ; weights are read from F32, F16, BF16, F64, F8_E4M3, F8_E5M2",
     ),
     "nan": (
         edit_state("vae", VAE_FILE, lambda s: s.update({"quant_conv.bias": torch.tensor([0.0] * 7 + [torch.nan])})),
@@ -130,8 +130,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "twice",
     ),
     "inpainting": (edit_state("unet", UNET_FILE, with_channels(9)), "inpainting variant"),
-    "SD 2 unet": (edit_state("unet", UNET_FILE, with_context(1024)), "SD 2.x file: not supported yet"),
-    "SDXL unet": (edit_state("unet", UNET_FILE, with_context(2048)), "SDXL file: not supported yet"),
+    "SD 2 unet": (edit_state("unet", UNET_FILE, with_context(1024)), "do not fit their config.json"),
+    "SDXL unet": (edit_state("unet", UNET_FILE, with_context(2048)), "do not fit their config.json"),
     "vae in unet/": (lambda c, f: c.save(f / UNET_FILE, c.random_states()["vae"]), "holds no unet .found: vae"),
     "lora in unet/": (
         lambda c, f: c.save(f / UNET_FILE, {"unet.mid_block.to_q.lora_A.weight": torch.zeros(2, 2)}),
@@ -164,7 +164,24 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
     ),
     "empty tokenizer folder": (lambda c, f: (f / "tokenizer").mkdir(), "holds no tokenizer"),
     "vocabulary without merges": (write("tokenizer/vocab.json", b"{}"), "merges.txt"),
-    "SDXL folder": (lambda c, f: (f / "text_encoder_2").mkdir(), "SDXL"),
+    "refiner unet": (edit_state("unet", UNET_FILE, with_context(1280)), "SDXL refiner file: pass the base model"),
+    "second text encoder without weights": (
+        lambda c, f: (f / "text_encoder_2").mkdir(), "text_encoder_2' holds no model.safetensors"
+    ),
+    "second text encoder too many": (
+        lambda c, f: c.write_family_folder(f / "xl", "SDXL") and (f / "xl/text_encoder_2").rename(f / "text_encoder_2"),
+        "a second text encoder, as SDXL has, but the unet reads one",
+    ),
+    "unCLIP folder": (lambda c, f: (f / "image_normalizer").mkdir(), "unCLIP"),
+    "turbo": (
+        rewrite_config(
+            "scheduler/scheduler_config.json",
+            _class_name="EulerAncestralDiscreteScheduler",
+            timestep_spacing="trailing",
+        ),
+        "schedule of a turbo model: distilled to a few steps",
+    ),
+    "LCM": (rewrite_config("scheduler/scheduler_config.json", _class_name="LCMScheduler"), "distilled to a few steps"),
     "SD 3 folder": (lambda c, f: (f / "transformer").mkdir(), "SD 3"),
     "index without map": (
         both(remove(UNET_FILE), write(f"{UNET_FILE}.index.json", {"a": 1})),

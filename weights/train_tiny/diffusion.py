@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from random import Random
 
@@ -37,7 +37,7 @@ CONFIG = UNetConfig(
 )
 SCHEDULE = ScheduleConfig()
 BATCH = 32
-PLAN = Plan(steps=11_000, rate=7e-4, flat=0.6)
+PLAN = Plan(steps=10_000, rate=7e-4, flat=0.6)
 SNR_LIMIT = 5.0
 
 
@@ -103,7 +103,8 @@ def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> State:
         return noise_loss(unet, latents[index].float().to(plan.device), context, alphas_cumprod, generator)
 
     # The plain attention kernel has the faster backward pass on CPUs.
-    with sdpa_kernel(SDPBackend.MATH) if plan.device == "cpu" else nullcontext():
+    backend: AbstractContextManager[object] = sdpa_kernel(SDPBackend.MATH) if plan.device == "cpu" else nullcontext()
+    with backend:
         return train(unet, loss_at, plan, run / "unet.safetensors", run / "unet.jsonl")
 
 

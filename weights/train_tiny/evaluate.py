@@ -1,23 +1,31 @@
-"""What the exported model can do, measured on portraits that it never saw and scored by the attribute oracle."""
+"""What the exported model can do, measured on portraits that it never saw and judged by the attribute oracle.
+
+`Editor` runs LEdits over many portraits and counts its work, `score` judges what came out, one number a portrait, and
+`summary` turns that into means with intervals. The study in bench/ and the stage `evaluate` both stand on these.
+"""
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ledits_min import Concept, LEdits
+from ledits_min import Inversion, LEdits
+from ledits_min.config import InputError
+from ledits_min.pipeline import Result
 from ledits_min.weights.train_tiny.classifier import Classifier, load_classifier, see
-from ledits_min.weights.train_tiny.export import processor, write_json
+from ledits_min.weights.train_tiny.edits import Edit, pick
+from ledits_min.weights.train_tiny.export import TINY, write_json
 from ledits_min.weights.train_tiny.portraits import (
     ATTRIBUTES,
     Pixels,
@@ -26,83 +34,41 @@ from ledits_min.weights.train_tiny.portraits import (
     draw,
     ideal_edit,
     labels,
-    load_split,
     sample_portrait,
-    seeds,
     visible,
 )
-from ledits_min.weights.train_tiny.vae import CONFIG, psnr
-
-SIZE = CONFIG.sample_size
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A request to LEDITS, the change it asks for, and the portraits on which it makes sense."""
-
-    name: str
-    changes: Mapping[str, str]
-    needs: Mapping[str, Sequence[str]]
-    concepts: tuple[Concept, ...] = ()
-    target: str = ""
-    skip: int | None = None
-
-
-@dataclass
-class Score:
-    """Means over the portraits: shares in [0, 1] and dB."""
-
-    count: int
-    success: float
-    preserved: float
-    preserved_unedited: float
-    psnr_outside: float
-    seconds: float
-
-
-BARE = {"eyewear": ("none",), "hat": ("none",), "beard": ("none",)}
-EDITS = (
-    Edit("+ sunglasses", {"eyewear": "sunglasses"}, {"eyewear": ("none",)}, (Concept("sunglasses"),)),
-    Edit("+ glasses", {"eyewear": "glasses"}, {"eyewear": ("none",)}, (Concept("glasses"),)),
-    Edit("+ a hat", {"hat": "hat"}, {"hat": ("none",)}, (Concept("a hat"),)),
-    Edit("+ a red hat", {"hat": "hat", "hat color": "red"}, {"hat": ("none",)}, (Concept("a red hat"),)),
-    Edit("+ beard", {"beard": "beard"}, {"beard": ("none",)}, (Concept("beard"),)),
-    Edit("+ smiling", {"mouth": "smile"}, {"mouth": ("serious", "sad")}, (Concept("smiling"),)),
-    Edit(
-        "+ blond hair",
-        {"hair color": "blond"},
-        {"hat": ("none",), "hair color": ("black", "brown", "red", "grey")},
-        (Concept("blond hair"),),
-    ),
-    Edit(
-        "+ blue background",
-        {"background": "blue"},
-        {"background": ("green", "yellow", "pink", "grey", "white")},
-        (Concept("blue background"),),
-    ),
-    Edit("+ no glasses", {"eyewear": "none"}, {"eyewear": ("glasses", "sunglasses")}, (Concept("no glasses"),)),
-    Edit("- sunglasses", {"eyewear": "none"}, {"eyewear": ("sunglasses",)}, (Concept("sunglasses", reverse=True),)),
-    Edit("- beard", {"beard": "none"}, {"beard": ("beard",)}, (Concept("beard", reverse=True),)),
-    Edit("target: sunglasses", {"eyewear": "sunglasses"}, {"eyewear": ("none",)}, target="sunglasses"),
-    Edit(
-        "+ sunglasses + beard",
-        {"eyewear": "sunglasses", "beard": "beard"},
-        {"eyewear": ("none",), "beard": ("none",)},
-        (Concept("sunglasses"), Concept("beard")),
-    ),
+from ledits_min.weights.train_tiny.scoring import (
+    Numbers,
+    bootstrap,
+    changed_region,
+    log_probability,
+    mean_of,
+    psnr_each,
+    ssim_each,
+    wilson,
 )
+from ledits_min.weights.train_tiny.vae import reconstruct, to_image
+
+ORACLE = TINY / "oracle.safetensors"
+BATCH = 50
+
+Scores = dict[str, Numbers]
 
 
-def pick(needs: Mapping[str, Sequence[str]], count: int) -> list[Portrait]:
-    """The first portraits that show what the edit needs, of a split that nothing was trained or tuned on."""
-    found = []
-    for seed in seeds("evaluation", 100 * count):
-        portrait = sample_portrait(seed)
-        if all(portrait.attributes[name] in values for name, values in needs.items()):
-            found.append(portrait)
-            if len(found) == count:
-                break
-    return found
+def load_oracle(path: Path = ORACLE) -> Classifier:
+    """The attribute oracle as the recipe exported it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no oracle there; `python -m ledits_min.weights.train_tiny export` writes it")
+    oracle = Classifier()
+    oracle.load_state_dict({name: value.float() for name, value in load_file(path).items()}, strict=True)
+    return oracle.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logits(oracle: Classifier, pixels: Pixels) -> list[Tensor]:
+    """The oracle's logits (N, values) of every attribute."""
+    parts = [oracle(to_image(part)) for part in np.array_split(pixels, max(1, len(pixels) // 250))]
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 def as_images(pixels: Pixels) -> list[Image.Image]:
@@ -113,124 +79,203 @@ def as_pixels(images: Sequence[Image.Image]) -> Pixels:
     return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images])
 
 
-def outside(before: Pixels, ideal: Pixels, margin: int = 2) -> np.ndarray:
-    """bool (N, H, W): where the ideal edit changes nothing, `margin` pixels away from where it does."""
-    changed = np.abs(before.astype(np.int16) - ideal.astype(np.int16)).max(axis=-1) > 8
-    grown = torch.nn.functional.max_pool2d(
-        torch.from_numpy(changed).float()[:, None], 2 * margin + 1, stride=1, padding=margin
-    )
-    unchanged: np.ndarray = grown[:, 0].numpy() == 0.0
-    return unchanged
+def draw_all(portraits: Sequence[Portrait], size: int) -> Pixels:
+    return np.stack([draw(portrait, size) for portrait in portraits])
 
 
-def psnr_where(a: Pixels, b: Pixels, where: np.ndarray) -> float:
-    squared = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=-1)
-    means = (squared * where).sum(axis=(1, 2)) / np.maximum(where.sum(axis=(1, 2)), 1)
-    return float((10.0 * np.log10(255.0**2 / np.maximum(means, 1e-3))).mean())
+@dataclass
+class Work:
+    """What some calls cost: rows that went through the UNet, and seconds."""
+
+    evaluations: int = 0
+    seconds: float = 0.0
+
+
+class Editor:
+    """LEdits over many pictures, a batch at a time."""
+
+    def __init__(self, ledits: LEdits) -> None:
+        self.ledits = ledits
+        self.size = ledits.native_size
+        self._work: list[Work] = []
+        ledits.unet.register_forward_pre_hook(self._count)
+
+    def _count(self, unet: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for work in self._work:
+            work.evaluations += len(inputs[0])
+
+    @contextmanager
+    def work(self) -> Iterator[Work]:
+        """Counts what happens inside."""
+        work, started = Work(), time.perf_counter()
+        self._work.append(work)
+        try:
+            yield work
+        finally:
+            work.seconds = time.perf_counter() - started
+            self._work.remove(work)
+
+    def invert(self, pictures: Pixels, **options: Any) -> list[Inversion]:
+        """One inversion a batch. Picture i has seed i."""
+        starts = range(0, len(pictures), BATCH)
+        return [self._invert_batch(pictures[start : start + BATCH], start, **options) for start in starts]
+
+    def _invert_batch(self, pictures: Pixels, first_seed: int, **options: Any) -> Inversion:
+        seeds = options.pop("seed", range(first_seed, first_seed + len(pictures)))
+        return self.ledits.invert(as_images(pictures), seed=list(seeds), progress=False, **options)
+
+    def results(self, inversions: Sequence[Inversion], **options: Any) -> list[Result]:
+        return [self.ledits.edit(inversion, progress=False, **options) for inversion in inversions]
+
+    def edit(self, inversions: Sequence[Inversion], **options: Any) -> Pixels:
+        """What a user gets: the change laid over the original pixels."""
+        return np.concatenate([as_pixels(result.images) for result in self.results(inversions, **options)])
+
+
+def asked_and_others(edit: Edit, portraits: Sequence[Portrait]) -> tuple[list[int], Any, Any]:
+    """The asked attributes' numbers, the labels (N, attributes) before, and which others show before and after."""
+    ideals = [ideal_edit(portrait, edit.changes) for portrait in portraits]
+    before, after = labels([visible(p) for p in portraits]), labels([visible(p) for p in ideals])
+    asked = [list(ATTRIBUTES).index(name) for name in edit.changes]
+    others = (before >= 0) & (after >= 0)
+    others[:, asked] = False
+    return asked, before, others
+
+
+def accepted_values(edit: Edit) -> list[list[int]]:
+    return [[list(ATTRIBUTES[name]).index(value) for value in edit.accepted(name)] for name in edit.changes]
+
+
+def compliance(oracle: Classifier, edit: Edit, edited: Pixels) -> Numbers:
+    """log probability (N,) that a picture shows what was asked."""
+    seen = logits(oracle, edited)
+    asked = [seen[list(ATTRIBUTES).index(name)] for name in edit.changes]
+    return log_probability(asked, accepted_values(edit))
+
+
+def succeeds(seen: Any, edit: Edit) -> Numbers:
+    """1 where every asked attribute, of the seen ones (N, attributes), has a value that counts."""
+    columns = [list(ATTRIBUTES).index(name) for name in edit.changes]
+    right = [np.isin(seen[:, i], good) for i, good in zip(columns, accepted_values(edit), strict=True)]
+    return np.asarray(np.all(right, axis=0), dtype=np.float64)
 
 
 def score(
-    classifier: Classifier, portraits: Sequence[Portrait], changes: Mapping[str, str], unedited: Pixels, edited: Pixels
-) -> dict[str, float]:
-    """success: all asked attributes are seen as asked. preserved: share of the other attributes seen as they were.
+    oracle: Classifier,
+    edit: Edit,
+    portraits: Sequence[Portrait],
+    pictures: Pixels,
+    edited: Pixels,
+    *,
+    deep: bool = True,
+) -> Scores:
+    """One number a portrait. Reconstructions are the pictures themselves: LEDITS returns them unless it is asked more.
 
-    Only attributes visible both before and after the ideal edit count as preserved or lost; `preserved_unedited` is the
-    same share for the result without an edit, so what it lacks to 1 are the oracle's own errors. psnr_outside compares
-    with that result. Pictures are what a user gets: the change laid over the original pixels.
+    success                     every asked attribute is seen as asked
+    kept, kept_unedited         how many of the other attributes are seen as they were, in the edited and the original
+    others                      how many there are: those that show both before and after the ideal edit
+    outside_db                  PSNR against the original where the ideal edit changes nothing
+    gain_db                     PSNR against the ideal edit, after less before
+    with `deep`, in dB and as SSIM: inside (the changed region) against the ideal, before and after; outside likewise
     """
-    ideals = [ideal_edit(portrait, changes) for portrait in portraits]
-    before, after = labels([visible(p) for p in portraits]), labels([visible(p) for p in ideals])
-    asked = np.array([name in changes for name in ATTRIBUTES])
-    seen = see(classifier, edited)
-    others = ~asked & (before >= 0) & (after >= 0)
-    pictures = np.stack([draw(p, SIZE) for p in portraits])
-    where = outside(pictures, np.stack([draw(p, SIZE) for p in ideals]))
+    ideals = draw_all([ideal_edit(portrait, edit.changes) for portrait in portraits], pictures.shape[1])
+    inside = changed_region(pictures, ideals)
+    _, before, others = asked_and_others(edit, portraits)
+    seen, seen_unedited = see(oracle, edited), see(oracle, pictures)
+    scores = {
+        "success": succeeds(seen, edit),
+        "kept": ((seen == before) & others).sum(axis=1).astype(np.float64),
+        "kept_unedited": ((seen_unedited == before) & others).sum(axis=1).astype(np.float64),
+        "others": others.sum(axis=1).astype(np.float64),
+        "outside_db": psnr_each(edited, pictures, ~inside),
+        "gain_db": psnr_each(edited, ideals) - psnr_each(pictures, ideals),
+    }
+    if deep:
+        for name, part in (("before", pictures), ("after", edited)):
+            scores[f"ideal_inside_db_{name}"] = psnr_each(part, ideals, inside)
+            scores[f"ideal_inside_ssim_{name}"] = ssim_each(part, ideals, inside)
+        scores["outside_ssim"] = ssim_each(edited, pictures, ~inside)
+    return scores
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def kept_ratio(counts: Numbers) -> Any:
+    """Others kept over others kept without an edit; counts (..., N, 2)."""
+    kept, unedited = np.moveaxis(counts.sum(axis=-2), -1, 0)
+    return np.divide(kept, unedited, out=np.full(np.shape(kept), np.nan), where=unedited > 0)[()]
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """Means over the portraits; rates with Wilson's, means with bootstrapped 95 % intervals."""
+    count = len(scores["success"])
+    kept = np.stack([scores["kept"], scores["kept_unedited"]], axis=1)
+    closer = scores["gain_db"] > 0.0
+    result: dict[str, Any] = {
+        "count": count,
+        "success": scores["success"].mean(),
+        "success_interval": wilson(int(scores["success"].sum()), count),
+        "kept": scores["kept"].sum() / scores["others"].sum(),
+        "kept_ratio": kept_ratio(kept),
+        "kept_ratio_interval": bootstrap(kept, kept_ratio),
+        "closer": closer.mean(),
+        "closer_interval": wilson(int(closer.sum()), count),
+    }
+    for name, values in scores.items():
+        if name.split("_")[0] in ("outside", "gain", "ideal"):
+            result[name] = float(mean_of(values))
+            result[f"{name}_interval"] = bootstrap(values)
+    exact: dict[str, Any] = rounded(result)
+    return exact
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Numbers to so many significant digits, in dictionaries and lists too; None where JSON has no number for it."""
+    if isinstance(value, Mapping):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [rounded(part, digits) for part in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    return value
+
+
+def generation_accuracy(ledits: LEdits, oracle: Classifier, captions: int, each: int) -> dict[str, float]:
+    """Share of the attributes told by a caption that the generated pictures show, by attribute; DDIM, guidance 5."""
+    rng, truth, pictures = Random("generation"), list[dict[str, str]](), list[Image.Image]()
+    pairs = (caption(sample_portrait(f"evaluation {index}"), rng) for index in range(100 * captions))
+    for text, told in [pair for pair in pairs if len(pair[1]) >= 5][:captions]:
+        seeds = [len(pictures) + i for i in range(each)]
+        pictures += ledits.generate(text, guidance_scale=5.0, seed=seeds, progress=False).images
+        truth += [told] * each
+    seen, wanted = see(oracle, as_pixels(pictures)), labels(truth)
+    known, right = wanted >= 0, seen == wanted
+    by_name = {name: float(mean_of(np.where(known, right, np.nan)[:, i])) for i, name in enumerate(ATTRIBUTES)}
+    return {"all": float(right[known].mean()), **by_name}
+
+
+def held_out(ledits: LEdits, oracle: Classifier, portraits: int, captions: int) -> dict[str, Any]:
+    """What the parts can do on unseen portraits: autoencoder, oracle, generation."""
+    unseen = pick("evaluation", {}, portraits)
+    pictures = draw_all(unseen, ledits.native_size)
+    truth = labels([visible(portrait) for portrait in unseen])
+    right = see(oracle, pictures) == truth
     return {
-        "success": float((seen == after)[:, asked].all(axis=1).mean()),
-        "preserved": float((seen == before)[others].mean()),
-        "preserved_unedited": float((see(classifier, unedited) == before)[others].mean()),
-        "psnr_outside": psnr_where(edited, unedited, where),
+        "size": ledits.native_size,
+        "factor": ledits.vae.config.factor,
+        "portraits": portraits,
+        "vae_psnr_db": float(psnr_each(pictures, reconstruct(ledits.vae, pictures)).mean()),
+        "oracle_accuracy": {name: float(right[truth[:, i] >= 0, i].mean()) for i, name in enumerate(ATTRIBUTES)},
+        "generated_pictures": 4 * captions,
+        "generation_accuracy": generation_accuracy(ledits, oracle, captions, each=4),
     }
 
 
-def run_edit(ledits: LEdits, classifier: Classifier, edit: Edit, count: int) -> Score:
-    """Invert the portraits, edit them, and score the result."""
-    portraits = pick(edit.needs, count)
-    images = as_images(np.stack([draw(portrait, SIZE) for portrait in portraits]))
-    started = time.perf_counter()
-    inversion = ledits.invert(images, skip=edit.skip, progress=False)
-    edited = ledits.edit(inversion, target=edit.target, concepts=list(edit.concepts), progress=False)
-    seconds = time.perf_counter() - started
-    unedited = ledits.edit(inversion, progress=False)
-    scores = score(classifier, portraits, edit.changes, as_pixels(unedited.images), as_pixels(edited.images))
-    return Score(count=len(portraits), seconds=seconds, **scores)
-
-
-def generation_accuracy(ledits: LEdits, classifier: Classifier, count: int) -> dict[str, float]:
-    """Share of the attributes told by a caption that the generated picture shows, by attribute; DDIM, guidance 5."""
-    rng = Random("generation")
-    pairs = [caption(sample_portrait(name), rng) for name in seeds("evaluation", 10 * count)]
-    pairs = [(text, told) for text, told in pairs if len(told) >= 5][:count]
-    images = [
-        ledits.generate(text, guidance_scale=5.0, seed=seed, progress=False).images[0]
-        for seed, (text, _) in enumerate(pairs)
-    ]
-    truth = labels([told for _, told in pairs])
-    right = see(classifier, as_pixels(images)) == truth
-    return {name: round(float(right[truth[:, i] >= 0, i].mean()), 3) for i, name in enumerate(ATTRIBUTES)}
-
-
-SHEET = ("+ sunglasses", "+ glasses", "+ a hat", "+ beard", "+ smiling", "+ blond hair", "+ sunglasses + beard")
-
-
-def contact_sheet(ledits: LEdits, count: int, scale: int = 2) -> Image.Image:
-    """One row a portrait: original, reconstruction, then each edit of SHEET; the first ones without anything on."""
-    pictures = np.stack([draw(p, SIZE) for p in pick({**BARE, "mouth": ("serious", "sad")}, count)])
-    inversion = ledits.invert(as_images(pictures), progress=False)
-    rebuilt = ledits.edit(inversion, progress=False, output_size="model")
-    columns = [("original", pictures), ("reconstruction", as_pixels(rebuilt.images))]
-    for edit in EDITS:
-        if edit.name in SHEET:
-            edited = ledits.edit(inversion, target=edit.target, concepts=list(edit.concepts), progress=False)
-            columns.append((edit.name, as_pixels(edited.images)))
-    side, header = SIZE * scale, 14
-    sheet = Image.new("RGB", (side * len(columns), header + side * count), "white")
-    text = ImageDraw.Draw(sheet)
-    for column, (name, pixels) in enumerate(columns):
-        text.text((column * side + 2, 1), name, fill="black")
-        for row, image in enumerate(as_images(pixels)):
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (column * side, header + row * side))
-    return sheet
-
-
-def evaluate(run: Path, model: Path, report: Path, count: int) -> None:
-    """Write tiny_edits.json, every edit's scores on `count` held-out portraits, and tiny_edits.png, a look at some."""
+def evaluate(run: Path, model: Path) -> None:
+    """Write RUN/evaluation.json: what the parts of an exported model can do, judged by the run's own oracle."""
     ledits = LEdits.from_pretrained(model, device="cpu", dtype="fp32")
-    classifier = load_classifier(run)
-    pixels, shown = load_split(run / "data", "test")
-    oracle = see(classifier, pixels) == labels(shown)
-    scores = {}
-    for edit in EDITS:
-        scores[edit.name] = result = run_edit(ledits, classifier, edit, count)
-        print(
-            f"{edit.name:22} success {result.success:.2f}  preserved {result.preserved:.2f} "
-            f"(unedited {result.preserved_unedited:.2f})  outside {result.psnr_outside:.1f} dB",
-            flush=True,
-        )
-    inversion = ledits.invert(as_images(pixels[:count]), progress=False)
-    round_trip = ledits.edit(inversion, progress=False, output_size="model")
-    packages = ("torch", "transformers", "dicebear-core", "dicebear-styles", "resvg-py")
-    write_json(
-        report / "tiny_edits.json",
-        {
-            "command": "python -m ledits_min.weights.train_tiny " + " ".join(sys.argv[1:]),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {"processor": processor(), "threads": torch.get_num_threads()},
-            "defaults": vars(ledits.defaults),
-            "oracle_accuracy": round(float(oracle[labels(shown) >= 0].mean()), 4),
-            "round_trip_psnr_db": round(psnr(pixels[:count], as_pixels(round_trip.images)), 2),
-            "generation_accuracy": generation_accuracy(ledits, classifier, count),
-            "edits": {name: {k: round(v, 3) for k, v in vars(s).items()} for name, s in scores.items()},
-        },
-    )
-    contact_sheet(ledits, 8).save(report / "tiny_edits.png")
+    found = rounded(held_out(ledits, load_classifier(run), portraits=500, captions=50))
+    write_json(run / "evaluation.json", found)
+    print(found)

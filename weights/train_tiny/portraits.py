@@ -179,18 +179,33 @@ def drawing_options(portrait: Portrait) -> dict[str, Any]:
 
 
 @cache
-def _style() -> Any:
+def _style(name: str) -> Any:
     from dicebear import Style
 
-    return Style(json.loads((files("dicebear_styles") / "avataaars.json").read_text(encoding="utf-8")))
+    return Style(json.loads((files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def draw(portrait: Portrait, size: int) -> Pixels:
     """The picture, uint8 (size, size, 3): drawn at twice the size and box-averaged, which antialiases evenly."""
+    return _draw("avataaars", drawing_options(portrait), size)
+
+
+# Portraits that nothing here was trained on. Open Peeps by Pablo Stanley (CC0 1.0), ToonHead by Johan Melin and
+# Personas by Draftbit (both CC BY 4.0), as remixed by DiceBear.
+OTHER_STYLES = ("open-peeps", "toon-head", "personas")
+
+
+def draw_other(style: str, seed: str, size: int) -> Pixels:
+    """A portrait of another style, uint8 (size, size, 3), on a background from the training."""
+    background = Random(f"{seed} background").choice(tuple(COLORS["background"].values()))
+    return _draw(style, {"seed": seed, "backgroundColor": [background]}, size)
+
+
+def _draw(style: str, options: dict[str, Any], size: int) -> Pixels:
     import resvg_py
     from dicebear import Avatar
 
-    svg = Avatar(_style(), drawing_options(portrait)).to_string()
+    svg = Avatar(_style(style), options).to_string()
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size))
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB").reduce(2), dtype=np.uint8)

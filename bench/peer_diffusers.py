@@ -1,0 +1,335 @@
+"""A whole edit against its peer: the published algorithm on diffusers' own UNet and VAE.
+
+The peer inverts every step, one by one and those it will skip too, evaluates 2 + K branches at every editing step, and
+takes torch.quantile for the masks. Both sides have the same random weights, contexts, picture and noise, the same
+dtype, channels-last memory and torch's scaled_dot_product_attention, and run in the same process. Their latents are
+compared before any time is printed: those of a few steps in float32, where they must agree to rounding, and those that
+were timed. Where they disagree, nothing is printed but that.
+
+    python bench/peer_diffusers.py --dtype bf16 --size 512 --steps 20 --skip 7
+    python bench/peer_diffusers.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, logging
+from torch import Tensor
+
+from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
+from ledits_min.edit import levels
+from ledits_min.image import open_image, to_tensor
+from ledits_min.inversion import draw_noise
+from ledits_min.ops import EditPlan
+from ledits_min.runner import Runner
+from ledits_min.schedule import Schedule, make_schedule
+from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.text import Context
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
+
+T = TypeVar("T")
+RESULTS = Path(__file__).parent / "results" / "peer.json"
+SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Relative. In half precision both sides are equally far from float32: masks move, and a random network is no denoiser.
+AGREE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+TOKENS = 77
+QUICK_UNET = replace(SD15_UNET, block_out_channels=(64, 64, 128, 128), norm_num_groups=16)
+QUICK_VAE = replace(SD15_VAE, block_out_channels=(32, 32, 64, 64), norm_num_groups=16)
+
+
+@dataclass
+class Networks:
+    """Both sides' networks around the same weights."""
+
+    ours: tuple[UNet, VAE]
+    theirs: tuple[Any, Any]
+
+    def to(self, dtype: torch.dtype) -> None:
+        for network in (*self.ours, *self.theirs):
+            network.to(dtype)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit. texts[0] is the empty prompt's context, then source, target (None: empty), and the concepts'."""
+
+    schedule: Schedule
+    skip: int
+    image: Tensor
+    noise: Tensor
+    contexts: dict[str, Context]
+    source: str
+    target: str
+    terms: list[ConceptTerm]
+    source_guidance_scale: float = 3.5
+    guidance_scale: float = 7.5
+
+
+@dataclass
+class Side:
+    """What one side made of it."""
+
+    latents: Tensor | None = None
+    picture: Tensor | None = None
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, phase: str, run: Callable[[], T]) -> T:
+        synchronize()
+        started = time.perf_counter()
+        result = run()
+        synchronize()
+        self.seconds[phase] = time.perf_counter() - started
+        return result
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def build(quick: bool, device: torch.device) -> Networks:
+    """Random float32 weights that keep activations near one and predictions small; both sides take the same tensors."""
+    unet_config, vae_config = (QUICK_UNET, QUICK_VAE) if quick else (SD15_UNET, SD15_VAE)
+    with torch.device("meta"):
+        ours = UNet(unet_config), VAE(vae_config)
+        theirs = (
+            UNet2DConditionModel.from_config(unet_config.to_json()),
+            AutoencoderKL.from_config(vae_config.to_json()),
+        )
+    for seed, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in mine.state_dict().items():
+            values = torch.randn(tensor.shape, generator=generator)
+            scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
+            scale *= 0.1 if name.startswith("conv_out") else 1.0
+            values = values * scale + (tensor.dim() == 1 and name.endswith("weight"))
+            layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            weights[name] = values.to(device).contiguous(memory_format=layout)
+        for network in (mine, other):
+            network.load_state_dict(weights, strict=True, assign=True)
+            network.eval().requires_grad_(False)
+    return Networks(ours, theirs)
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+def run_ours(networks: Networks, job: Job) -> Side:
+    runner, side = Runner(*networks.ours, "epsilon", TOKENS), Side()
+    sigmas = job.schedule.sigmas(1.0)
+    table = [levels(job.schedule, sigmas, step) for step in range(job.skip, job.schedule.num_steps)]
+    plan = EditPlan(table, job.terms, job.target, job.guidance_scale)
+    x_0 = side.timed("encode", lambda: runner.encode(job.image))
+    x_T, residuals = side.timed("invert", lambda: runner.invert(
+        job.contexts, x_0, job.noise[job.skip :], job.schedule, job.skip, 1.0, job.source, job.source_guidance_scale,
+        progress=False,
+    ))  # fmt: skip
+    side.latents, _, _ = side.timed("edit", lambda: runner.edit(
+        "editing", job.contexts, plan, x_T, residuals, job.schedule, job.skip, 1.0, progress=False, trace=False
+    ))  # fmt: skip
+    side.picture = side.timed("decode", lambda: runner.decode(side.latents))
+    side.evaluations = sum(runner.evaluations.values())
+    return side
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------
+
+
+def run_peer(networks: Networks, job: Job) -> Side:
+    unet, vae = networks.theirs
+    side, dtype = Side(), next(unet.parameters()).dtype
+    factor = vae.config.scaling_factor
+
+    def predict(x_t: Tensor, step: int, texts: list[str]) -> Tensor:
+        """One batch of all branches: float32 (branches, 4, h, w)."""
+        side.evaluations += len(texts)
+        context = torch.cat([job.contexts[text].tokens for text in texts]).to(dtype)
+        batch = x_t.to(dtype).expand(len(texts), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        t = job.schedule.timesteps[step].to(x_t.device)
+        eps: Tensor = unet(batch, t, encoder_hidden_states=context).sample
+        return eps.float()
+
+    x_0 = side.timed("encode", lambda: vae.encode(job.image.to(dtype)).latent_dist.mode().float() * factor)
+    x_T, residuals = side.timed("invert", lambda: invert_one_by_one(predict, job, x_0))
+    side.latents = side.timed("edit", lambda: edit_one_by_one(predict, job, x_T, residuals))
+    side.picture = side.timed("decode", lambda: vae.decode((side.latents / factor).to(dtype)).sample.float())
+    return side
+
+
+Predict = Callable[[Tensor, int, list[str]], Tensor]
+
+
+def mean(schedule: Schedule, step: int, x_t: Tensor, eps: Tensor) -> Tensor:
+    """mu_t of DDPM (eta = 1)."""
+    now, before = float(schedule.alpha_bar_t[step]), float(schedule.alpha_bar_prev[step])
+    variance = (1 - before) / (1 - now) * (1 - now / before)
+    pred_x0 = (x_t - (1 - now) ** 0.5 * eps) / now**0.5
+    return before**0.5 * pred_x0 + (1 - before - variance) ** 0.5 * eps
+
+
+def invert_one_by_one(predict: Predict, job: Job, x_0: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x_T of the first step that is edited, and the residuals of all steps."""
+    schedule = job.schedule
+    xs = [
+        float(level) ** 0.5 * x_0 + (1 - float(level)) ** 0.5 * noise
+        for level, noise in zip(schedule.alpha_bar_t, job.noise, strict=True)
+    ]
+    xs.append(x_0)
+    residuals = []
+    for step in range(schedule.num_steps):
+        eps = predict(xs[step], step, ["", job.source] if job.source else [""])
+        guided = eps[:1] + job.source_guidance_scale * (eps[1:] - eps[:1]) if job.source else eps
+        residuals.append(xs[step + 1] - mean(schedule, step, xs[step], guided))
+    return xs[job.skip], residuals
+
+
+def edit_one_by_one(predict: Predict, job: Job, x_t: Tensor, residuals: list[Tensor]) -> Tensor:
+    for i, step in enumerate(range(job.skip, job.schedule.num_steps)):
+        eps = predict(x_t, step, ["", job.target, *(term.text for term in job.terms)])
+        guided = eps[:1] + job.guidance_scale * (eps[1:2] - eps[:1])
+        for term, concept in zip(job.terms, eps[2:], strict=True):
+            if i >= term.warmup_steps:
+                guidance = (concept - eps[:1]) * (-term.guidance_scale if term.reverse else term.guidance_scale)
+                strength = guidance.abs().flatten(2)
+                edge = torch.quantile(strength, term.threshold, dim=2, keepdim=True)
+                guided = guided + torch.where(strength >= edge, guidance.flatten(2), 0.0).view(guidance.shape)
+        x_t = mean(job.schedule, step, x_t, guided) + residuals[step]
+    return x_t
+
+
+# --- the network alone ----------------------------------------------------------------------------------------------
+
+
+def unet_alone(networks: Networks, size: tuple[int, int], batch: int, width: int, rounds: int) -> dict[str, float]:
+    """Seconds a call, ours with the text projected and the time embedded before, as the engine calls it."""
+    ours, theirs = networks.ours[0], networks.theirs[0]
+    weight = next(ours.parameters())
+    x_t = torch.randn(batch, 4, *size, device=weight.device)
+    context, t = (
+        torch.randn(batch, TOKENS, width, device=weight.device),
+        torch.full((batch,), 481, device=weight.device),
+    )
+    time_, keys_values = ours.embed(t), ours.project(context)
+    x_half = x_t.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(x_t, time_, keys_values),
+        "theirs": lambda: theirs(x_half, t, encoder_hidden_states=context.to(weight.dtype)),
+    }
+    seconds = dict.fromkeys(calls, float("inf"))
+    for round_ in range(rounds + 1):  # the first one warms up; sides take turns
+        for name, call in calls.items():
+            synchronize()
+            started = time.perf_counter()
+            call()
+            synchronize()
+            if round_:
+                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=7)
+    parser.add_argument("--concepts", type=int, default=2)
+    parser.add_argument("--prompts", action="store_true", help="give a source and a target prompt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=2, help="of the UNet alone")
+    parser.add_argument("--quick", action="store_true", help="small networks and few steps: does it run?")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.quick:
+        args.size, args.steps, args.skip = 128, 5, 2
+    return args
+
+
+def compare(networks: Networks, job: Job, dtype: str) -> tuple[Side, Side, float]:
+    """Both sides' runs and how far their latents are apart; the end where that is too far."""
+    ours, peer = run_ours(networks, job), run_peer(networks, job)
+    assert ours.latents is not None
+    assert peer.latents is not None
+    off = float((ours.latents - peer.latents).norm() / peer.latents.norm())
+    print(f"{dtype}, {job.schedule.num_steps} steps: edited latents differ by {off:.1e} ({AGREE[dtype]} allowed)")
+    if not off <= AGREE[dtype]:
+        raise SystemExit("the two sides disagree: no time is printed")
+    return ours, peer, off
+
+
+def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device: torch.device) -> Job:
+    generator = torch.Generator().manual_seed(5)
+    names = ["hat", "beard", "smile", "sunglasses"][: args.concepts]
+    source, target = ("a face", "a statue") if args.prompts else ("", "")
+    texts = dict.fromkeys(["", source, target, *names])
+    common = torch.randn(1, TOKENS, width, generator=generator)
+    contexts = {
+        text: Context((common + 0.3 * torch.randn(1, TOKENS, width, generator=generator)).to(device)) for text in texts
+    }
+    image = to_tensor([open_image(SAMPLE)], (args.size, args.size)).to(device)
+    latents = (4, args.size // 8, args.size // 8)
+    return Job(
+        make_schedule(SD15_SCHEDULE, steps), skip, image, draw_noise([0], steps, latents).to(device),
+        contexts, source, target, [Concept(name).resolve(EditDefaults()) for name in names],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def main() -> None:
+    args = options()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    logging.set_verbosity_error()  # it warns of casting networks, which is meant
+    networks = build(args.quick, device)
+    width = networks.ours[0].config.cross_attention_dim
+    compare(networks, make_job(args, 3, 1, width, device), "fp32")
+    networks.to(dtype)
+    job = make_job(args, args.steps, args.skip, width, device)
+
+    latents = (args.size // 8, args.size // 8)
+    alone = {batch: unet_alone(networks, latents, batch, width, args.rounds) for batch in (1, 4)}  # and a warm-up
+    ours, peer, off = compare(networks, job, args.dtype)
+    result = {
+        "settings": {name: getattr(args, name) for name in ("dtype", "size", "steps", "skip", "concepts", "prompts")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "latents_differ": off,
+        "unet_seconds": {f"batch {batch}": rounded(seconds) for batch, seconds in alone.items()},
+        "unet_ratio": {f"batch {batch}": round(s["theirs"] / s["ours"], 3) for batch, s in alone.items()},
+        "ours": {"evaluations": ours.evaluations, "seconds": rounded(ours.seconds)},
+        "peer": {"evaluations": peer.evaluations, "seconds": rounded(peer.seconds)},
+        "ratio": round(sum(peer.seconds.values()) / sum(ours.seconds.values()), 3),
+    }
+    print(json.dumps(result, indent=2))
+    if not args.quick:
+        kept = json.loads(args.output.read_text()) if args.output.exists() else {}
+        prompts = ", prompts" if args.prompts else ""
+        kept[f"{device.type} {args.dtype} {args.size} px {args.steps} steps{prompts}"] = result
+        args.output.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()

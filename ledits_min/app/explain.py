@@ -1,0 +1,75 @@
+"""What `ledits edit` will evaluate: printed by --explain instead of running, kept in the report beside what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ledits_min.engine import batch_limit
+from ledits_min.image import fit_size
+from ledits_min.plan import Plan, editing_phase, inversion_phase
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ledits_min.archive import Inversion, InversionSettings
+    from ledits_min.pipeline import LEdits
+    from ledits_min.sega import Concept
+
+
+def without_weights(model: str, device: str, dtype: str, **parts: Any) -> tuple[LEdits, torch.device]:
+    """`LEdits.from_pretrained` without the weights: networks that know their shapes and cannot run; and the device."""
+    from ledits_min.networks import resolve_device, resolve_dtype
+    from ledits_min.pipeline import LEdits
+    from ledits_min.weights.load import load_checkpoint
+
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    checkpoint = load_checkpoint(model, dtype=chosen_dtype, **parts)
+    ledits = LEdits.from_checkpoint(checkpoint, torch.device("meta"), chosen_dtype, embedded=model == "tiny")
+    return ledits, chosen_device
+
+
+def latent_size(inversion: Inversion) -> tuple[int, int]:
+    """Of the latents that an inversion holds, (h, w)."""
+    height, width = inversion.latents.shape[-2:]
+    return height, width
+
+
+def fitted_size(ledits: LEdits, picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Of the latents that a picture would have at `--size`, (h, w)."""
+    factor = ledits.vae.config.factor
+    width, height = fit_size(picture.size, size, ledits.native_size, factor)
+    return height // factor, width // factor
+
+
+def plan_edit(
+    ledits: LEdits,
+    settings: InversionSettings,
+    latents: tuple[int, int],
+    inverted: bool,
+    concepts: Sequence[Concept],
+    edit: Mapping[str, Any],
+    device: torch.device,
+) -> Plan:
+    """The plan that `LEdits.invert` and `LEdits.edit` follow on `device` for one picture with latents (h, w).
+
+    edit holds `LEdits.edit`'s target, guidance_scale, negative, momentum_scale and output_size. With `inverted` the
+    inversion is there already.
+    """
+    terms = [concept.resolve(ledits.defaults) for concept in concepts]
+    live = [term for term in terms if not term.is_noop(base=edit["negative"])]
+    costs = ledits.runner.model.costs(latents)
+    limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
+    editing = editing_phase(
+        "editing", steps, edit["negative"], edit["target"], edit["guidance_scale"], live, edit["momentum_scale"],
+        images=1, capacity=limit,
+    )  # fmt: skip
+    inverting = inversion_phase(
+        steps, settings.source, settings.source_guidance_scale, 1, limit, settings.num_steps
+    )  # fmt: skip
+    # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
+    decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
+    return Plan((editing,) if inverted else (inverting, editing), costs, 0 if inverted else 1, decodes)

@@ -1,0 +1,49 @@
+"""The UNet as the loops see it: it predicts eps, and is told of texts and timesteps by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ledits_min.inversion import eps_from_v
+from ledits_min.schedule import Schedule
+from ledits_min.text import Context
+from ledits_min.unet import UNet
+
+
+class Denoiser:
+    """eps of every (executed step, text) that a run can ask about.
+
+    What depends on them alone is made once, here: the texts' keys and values in every cross-attention, the embedded
+    timesteps, the noise levels. A call copies nothing from the host.
+    """
+
+    def __init__(
+        self, unet: UNet, contexts: Sequence[Context], schedule: Schedule, skip: int, prediction_type: str
+    ) -> None:
+        device = unet.conv_in.weight.device
+        self.unet = unet
+        self.predicts_v = prediction_type == "v_prediction"
+        self.alpha_bar_t = schedule.alpha_bar_t[skip:].to(device, torch.float32)
+
+        # A text at a time, so that what a text is does not depend, to the last bit, on its neighbours.
+        projected = [unet.project(context.tokens.to(device)) for context in contexts]
+        self.keys_values = {
+            attention: tuple(torch.cat([one[attention][i] for one in projected]) for i in (0, 1))
+            for attention in projected[0]
+        }
+        timesteps = schedule.timesteps[skip:].to(device)
+        self.time = torch.stack([
+            unet.embed(timesteps, context.added if context.added is None else context.added.expand(len(timesteps), -1))
+            for context in contexts
+        ])  # fmt: skip
+
+    def __call__(self, x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
+        """x_t (n, C, h, w), steps and texts int64 (n,) on its device -> eps float32 (n, C, h, w)."""
+        context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
+        prediction: Tensor = self.unet(x_t, self.time[texts, steps], context).contiguous()
+        if self.predicts_v:
+            return eps_from_v(prediction, x_t, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
+        return prediction

@@ -1,0 +1,233 @@
+"""What a run will evaluate, known before it starts: `engine` follows the plan, `ledits edit --explain` prints it.
+
+The network is asked about rows (executed step, text). Nothing is evaluated that cannot change the result: skipped
+steps, equal texts twice, concepts that are idle at a step. Rows that do not wait for each other share calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ledits_min.config import UNetConfig, VAEConfig
+from ledits_min.cost import Cost, unet_cost, vae_costs
+from ledits_min.guidance import guided_texts, step_texts
+from ledits_min.sega import ConceptTerm
+
+Row = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All evaluations of one loop.
+
+    groups    of rows; a group waits for the one before it, the rows of a group wait for nothing
+    images    pictures that every row is evaluated for: an evaluation is one row of one picture
+    capacity  evaluations that one call of the network may hold
+    naive     evaluations of the published loop: skipped steps inverted too, two branches and one a concept to edit
+    """
+
+    name: str
+    groups: tuple[tuple[Row, ...], ...]
+    images: int
+    capacity: int
+    naive: int
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text that is evaluated, in the order of its first use."""
+        return tuple(dict.fromkeys(text for group in self.groups for _, text in group))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for group in self.groups for row in group)
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.rows) * self.images
+
+    @property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """Evaluations in each call of the network, group by group."""
+        return tuple(split_evenly(len(group) * self.images, self.capacity) for group in self.groups)
+
+    @property
+    def largest_batch(self) -> int:
+        return max(size for sizes in self.batches for size in sizes)
+
+    def ranges(self) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+        """(first step, last step, texts) of consecutive steps that evaluate the same texts."""
+        steps = [(step, tuple(text for _, text in rows)) for step, rows in groupby(self.rows, lambda row: row[0])]
+        for texts, same in groupby(steps, lambda item: item[1]):
+            indices = [step for step, _ in same]
+            yield indices[0], indices[-1], texts
+
+
+def inversion_phase(
+    steps: int, source: str, source_guidance_scale: float, images: int, capacity: int, num_steps: int
+) -> Phase:
+    """The inversion: one group, because the noisy copies of a picture are independent of each other."""
+    texts = guided_texts("", source, source_guidance_scale)
+    rows = tuple((step, text) for step in range(steps) for text in texts)
+    return Phase("inverting", (rows,), images, capacity, naive=len(texts) * num_steps * images)
+
+
+def editing_phase(
+    name: str,
+    steps: int,
+    negative: str,
+    target: str,
+    guidance_scale: float,
+    terms: Sequence[ConceptTerm],
+    momentum_scale: float,
+    images: int,
+    capacity: int,
+) -> Phase:
+    """The editing: a group a step. `terms` are without those that `ConceptTerm.is_noop` calls so."""
+    groups = tuple(
+        tuple((step, text) for text in step_texts(negative, target, guidance_scale, terms, step, momentum_scale))
+        for step in range(steps)
+    )
+    return Phase(name, groups, images, capacity, naive=(2 + len(terms)) * steps * images)
+
+
+def split_evenly(total: int, most: int) -> tuple[int, ...]:
+    """`total` in as few parts of at most `most` as there can be, larger ones first, sizes one apart at most."""
+    parts = -(-total // most)
+    size, more = divmod(total, parts)
+    return (size + 1,) * more + (size,) * (parts - more)
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One evaluation of the UNet, one encoding, one decoding; a number has `width` bytes, in the VAE `vae_width`."""
+
+    unet: Cost
+    encode: Cost
+    decode: Cost
+    width: int
+    vae_width: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        coder = self.vae_width * (self.encode.parameters + self.decode.parameters)
+        return self.width * self.unet.parameters + coder
+
+    def working(self, batch: int) -> int:
+        """Bytes at the peak besides the weights: of a UNet call, or of coding one picture."""
+        coding = self.vae_width * max(self.encode.values, self.decode.values)
+        return max(self.width * batch * self.unet.values, coding)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides the costs besides the size: configs, the contexts' length L, bytes a number in UNet and VAE."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    tokens: int
+    width: int
+    vae_width: int
+
+    def costs(self, latents: tuple[int, int]) -> Costs:
+        """Of latents (h, w)."""
+        unet = unet_cost(self.unet, *latents, self.tokens)
+        return Costs(unet, *vae_costs(self.vae, *latents), self.width, self.vae_width)
+
+    def largest_side(self, size: tuple[int, int], free: int) -> int:
+        """The longer side in pixels below that of `size` = (width, height) that `free` bytes can hold.
+
+        It is a multiple of 8 latents. The aspect is kept and the weights are there already; 0 where nothing fits.
+        """
+        step = 8 * self.vae.factor
+        for side in range((max(size) - 1) // step * step, 0, -step):
+            across, down = (max(1, round(pixels * side / max(size)) // self.vae.factor) for pixels in size)
+            if self.costs((down, across)).working(batch=1) <= free:
+                return side
+        return 0
+
+
+def capacity(costs: Costs, room: int, most: int) -> int:
+    """Evaluations a UNet call may hold: at most `most`, and at least one within `room` bytes for what is alive."""
+    return max(1, min(most, room // (costs.width * costs.unet.values)))
+
+
+# --- the same for people and for reports ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do; `encodes` and `decodes` count pictures."""
+
+    phases: tuple[Phase, ...]
+    costs: Costs
+    encodes: int
+    decodes: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak, about."""
+        return self.costs.weights + self.costs.working(max(phase.largest_batch for phase in self.phases))
+
+    @property
+    def flop(self) -> int:
+        evaluations = sum(phase.evaluations for phase in self.phases)
+        coding = self.encodes * self.costs.encode.flop + self.decodes * self.costs.decode.flop
+        return evaluations * self.costs.unet.flop + coding
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "tflop": round(self.flop / 1e12, 3),
+            "peak_memory_bytes": self.memory,
+            "phases": {
+                phase.name: {
+                    "evaluations": phase.evaluations,
+                    "published": phase.naive,
+                    "calls": sum(map(len, phase.batches)),
+                    "largest_batch": phase.largest_batch,
+                    "branches": [
+                        {"first_step": first, "last_step": last, "texts": list(texts)}
+                        for first, last, texts in phase.ranges()
+                    ],
+                }
+                for phase in self.phases
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """The plan as `--explain` prints it."""
+        unet = self.costs.unet
+        kinds = ", ".join(f"{name} {giga(getattr(unet, name))}" for name in ("conv", "linear", "attention"))
+        found = [f"one evaluation: {giga(unet.flop)} GFLOP ({kinds}), {size(self.costs.width * unet.values)}"]
+        for phase in self.phases:
+            calls, tera = sum(map(len, phase.batches)), phase.evaluations * unet.flop / 1e12
+            found.append(
+                f"{phase.name}: {count(phase.evaluations, 'evaluation')} in {count(calls, 'call')} of at most "
+                f"{phase.largest_batch}, {tera:.3g} TFLOP (the published loop: {phase.naive})"
+            )
+            for first, last, texts in phase.ranges():
+                steps = f"step {first}" if first == last else f"steps {first} to {last}"
+                named = ", ".join(f'"{text}"' for text in texts)
+                found.append(f"  {steps}: {count(len(texts), 'branch', 'branches')}, {named}")
+        encodes, decodes = count(self.encodes, "encoding"), count(self.decodes, "decoding")
+        encode, decode = giga(self.costs.encode.flop), giga(self.costs.decode.flop)
+        found.append(f"VAE: {encodes} of {encode} GFLOP, {decodes} of {decode} GFLOP")
+        found.append(f"in all: {self.flop / 1e12:.3g} TFLOP, about {size(self.memory)} at the peak")
+        return found
+
+
+def count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def giga(number: int) -> str:
+    return f"{number / 1e9:.3g}" if number < 1e12 else f"{number / 1e9:.0f}"
+
+
+def size(number: int) -> str:
+    return f"{number / 2**20:.3g} MiB" if number < 1000 * 2**20 else f"{number / 2**30:.1f} GiB"

@@ -1,0 +1,157 @@
+"""The engine's loops over the networks of one checkpoint: batches that fit, progress, one line when memory ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ledits_min import engine
+from ledits_min.config import RunError
+from ledits_min.denoiser import Denoiser
+from ledits_min.edit import Step
+from ledits_min.engine import Network
+from ledits_min.memory import free_memory, is_out_of_memory
+from ledits_min.ops import EditPlan
+from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, size
+from ledits_min.record import Recorder
+from ledits_min.schedule import Schedule
+from ledits_min.text import Context
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
+
+T = TypeVar("T")
+Advance = Callable[[int], object]
+
+
+class Runner:
+    """`tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated."""
+
+    def __init__(self, unet: UNet, vae: VAE, prediction_type: str, tokens: int) -> None:
+        self.unet, self.vae, self.prediction_type, self.tokens = unet, vae, prediction_type, tokens
+        self.evaluations: dict[str, int] = {}
+
+    @property
+    def model(self) -> Model:
+        widths = (network.conv_in.weight.element_size() for network in (self.unet, self.vae.encoder))
+        return Model(self.unet.config, self.vae.config, self.tokens, *widths)
+
+    def batch_limit(self, latents: Tensor) -> int:
+        height, width = latents.shape[-2:]
+        return engine.batch_limit(self.model.costs((height, width)), latents.device)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """`VAE.encode`; RunError where it cannot be done."""
+        with self.memory_named("encoding", image, factor=1):
+            return engine.encode(self.vae, image)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """`VAE.decode`, likewise."""
+        with self.memory_named("decoding", latents):
+            return engine.decode(self.vae, latents)
+
+    def invert(
+        self,
+        contexts: Mapping[str, Context],
+        x_0: Tensor,
+        noise: Tensor,
+        schedule: Schedule,
+        skip: int,
+        eta: float,
+        source: str,
+        source_guidance_scale: float,
+        progress: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`edit.invert`, in batches over t."""
+        limit = self.batch_limit(x_0)
+        phase = inversion_phase(len(noise), source, source_guidance_scale, len(x_0), limit, schedule.num_steps)
+
+        def loop(network: Network, advance: Advance) -> tuple[Tensor, Tensor]:
+            return engine.invert(
+                network, phase, x_0, noise, schedule, skip, eta, source, source_guidance_scale, advance
+            )  # fmt: skip
+
+        return self.run(loop, phase, contexts, schedule, skip, x_0, progress)
+
+    def edit(
+        self,
+        name: str,
+        contexts: Mapping[str, Context],
+        plan: EditPlan,
+        x_T: Tensor,
+        residuals: Tensor,
+        schedule: Schedule,
+        skip: int,
+        eta: float,
+        progress: bool,
+        trace: bool,
+    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
+        """`edit.edit`: latents, one mask a term of the plan, and the trace where it is wanted."""
+        phase = editing_phase(
+            name, len(residuals), plan.negative, plan.target, plan.guidance_scale, plan.terms, plan.momentum_scale,
+            len(x_T), self.batch_limit(x_T),
+        )  # fmt: skip
+
+        def loop(network: Network, advance: Advance) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
+            recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, skip, eta, trace)
+            on_step: Callable[[Step], None] | None = recorder.record if trace else None
+            state = engine.edit(network, phase, plan, x_T, residuals, schedule.timesteps[skip:], on_step, advance)
+            return state.x_t, engine.mean_masks(plan, state), recorder.trace
+
+        return self.run(loop, phase, contexts, schedule, skip, x_T, progress)
+
+    def run(
+        self,
+        loop: Callable[[Network, Advance], T],
+        phase: Phase,
+        contexts: Mapping[str, Context],
+        schedule: Schedule,
+        skip: int,
+        latents: Tensor,
+        progress: bool,
+    ) -> T:
+        """`loop` over the UNet, with a bar; once more in float32 where half precision overflows."""
+        self.evaluations[phase.name] = 0
+
+        def attempt() -> T:
+            texts = [contexts[text] for text in phase.texts]
+            network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
+            with progress_bar(phase.name, phase.evaluations, "evaluation", progress) as bar:
+
+                def advance(evaluations: int) -> None:
+                    self.evaluations[phase.name] += evaluations
+                    bar.update(evaluations)
+
+                return loop(network, advance)
+
+        with self.memory_named(phase.name, latents):
+            return engine.retried_in_float32(self.unet, attempt)
+
+    @contextmanager
+    def memory_named(self, phase: str, maps: Tensor, factor: int | None = None) -> Iterator[None]:
+        """RunError with the size that would fit, where memory runs out and no retry is left.
+
+        maps (B, C, h, w) with `factor` pixels a position, by default those of latents.
+        """
+        factor = factor or self.vae.config.factor
+        width, height = maps.shape[-1] * factor, maps.shape[-2] * factor
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            free = free_memory(maps.device)
+            side = self.model.largest_side((width, height), free)
+            way_out = f"--size {side} would fit" if side else "no size would fit: use another --device or --dtype"
+            raise RunError(
+                f"{phase}: out of memory with one picture of {width} x {height} pixels; {size(free)} free, {way_out}"
+            ) from None
+
+
+def progress_bar(phase: str, total: int, unit: str, wanted: bool) -> tqdm[Any]:
+    """A bar on stderr that stays silent where stderr is no terminal."""
+    return tqdm(total=total, desc=phase, unit=unit, file=sys.stderr, disable=None if wanted else True)

@@ -1,0 +1,74 @@
+"""`ledits edit --explain` and what the report says of evaluations: the plan is what is then done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ledits_min.app.cli import main
+
+SAMPLE = sorted((Path(__file__).parents[2] / "weights/tiny/samples").glob("*.png"))[0]
+EDIT = [
+    "edit",
+    str(SAMPLE),
+    "--steps",
+    "6",
+    "--skip",
+    "2",
+    "--add",
+    "hat",
+    "--source",
+    "a portrait",
+    "--dtype",
+    "float32",
+]
+
+
+def test_it_tells_and_does_not_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ledits_min.unet.UNet.forward", None)
+    assert main([*EDIT, "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("inverting: 8 evaluations in 1 call of at most 8") for line in lines)
+    assert any(line.startswith("editing: 7 evaluations in 4 calls of at most 2") for line in lines)
+    assert '  steps 1 to 3: 2 branches, "", "hat"' in lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_holds_the_plan_and_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report, saved = (tmp_path / name for name in ("x.png", "x.json", "x.safetensors"))
+    assert main([*EDIT, "-o", str(out), "--report", str(report), "--save-inversion", str(saved)]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    planned = {phase: told["planned"]["phases"][phase]["evaluations"] for phase in ("inverting", "editing")}
+    assert told["evaluated"] == planned == {"inverting": 8, "editing": 7}
+
+    again = ["edit", str(saved), "--add", "hat", "--dtype", "float32"]
+    assert main([*again, "-o", str(tmp_path / "y.png"), "--report", str(report), "--overwrite"]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    assert told["evaluated"] == {"editing": 7}
+    assert list(told["planned"]["phases"]) == ["editing"]
+    capsys.readouterr()
+    assert main([*again, "--explain"]) == 0
+    assert "inverting" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(["--add", "zebra"], "does not know 'zebra'"), (["--steps", "1000"], "--steps"), (["--p2p"], "--explain")],
+)
+def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EDIT, "--explain", *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_weight_is_converted() -> None:
+    from ledits_min.app.explain import without_weights
+
+    ledits, device = without_weights("tiny", "cpu", "float32")
+    assert device == torch.device("cpu")
+    assert all(weight.device.type == "meta" for weight in ledits.unet.parameters())

@@ -1,0 +1,18 @@
+"""The benchmark against the published algorithm runs, and both sides agree, before anyone believes its times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "bench/peer_diffusers.py"
+
+
+def test_a_quick_run() -> None:
+    """Five steps of which two are skipped, a source and a target prompt, two concepts; evaluations of either side."""
+    done = subprocess.run([sys.executable, SCRIPT, "--quick", "--prompts"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["ours"]["evaluations"] == 3 * 2 + 2 + 2 * 4
+    assert found["peer"]["evaluations"] == 5 * 2 + 3 * 4
+    assert found["latents_differ"] <= 0.5

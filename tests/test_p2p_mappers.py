@@ -1,0 +1,132 @@
+"""Prompt-to-Prompt: which token of the source lends its attention to which token of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ledits_min.config import SD15_TEXT
+from ledits_min.p2p import TokenMapper, align, refine_mapper, replace_mapper, token_mapper
+from ledits_min.text import TextEncoder, load_tokenizer
+
+TINY = Path(__file__).parents[1] / "weights/tiny"
+LENGTH = 24
+
+# Prompts of up to five words; a word is one to three token ids, few enough to meet again.
+a_word = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+a_prompt = st.lists(a_word, max_size=5)
+
+
+def tokenizer_words(folder: Path | None, prompt: str) -> list[tuple[int, ...]]:
+    encoder = TextEncoder(load_tokenizer(folder, SD15_TEXT), SimpleNamespace(config=SD15_TEXT))  # type: ignore[arg-type]
+    return encoder.words(prompt)
+
+
+def pairs(mapper: TokenMapper, share: float = 1.0) -> set[tuple[int, int]]:
+    return {(int(i), int(n)) for i, n in (mapper.lend == share).nonzero()}
+
+
+class TestWords:
+    def test_clip_splits_rare_words_into_tokens(self) -> None:
+        words = tokenizer_words(None, "a labradoodle, smiling")
+        assert [len(word) for word in words] == [1, 2, 1, 1]  # the comma is a word
+
+    def test_the_embedded_tokenizer_has_one_token_a_word_and_no_commas(self) -> None:
+        words = tokenizer_words(TINY / "tokenizer", "Short black hair, smiling")
+        assert [len(word) for word in words] == [1, 1, 1, 1]
+        assert words == tokenizer_words(TINY / "tokenizer", "short black hair smiling")
+
+    @pytest.mark.parametrize("folder", [None, TINY / "tokenizer"])
+    def test_an_empty_prompt_has_none_and_a_long_one_is_cut(self, folder: Path | None) -> None:
+        assert tokenizer_words(folder, "") == []
+        assert len(tokenizer_words(folder, "hat " * 100)) == 75
+
+
+class TestMappers:
+    def test_replace_pairs_words_by_position(self) -> None:
+        mapper = token_mapper([(5,), (6,), (7,)], [(5,), (8,), (7,)], 6)
+        assert torch.equal(mapper.lend, torch.eye(6))
+        assert not mapper.own.any()
+
+    def test_replace_shares_a_word_out_over_more_tokens(self) -> None:
+        """begin a cat sat end pad pad -> begin a lab ra sat end pad."""
+        mapper = replace_mapper([(1,), (2,), (3,)], [(1,), (8, 9), (3,)], 7)
+        assert pairs(mapper) == {(0, 0), (1, 1), (3, 4), (4, 5), (5, 6), (6, 6)}
+        assert pairs(mapper, 0.5) == {(2, 2), (2, 3)}
+
+    def test_replace_gathers_a_word_from_more_tokens(self) -> None:
+        mapper = replace_mapper([(1,), (8, 9), (3,)], [(1,), (2,), (3,)], 7)
+        assert pairs(mapper) == {(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (5, 4), (6, 5)}
+
+    def test_refine_lends_what_both_have(self) -> None:
+        """begin a car end pad pad -> begin a red car end pad."""
+        mapper = token_mapper([(1,), (2,)], [(1,), (7,), (2,)], 6)
+        assert pairs(mapper) == {(0, 0), (1, 1), (2, 3), (3, 4), (4, 5)}
+        assert mapper.own.tolist() == [0, 0, 1, 0, 0, 0]
+
+    def test_refine_of_a_longer_source_lends_no_word_to_padding(self) -> None:
+        mapper = token_mapper([(1,), (2, 3), (4,)], [(1,)], 8)
+        assert pairs(mapper) == {(0, 0), (1, 1), (5, 2), (6, 3), (7, 4)}
+        assert mapper.own.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+    @pytest.mark.parametrize("folder", [None, TINY / "tokenizer"])
+    def test_both_tokenizers(self, folder: Path | None) -> None:
+        source, target, longer = (
+            tokenizer_words(folder, text)
+            for text in ("a woman with black hair", "a woman with blond hair", "a woman with a hat and black hair")
+        )
+        assert torch.equal(token_mapper(source, target, 20).lend, torch.eye(20))
+        mapper = token_mapper(source, longer, 20)
+        assert pairs(mapper) >= {(0, 0), (1, 1), (2, 2), (3, 3), (4, 7), (5, 8), (6, 9)}
+        assert mapper.own.nonzero().flatten().tolist() == [4, 5, 6]
+
+    @given(a_prompt, a_prompt)
+    def test_replacing_loses_no_attention(self, source: list[tuple[int, ...]], target: list[tuple[int, ...]]) -> None:
+        count = min(len(source), len(target))
+        mapper = replace_mapper(source[:count], target[:count], LENGTH)
+        torch.testing.assert_close(mapper.lend.sum(dim=1), torch.ones(LENGTH))
+        assert not mapper.own.any()
+
+    @given(a_prompt, a_prompt)
+    def test_refining_lends_whole_tokens_in_order(
+        self, source: list[tuple[int, ...]], target: list[tuple[int, ...]]
+    ) -> None:
+        mapper = refine_mapper(source, target, LENGTH)
+        assert set(mapper.lend.unique().tolist()) <= {0.0, 1.0}
+        torch.testing.assert_close(mapper.lend.sum(dim=0) + mapper.own, torch.ones(LENGTH))
+        assert int(mapper.lend.sum(dim=1).max()) <= 1
+        lenders = mapper.lend.nonzero()
+        assert torch.equal(lenders[:, 1], lenders[:, 1].sort().values)
+
+    @given(a_prompt)
+    def test_equal_prompts_lend_everything(self, words: list[tuple[int, ...]]) -> None:
+        for make in (replace_mapper, refine_mapper):
+            mapper = make(words, words, LENGTH)
+            assert torch.equal(mapper.lend, torch.eye(LENGTH))
+            assert not mapper.own.any()
+
+    @given(a_prompt, a_prompt)
+    def test_an_alignment_is_a_longest_common_subsequence(
+        self, source: list[tuple[int, ...]], target: list[tuple[int, ...]]
+    ) -> None:
+        found = align(source, target)
+        assert all(source[i] == target[n] for i, n in found)
+        assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found))
+        # Every choice of words in one prompt, tried in the other.
+        chosen = ([w for k, w in enumerate(source) if bits >> k & 1] for bits in range(2 ** len(source)))
+        assert len(found) == max(len(words) for words in chosen if occurs(words, target))
+        blocks = SequenceMatcher(None, source, target, autojunk=False).get_matching_blocks()
+        assert len(found) >= sum(block.size for block in blocks)
+
+
+def occurs(words: Sequence[tuple[int, ...]], within: Sequence[tuple[int, ...]]) -> bool:
+    rest = iter(within)
+    return all(word in rest for word in words)

@@ -1,0 +1,205 @@
+"""The engine over real networks: equal to the plain loops in every precision, what is done when a run goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ledits_min import Concept, Inversion, LEdits
+from ledits_min import edit as plain
+from ledits_min.config import SD15_UNET, RunError, ScheduleConfig
+from ledits_min.denoiser import Denoiser
+from ledits_min.inversion import draw_noise, eps_from_v
+from ledits_min.schedule import make_schedule
+from ledits_min.text import Context
+from ledits_min.unet import UNet
+
+SAMPLE = sorted((Path(__file__).parents[1] / "weights/tiny/samples").glob("*.png"))[0]
+QUICK: dict[str, Any] = {"num_steps": 10, "skip": 3, "progress": False}
+EDIT: dict[str, Any] = {"target": "a portrait", "guidance_scale": 3.0, "progress": False}
+CONCEPTS = [Concept("sunglasses"), Concept("smile", warmup_steps=2, cooldown_steps=5)]
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+)
+BOUNDS = {"float32": 2e-4, "bfloat16": 0.15, "float16": 0.05}
+
+
+def load(dtype: str = "float32") -> LEdits:
+    return LEdits.from_pretrained("tiny", device="cpu", dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def ledits() -> LEdits:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def inversion(ledits: LEdits) -> Inversion:
+    return ledits.invert(SAMPLE, source="a portrait", **QUICK)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_equal_to_the_plain_loops(dtype: str) -> None:
+    """Whatever the precision, batches change rounding and nothing else."""
+    ledits = load(dtype)
+    quick = {**QUICK, "num_steps": 6} if dtype == "float16" else QUICK  # which CPUs are slow in
+    inversion = ledits.invert(SAMPLE, source="a portrait", **quick)
+    settings = inversion.settings
+    schedule = make_schedule(settings.schedule, settings.num_steps)
+    contexts = {text: ledits.text.encode([text]) for text in ("", "a portrait", "sunglasses", "smile")}
+    noise = draw_noise(settings.seeds, len(inversion.residuals), tuple(inversion.latents.shape[1:]))
+    eps_model = ledits._eps_model(schedule)
+    x_t, residuals = plain.invert(
+        eps_model, contexts, inversion.latents, noise, schedule, 3, 1.0, "a portrait", settings.source_guidance_scale
+    )
+    assert torch.equal(x_t, inversion.x_T)
+    assert (residuals - inversion.residuals).abs().max() < BOUNDS[dtype]
+
+    terms = [concept.resolve(ledits.defaults) for concept in CONCEPTS]
+    expected = plain.edit(
+        eps_model, contexts, inversion.x_T, inversion.residuals, schedule, 3, 1.0, "a portrait", 3.0, "", terms
+    )
+    found = ledits.edit(inversion, concepts=CONCEPTS, **EDIT)
+    off = (found.latents - expected).norm() / expected.norm()
+    print(f"{dtype}: edited latents differ by {float(off):.1e} relative to the plain loop")
+    assert off < BOUNDS[dtype]
+    again = ledits.edit(inversion, concepts=CONCEPTS, **EDIT)
+    assert torch.equal(found.latents, again.latents)
+
+
+def test_what_was_evaluated_is_told(ledits: LEdits) -> None:
+    inversion = ledits.invert([SAMPLE, SAMPLE], source="a portrait", **QUICK)
+    ledits.edit(inversion, concepts=CONCEPTS, **EDIT)
+    # Both prompts, sunglasses after its first step, smile in steps 2 to 4; two pictures.
+    assert ledits.runner.evaluations == {"inverting": 2 * 7 * 2, "editing": 2 * (7 * 2 + 6 + 3)}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("added", [False, True])
+@torch.no_grad()
+def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, added: bool) -> None:
+    torch.manual_seed(0)
+    config = replace(
+        SD15_UNET,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        num_attention_heads=(2, 4),
+        cross_attention_dim=12,
+        norm_num_groups=8,
+        addition_time_embed_dim=4 if added else 0,
+        projection_class_embeddings_input_dim=10 if added else 0,
+    )
+    unet = UNet(config).eval()
+    schedule = make_schedule(ScheduleConfig(), 9)
+    contexts = [Context(torch.randn(1, 5, 12), torch.randn(1, 10) if added else None) for _ in range(3)]
+    network = Denoiser(unet, contexts, schedule, 2, prediction_type)
+    steps, texts = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2])
+    x_t = torch.randn(4, 4, 6, 7)
+    found = network(x_t, steps, texts)
+    for i in range(4):
+        context, t = contexts[texts[i]], schedule.timesteps[2:][steps[i]].view(1)
+        wanted = unet(x_t[i : i + 1], t, context.tokens, context.added)
+        if prediction_type == "v_prediction":
+            wanted = eps_from_v(wanted, x_t[i : i + 1], schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1))
+        torch.testing.assert_close(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, network: Any, most: float, error: Exception) -> None:
+    """`network` has memory for inputs of at most `most` values."""
+    forward = network.forward
+
+    def limited(x: Tensor, *more: Any) -> Tensor:
+        if x.numel() > most:
+            raise error
+        return forward(x, *more)
+
+    monkeypatch.setattr(network, "forward", limited)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+class TestOutOfMemory:
+    def test_the_unet_goes_on_with_fewer_at_a_time(
+        self, ledits: LEdits, inversion: Inversion, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        expected = ledits.edit(inversion, concepts=CONCEPTS, **EDIT).latents
+        limit(monkeypatch, ledits.unet, inversion.latents.numel(), error)
+        with pytest.warns(UserWarning, match="inverting: out of memory with 14 evaluations a call"):
+            again = ledits.invert(SAMPLE, source="a portrait", **QUICK)
+        assert (again.residuals - inversion.residuals).abs().max() < BOUNDS["float32"]
+        with pytest.warns(UserWarning, match="editing: out of memory with 2 evaluations a call; going on with 1"):
+            found = ledits.edit(inversion, concepts=CONCEPTS, **EDIT).latents
+        assert (found - expected).norm() / expected.norm() < BOUNDS["float32"]
+        assert ledits.runner.evaluations == {"inverting": 2 * 7, "editing": 7 * 2 + 6 + 3}
+
+    def test_the_autoencoder_goes_on_in_tiles(
+        self, ledits: LEdits, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        size = 3 * ledits.native_size
+        inverted = ledits.invert(SAMPLE, size=size, num_steps=2, skip=1, progress=False)
+        expected = ledits.runner.decode(inverted.latents)
+        limit(monkeypatch, ledits.vae.encoder, 3 * (size // 2) ** 2, error)
+        limit(monkeypatch, ledits.vae.decoder, inverted.latents.numel() / 4, error)
+        with pytest.warns(UserWarning, match=f"encoding: out of memory; going on in tiles of {size // 2} pixels"):
+            again = ledits.invert(SAMPLE, size=size, num_steps=2, skip=1, progress=False)
+        assert (again.latents - inverted.latents).norm() / inverted.latents.norm() < 0.1
+        with pytest.warns(UserWarning, match=f"decoding: out of memory; going on in tiles of {size // 2} pixels"):
+            found = ledits.runner.decode(inverted.latents)
+        psnr = 10.0 * torch.log10(4.0 / (found - expected).square().mean())
+        print(f"tiled decoding: {float(psnr):.1f} dB against untiled")
+        assert psnr > 28.0
+
+    @pytest.mark.parametrize("phase", ["encoding", "inverting", "editing", "decoding"])
+    def test_where_nothing_helps_the_size_that_would_fit_is_named(
+        self, ledits: LEdits, inversion: Inversion, monkeypatch: pytest.MonkeyPatch, error: Exception, phase: str
+    ) -> None:
+        networks = {"encoding": ledits.vae.encoder, "decoding": ledits.vae.decoder}
+        limit(monkeypatch, networks.get(phase, ledits.unet), 0, error)
+        run: Callable[[], object] = lambda: ledits.edit(inversion, **EDIT)  # noqa: E731
+        if phase in ("encoding", "inverting"):
+            run = lambda: ledits.invert(SAMPLE, **QUICK)  # noqa: E731
+        with (
+            pytest.raises(RunError, match=rf"^{phase}: out of memory .* --size \d+ would fit$") as caught,
+            pytest.warns(UserWarning, match="out of memory"),
+        ):
+            run()
+        assert "\n" not in str(caught.value)
+
+
+def test_values_that_half_precision_cannot_hold_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = load("bfloat16")
+    inversion = half.invert(SAMPLE, **QUICK)
+    forward = half.unet.forward
+
+    def overflowing(*inputs: Any) -> Tensor:
+        return forward(*inputs) * (1.0 if half.dtype == torch.float32 else torch.inf)
+
+    monkeypatch.setattr(half.unet, "forward", overflowing)
+    with pytest.warns(
+        UserWarning, match="inverting: the prediction for '' .* step 0 .* in bfloat16; once more in float32"
+    ):
+        again = half.invert(SAMPLE, **QUICK)
+    assert (again.residuals - inversion.residuals).abs().max() < 0.15
+    with pytest.warns(UserWarning, match="editing: .* once more in float32"):
+        found = half.edit(inversion, trace=True, progress=False)
+    assert found.latents.isfinite().all()
+    executed = make_schedule(inversion.settings.schedule, 10).timesteps[3:]
+    assert [entry["t"] for entry in found.trace] == executed.tolist()
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_bfloat16_model_is_reconstructed_as_closely_as_rounding_allows() -> None:
+    """Batches of one size while inverting and of another while editing round differently. Printed, not hidden."""
+    half = load("bfloat16")
+    inversion = half.invert(SAMPLE, **QUICK)
+    error = (half.edit(inversion, progress=False).latents - inversion.latents).abs().max()
+    print(f"largest latent error of a reconstruction in bfloat16: {float(error):.1e}")
+    assert error < 0.05
