@@ -1,4 +1,4 @@
-"""README's picture: sample portraits, their reconstructions and three edits each, all with the default settings.
+"""README's picture: sample portraits, their reconstructions and four edits each, under the study's two settings.
 
 python bench/readme.py [OUT.png]
 """
@@ -14,7 +14,8 @@ from ledits_min.image import open_image, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ("portrait1", "portrait2", "portrait3")
-CONCEPTS = ("sunglasses", "a red hat", "beard")
+LOCAL = ("sunglasses", "beard")  # with the model's defaults
+GLOBAL = ("a red hat", "blue background")  # README: "--skip 2" and ":scale=3,threshold=0.8"
 
 
 def main() -> None:
@@ -23,9 +24,11 @@ def main() -> None:
     rows = []
     for name in SAMPLES:
         picture = open_image(ROOT / f"weights/tiny/samples/{name}.png")
-        inversion = ledits.invert(picture)
-        edits = [Cell(f"+ {text}", run(ledits, inversion, concepts=[Concept(text)]).images[0]) for text in CONCEPTS]
-        rows.append([Cell(name, picture), Cell("reconstruction", run(ledits, inversion).images[0]), *edits])
+        inversion, wide = ledits.invert(picture), ledits.invert(picture, skip=2)
+        edits = {text: (inversion, Concept(text)) for text in LOCAL}
+        edits |= {text: (wide, Concept(text, guidance_scale=3.0, threshold=0.8)) for text in GLOBAL}
+        cells = [Cell(f"+ {text}", run(ledits, x, concepts=[c]).images[0]) for text, (x, c) in edits.items()]
+        rows.append([Cell(name, picture), Cell("reconstruction", run(ledits, inversion).images[0]), *cells])
     save_image(contact_sheet(rows, [""] * len(rows)), out)
 
 

@@ -19,7 +19,7 @@ from ledits_min import engine
 from ledits_min.config import EditDefaults, RunError, ScheduleConfig
 from ledits_min.edit import Step, levels
 from ledits_min.inversion import draw_noise
-from ledits_min.ops import EditPlan
+from ledits_min.ops import EditPlan, EditState
 from ledits_min.plan import Phase, editing_phase, inversion_phase
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import Concept, ConceptTerm
@@ -99,9 +99,7 @@ class Run:
         table = [levels(self.schedule, sigmas, step) for step in range(self.skip, self.num_steps)]
         return EditPlan(table, self.terms, self.target, self.guidance_scale, self.negative, self.momentum_scale)
 
-    def edit(
-        self, x_t: Tensor, residuals: Tensor, network: engine.Network | None = None, **more: Any
-    ) -> engine.EditState:
+    def edit(self, x_t: Tensor, residuals: Tensor, network: engine.Network | None = None, **more: Any) -> EditState:
         return engine.edit(
             network or self.network(self.editing), self.editing, self.plan, x_t, residuals,
             self.schedule.timesteps[self.skip :], **more,

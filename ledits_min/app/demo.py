@@ -14,9 +14,9 @@ from ledits_min.sega import Concept
 from ledits_min.weights.survey import TINY
 
 SAMPLE = TINY / "samples" / "portrait1.png"
-CONCEPTS = ("sunglasses", "a red hat", "beard", "smile")
+CONCEPTS = ("sunglasses", "glasses", "beard", "smile")
 TARGET = "a portrait with a red hat"
-SCALES = (0.0, 2.0, 4.0, 7.0, 10.0, 15.0)
+SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 CELL = 168  # pixels of one picture
 _GAP, _TEXT = 10, 14
 

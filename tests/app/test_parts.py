@@ -203,7 +203,7 @@ def test_parts_that_do_not_belong(checkpoints: ModuleType, place: Path, capsys: 
     for options, says in (
         ("--model model --vae factor8", "one latent of 8 x 8 pixels, the one that the unet was trained with 4 x 4"),
         ("--model model --vae sd15.safetensors", "one latent of 8 x 8 pixels"),
-        ("--model tiny --vae sd15.safetensors", "one latent of 8 x 8 pixels"),
+        ("--model tiny --vae model", "one latent of 4 x 4 pixels"),
         ("--model model --vae channels", "the vae has 3; use parts of one family"),
         ("--model model --vae scale", "scaling_factor 0.13025 belongs to another family"),
         ("--model sd15.safetensors --vae xl/vae", "use a VAE of Stable Diffusion 1.x"),

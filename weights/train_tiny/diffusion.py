@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> State:
     unet = UNet(CONFIG)
     torch.nn.init.zeros_(unet.conv_out.weight)
     tokenizer, encoder = load_text(run)
-    encoder.to(plan.device)
+    nn.Module.to(encoder, plan.device)  # not its own `to`: transformers hides that one's types
     latents = encode_pictures(run)
     portraits = [sample_portrait(name) for name in seeds("train", len(latents))]
     alphas_cumprod = make_schedule(SCHEDULE, 1).alphas_cumprod.float().to(plan.device)
