@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ledits_min import Concept, LEdits, __version__
-from ledits_min.app import cli, outputs
+from ledits_min.app import commands, outputs
 from ledits_min.app.cli import main
 from ledits_min.app.options import build_parser
 
@@ -263,7 +263,7 @@ def test_whatever_goes_wrong_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load_model", fail)
+    monkeypatch.setattr(commands, "load_model", fail)
     assert main(["edit", "p.png", "--add", "hat"]) == code
     output = capsys.readouterr().err
     assert output.startswith(f"ledits: error: {says}")

@@ -1,0 +1,117 @@
+"""What the commands read: pictures, saved inversions, models, and the names of what they will write."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ledits_min.app.terminal import notice
+from ledits_min.config import InputError
+from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ledits_min import Inversion, LEdits
+
+_PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
+
+
+def is_saved_inversion(path: str) -> bool:
+    """Whether `path` holds a safetensors header, or claims to by its name and is no picture; False if unreadable."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            start = file.read(16)
+    except (OSError, ValueError):
+        return False
+    header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return header or (Path(path).suffix.lower() == ".safetensors" and not start.startswith(_PICTURE_MAGIC))
+
+
+def check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path | None, Sequence[str]]]) -> None:
+    from ledits_min.app.outputs import check_outputs
+
+    outputs = {option: (Path(path), suffixes) for option, (path, suffixes) in wanted.items() if path is not None}
+    loras = [path for path, _ in args.lora or []]
+    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *loras]
+    check_outputs(outputs, inputs, args.overwrite)
+
+
+def open_picture(args: argparse.Namespace) -> Image.Image:
+    from ledits_min.image import open_image
+
+    notices: list[str] = []
+    picture = open_image(args.image, notices=notices)
+    for text in notices:
+        notice(args, text)
+    return picture
+
+
+def load_inversion(args: argparse.Namespace) -> Inversion:
+    """A saved inversion; the options that made it cannot be given again, because they would have no effect."""
+    from ledits_min import Inversion
+
+    inversion = Inversion.load(args.image)
+    if len(inversion.originals) != 1:
+        raise InputError(f"{quoted(args.image)} holds {len(inversion.originals)} pictures; edit those from Python")
+    for option in ("source", "source-guidance-scale", "steps", "skip", "eta", "seed", "size", "save-inversion"):
+        if getattr(args, option.replace("-", "_")) is not None:
+            raise InputError(
+                f"--{option} has no effect on a saved inversion such as {quoted(args.image)}; leave it out, or pass "
+                "the picture instead"
+            )
+    return inversion
+
+
+def parts(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what a checkpoint is made of, as keywords."""
+    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema")
+    return {"lora": args.lora or [], **{name: getattr(args, name) for name in names}}
+
+
+def load_model(args: argparse.Namespace) -> LEdits:
+    from ledits_min.weights.survey import survey_whole
+
+    survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
+    from ledits_min import LEdits
+
+    ledits = LEdits.from_pretrained(args.model, device=args.device, dtype=args.dtype, **parts(args))
+    for text in ledits.notes:
+        notice(args, text)
+    return ledits
+
+
+def check_prompt(ledits: LEdits, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prompt that is too long is told when it is used
+        ledits.text.check(text)
+
+
+def invert_picture(args: argparse.Namespace, ledits: LEdits, picture: Image.Image) -> Inversion:
+    size = args.size
+    longer = max(size) if isinstance(size, tuple) else size or 0
+    if longer > 1.5 * ledits.native_size:
+        warnings.warn(
+            f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes",
+            stacklevel=2,
+        )
+    inversion = ledits.invert(
+        picture,
+        source=args.source or "",
+        source_guidance_scale=args.source_guidance_scale,
+        num_steps=args.steps,
+        skip=args.skip,
+        eta=1.0 if args.eta is None else args.eta,
+        seed=args.seed or 0,
+        size=size,
+    )
+    factor = ledits.vae.config.factor
+    height, width = (factor * side for side in inversion.latents.shape[-2:])
+    if size is not None and size not in (max(width, height), (width, height)):
+        asked = " x ".join(map(str, size)) if isinstance(size, tuple) else size
+        notice(args, f"--size {asked}: this model works in steps of {factor} pixels; {width} x {height} is used")
+    return inversion

@@ -1,0 +1,70 @@
+"""What the command says: one line a message on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ledits_min.weights.header import quoted
+
+
+class Clock:
+    """Seconds a phase, for the report."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[phase], self.last = now - self.last, now
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[list[str]]:
+    """Python's warnings as `ledits: warning: ...`; yields the list of what was said, for the report."""
+    said: list[str] = []
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        said.append(str(message))
+        say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield said
+
+
+def notice(args: argparse.Namespace, text: str) -> None:
+    args.said.append(text)
+    say(text)
+
+
+def say(text: str) -> None:
+    """One line on stderr, whatever the text holds."""
+    if sys.stderr is not None:
+        line = "".join(character if character.isprintable() else " " for character in text)
+        print(f"ledits: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """The result, on stdout."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        # The reader has left (`| head`); what is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell_written(clock: Clock, paths: Sequence[str | Path | None]) -> None:
+    names = ", ".join(quoted(path, 4096) for path in paths if path is not None)
+    tell(f"wrote {names} in {time.perf_counter() - clock.start:.1f} s")

@@ -1,0 +1,100 @@
+"""How each value of the command line is read: numbers, sizes, prompts, concepts, LoRAs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ledits_min.weights.header import quoted
+
+_NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
+_WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
+_SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?", re.ASCII)
+
+
+def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
+    """The fields of a `Concept` from "sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1".
+
+    What follows the last colon is options where it holds key=value pairs; a pair that is wrong is an error.
+    """
+    words, colon, tail = text.rpartition(":")
+    fields: dict[str, Any] = {"reverse": reverse}
+    if not colon or "=" not in tail:
+        words, tail = text, ""
+    for pair in tail.split(",") if tail else []:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if key not in _CONCEPT_KEYS or not equals:
+            raise argparse.ArgumentTypeError(
+                f"{quoted(pair.strip() or tail, 60)} is no concept option; they are {', '.join(_CONCEPT_KEYS)} "
+                "(a text with = after its last colon needs options behind it, as in 'E: m=1:scale=7')"
+            )
+        name, convert = _CONCEPT_KEYS[key]
+        if name in fields:
+            raise argparse.ArgumentTypeError(f"{key} is given twice in {quoted(text, 80)}; give it once")
+        try:
+            fields[name] = convert(value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{key} in {quoted(text, 80)}: {error}") from None
+    if not words.strip():
+        raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no concept; write it before the colon")
+    return {"text": parse_prompt(words.strip()), **fields}
+
+
+def parse_p2p(text: str) -> dict[str, float]:
+    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2", either of them, or none."""
+    fields: dict[str, float] = {}
+    for pair in text.split(",") if text else []:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if key not in ("cross", "self") or not equals or key in fields:
+            raise argparse.ArgumentTypeError(
+                f"{quoted(pair.strip() or text, 60)} is not cross=N or self=N, each once (a picture comes before --p2p)"
+            )
+        fields[key] = parse_number(value)
+    return fields
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """(path, scale) from "style.safetensors" or "style.safetensors:0.8"; a number after the last colon is the scale."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or not _NUMBER.fullmatch(scale):
+        path, scale = text, "1"
+    if not path:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no file; write it before the colon")
+    return path, parse_number(scale)
+
+
+def parse_number(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is not a number")
+    return float(text)
+
+
+def parse_whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is not a whole number")
+    return int(text)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is neither a longer side (512) nor WxH (512x384)")
+    width, height = match.groups()
+    return int(width) if height is None else (int(width), int(height))
+
+
+def parse_prompt(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is not UTF-8 text")
+    return text
+
+
+_CONCEPT_KEYS: dict[str, tuple[str, Callable[[str], float]]] = {
+    "scale": ("guidance_scale", parse_number),
+    "threshold": ("threshold", parse_number),
+    "warmup": ("warmup_steps", parse_whole),
+    "cooldown": ("cooldown_steps", parse_whole),
+    "weight": ("weight", parse_number),
+}
