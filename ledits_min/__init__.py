@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from ledits_min.archive import Inversion
     from ledits_min.p2p import PromptToPrompt
     from ledits_min.pipeline import LEdits, Result
+    from ledits_min.progress import Progress, Stopped
     from ledits_min.sega import Concept
 
-__all__ = ["Concept", "InputError", "Inversion", "LEdits", "PromptToPrompt", "Result"]
+__all__ = ["Concept", "InputError", "Inversion", "LEdits", "Progress", "PromptToPrompt", "Result", "Stopped"]
 __version__ = "0.1.0"
 
 # Everything that needs torch is imported when it is first asked for [PEP 562]: `ledits --help` should not wait for it.
@@ -21,8 +22,10 @@ _HOMES = {
     "Concept": "ledits_min.sega",
     "Inversion": "ledits_min.archive",
     "LEdits": "ledits_min.pipeline",
+    "Progress": "ledits_min.progress",
     "PromptToPrompt": "ledits_min.p2p",
     "Result": "ledits_min.pipeline",
+    "Stopped": "ledits_min.progress",
 }
 
 

@@ -79,21 +79,23 @@ def edit(
     residuals: Tensor,
     timesteps: Tensor,
     on_step: Callable[[Step], None] | None = None,
+    observed: bool = True,
     progress: Callable[[int], object] = lambda evaluations: None,
 ) -> EditState:
     """`edit.edit`: the last state, x_0 in its x_t. NotFinite names the first value that is not.
 
-    `timesteps` of the executed steps. `on_step` looks at every step, which makes the host wait for the device.
+    `timesteps` of the executed steps. `on_step` is handed every step: latents alone, or `observed`, with predictions,
+    gamma and masks too, which costs the guidance once more.
     """
     evaluate = Evaluator(network, phase, timesteps, x_t.device, progress)
     state = ops.start(plan, x_t)
     finite = torch.ones(len(residuals), dtype=torch.bool, device=x_t.device)
     for i, rows in enumerate(phase.groups):
         branches = evaluate(state.x_t.expand(len(rows), *x_t.shape))
-        seen = observe(plan, state, branches, i) if on_step else None
+        seen = observe(plan, state, branches, i) if on_step and observed else ({}, None, [])
         ops.sega_step(plan, state, branches, residuals, i)
         finite[i] = state.x_t.isfinite().all()
-        if on_step and seen:
+        if on_step:
             on_step(Step(i, int(timesteps[i]), *seen, state.x_t.clone()))
     evaluate.check(finite)
     return state

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from ledits_min.image import fit_size, lay_change, open_image, to_images, to_ten
 from ledits_min.inversion import draw_noise, eps_from_v
 from ledits_min.networks import build_networks, resolve_device, resolve_dtype
 from ledits_min.ops import EditPlan
+from ledits_min.progress import Callback, Progress, progress_bar, tell
 from ledits_min.record import Recorder
-from ledits_min.runner import Runner, progress_bar
+from ledits_min.request import Guidance, Start, check_noise, check_prompt, check_seeds
+from ledits_min.runner import Runner
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
@@ -128,6 +129,38 @@ class LEdits:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LEdits:
+        """Move the networks; `dtype` as in `from_pretrained`, None: as it is. What a narrower one rounds stays rounded.
+
+        Returns itself. InputError where there is no such device.
+        """
+        self._check_open()
+        place = resolve_device(device)
+        before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
+        # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
+        own = next(self.vae.parameters()).dtype
+        self.unet.to(place, after)
+        self.vae.to(place, after if own == before else own)
+        self.text.to(place, after)
+        return self
+
+    def close(self) -> None:
+        """Free the networks' memory, whoever still refers to them; the editor cannot be used any more."""
+        for network in (self.unet, self.vae, self.text):
+            network.to(torch.device("meta"))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LEdits:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self.device.type == "meta":
+            raise InputError("this LEdits is closed; make another with LEdits.from_pretrained")
+
     @property
     def native_size(self) -> int:
         """The longer side, in pixels, that the model was trained at."""
@@ -146,6 +179,7 @@ class LEdits:
         noise: Tensor | None = None,
         size: int | tuple[int, int] | None = None,
         progress: bool = True,
+        callback: Callback | None = None,
     ) -> Inversion:
         """Find the noise maps that lead back to the picture: the first half of Algorithm 1.
 
@@ -155,9 +189,11 @@ class LEdits:
         seed    0 .. 2^63 - 1, one number or one an image
         noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
+        callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
+        self._check_open()
         pictures = self._open(image)
-        seeds = _seeds(seed, len(pictures)) if noise is None else ()
+        seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
         num_steps, skip, scale = settings.num_steps, settings.skip, settings.source_guidance_scale
         schedule = make_schedule(self.schedule, num_steps)
@@ -166,9 +202,9 @@ class LEdits:
         contexts = self._contexts(["", source], original, x_0)
         if noise is None:
             noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
-        _check_noise(noise, (num_steps - skip, *x_0.shape))
+        check_noise(noise, (num_steps - skip, *x_0.shape))
         x_T, residuals = self.runner.invert(
-            contexts, x_0, noise.to(x_0), schedule, skip, eta, source, scale, progress
+            contexts, x_0, noise.to(x_0), schedule, skip, eta, source, scale, progress, callback
         )  # fmt: skip
         originals = tuple(torch.from_numpy(np.array(picture)) for picture in pictures)
         return Inversion(x_T.cpu(), residuals.cpu(), x_0.cpu(), originals, settings)
@@ -186,7 +222,7 @@ class LEdits:
         num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
         settings = InversionSettings(
-            self.fingerprint, self.schedule, num_steps, skip, eta, _prompt("source", source), scale, seeds
+            self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds
         )
         check_settings(settings, "invert")
         return settings
@@ -205,6 +241,7 @@ class LEdits:
         trace: bool = False,
         output_size: str = "input",
         attention: p2p.PromptToPrompt | None = None,
+        callback: Callback | None = None,
     ) -> Result:
         """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
 
@@ -214,7 +251,9 @@ class LEdits:
         output_size   "input": the change, laid over the original pixels at the original size;
                       "model": the model's own picture at the size it worked at
         attention     Prompt-to-Prompt: the attention maps of the inversion's source prompt, lent to the target
+        callback      called with a `Progress` after every step; Stopped where it returns true
         """
+        self._check_open()
         settings = inversion.settings
         if settings.fingerprint != self.fingerprint:
             raise InputError(
@@ -225,14 +264,12 @@ class LEdits:
         if output_size not in ("input", "model"):
             raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        loop = None
-        if attention is not None:
-            loop = partial(p2p.edit, row=self._source_row(attention, inversion, target, negative))
-        latents, masks, steps = self._denoise(
-            loop, "editing", self._size_inverted(inversion), inversion.x_T, inversion.residuals,
-            make_schedule(settings.schedule, settings.num_steps), settings.skip, settings.eta, target, scale, negative,
-            concepts, momentum_scale, momentum_beta, progress, trace,
-        )  # fmt: skip
+        guidance = Guidance.of(target, scale, negative, concepts, momentum_scale, momentum_beta, self.defaults)
+        schedule = make_schedule(settings.schedule, settings.num_steps)
+        start = Start(inversion.x_T, inversion.residuals, schedule, settings.skip, settings.eta)
+        original = self._size_inverted(inversion)
+        row = None if attention is None else self._source_row(attention, inversion, target, negative)
+        latents, masks, steps = self._denoise("editing", start, guidance, original, row, progress, trace, callback)
         return Result(self._pictures(inversion, latents, output_size), latents.cpu(), masks, steps)
 
     @torch.no_grad()
@@ -251,6 +288,7 @@ class LEdits:
         momentum_beta: float = 0.6,
         progress: bool = True,
         trace: bool = False,
+        callback: Callback | None = None,
     ) -> Result:
         """Make pictures from a prompt, with SEGA's concepts: what the guidance does where no real picture is involved.
 
@@ -258,7 +296,11 @@ class LEdits:
         instead of found by inversion (eta = 0, DDIM, has none). One picture a seed; `size` as in `invert`, square by
         default.
         """
-        seeds = _seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
+        self._check_open()
+        guidance = Guidance.of(
+            prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta, self.defaults
+        )  # fmt: skip
+        seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
         factor = self.vae.config.factor
@@ -268,80 +310,76 @@ class LEdits:
         # Item 0 starts the trajectory, the others are z_t.
         noise = draw_noise(seeds, num_steps + 1, shape)
         residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
+        start = Start(noise[0], residuals, schedule, 0, eta)
         latents, masks, steps = self._denoise(
-            None, "generating", (width, height), noise[0], residuals, schedule, 0, eta, prompt, guidance_scale,
-            negative, concepts, momentum_scale, momentum_beta, progress, trace,
+            "generating", start, guidance, (width, height), None, progress, trace, callback
         )  # fmt: skip
         return Result(to_images(self.runner.decode(latents)), latents.cpu(), masks, steps)
 
     def _denoise(
         self,
-        loop: Callable[..., Tensor] | None,
         phase: str,
+        start: Start,
+        guidance: Guidance,
         original: tuple[int, int],
-        x_T: Tensor,
-        residuals: Tensor,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
-        target: str,
-        guidance_scale: float,
-        negative: str,
-        concepts: Sequence[Concept],
-        momentum_scale: float,
-        momentum_beta: float,
+        row: p2p.SourceRow | None,
         progress: bool,
         trace: bool,
+        callback: Callback | None,
     ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
-        """Check what the guidance was asked to do, run the loop, and refuse a result that is not finite.
-
-        Returns the latents on the device, one mask a concept, and the trace.
-        """
-        check_number("guidance_scale", guidance_scale, 0.0, 1000.0)
-        for name, value in (("momentum_scale", momentum_scale), ("momentum_beta", momentum_beta)):
-            check_number(name, value, 0.0, 1.0)
-            if value == 1.0:
-                raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
-        _prompt("target", target), _prompt("negative", negative)
-        terms = [concept.resolve(self.defaults) for concept in concepts]
-        live = [term for term in terms if not term.is_noop(base=negative)]
-        for term in live:
-            if not any(term.acts(step) for step in range(len(residuals))):
-                warnings.warn(
-                    f"concept {term.text[:40]!r} never acts: only {len(residuals)} steps are executed, and its warm-up "
-                    f"is {term.warmup_steps}, its cool-down {term.cooldown_steps}",
-                    stacklevel=4,
-                )
-
-        contexts = self._contexts([negative, target, *(term.text for term in live)], original, x_T)
-        x_T, residuals = x_T.to(self.device), residuals.to(self.device)
-        if loop is None:
-            sigmas = schedule.sigmas(eta)
-            levels = [algorithm.levels(schedule, sigmas, step) for step in range(skip, schedule.num_steps)]
-            plan = EditPlan(levels, live, target, guidance_scale, negative, momentum_scale, momentum_beta)
+        """The latents on the device, one mask a concept, and the trace; RunError for a result that is not finite."""
+        guidance.warn_of_idle(len(start.residuals), stacklevel=3)
+        contexts = self._contexts(guidance.texts, original, start.x_T)
+        start = replace(start, x_T=start.x_T.to(self.device), residuals=start.residuals.to(self.device))
+        if row is None:
+            schedule, sigmas = start.schedule, start.schedule.sigmas(start.eta)
+            levels = [algorithm.levels(schedule, sigmas, step) for step in range(start.skip, schedule.num_steps)]
+            plan = EditPlan(
+                levels, guidance.live, guidance.target, guidance.guidance_scale, guidance.negative,
+                guidance.momentum_scale, guidance.momentum_beta,
+            )  # fmt: skip
             latents, covered, steps = self.runner.edit(
-                phase, contexts, plan, x_T, residuals, schedule, skip, eta, progress, trace
+                phase, contexts, plan, start.x_T, start.residuals, schedule, start.skip, start.eta,
+                progress, trace, callback,
             )  # fmt: skip
         else:
-            recorder = Recorder(live, negative, target, schedule, skip, eta, trace)
-            with progress_bar(phase, len(residuals), "step", progress) as bar:
-
-                def on_step(step: algorithm.Step) -> None:
-                    recorder.record(step)
-                    bar.update()
-
-                with self.runner.memory_named(phase, x_T):
-                    latents = loop(
-                        self._eps_model(schedule), contexts, x_T, residuals, schedule, skip, eta, target,
-                        guidance_scale, negative, live, momentum_scale, momentum_beta, on_step,
-                    )  # fmt: skip
-            _refuse_non_finite(torch.stack(recorder.finite), schedule, skip, phase)
-            covered, steps = recorder.masks(x_T), recorder.trace
-
+            latents, covered, steps = self._denoise_beside(
+                row, phase, start, guidance, contexts, progress, trace, callback
+            )  # fmt: skip
         found = iter(covered)
-        nothing = torch.zeros_like(x_T[:, 0]).cpu()
-        masks = [nothing if term.is_noop(base=negative) else next(found) for term in terms]
+        nothing = torch.zeros_like(start.x_T[:, 0]).cpu()
+        masks = [nothing if term.is_noop(base=guidance.negative) else next(found) for term in guidance.terms]
         return latents, masks, steps
+
+    def _denoise_beside(
+        self,
+        row: p2p.SourceRow,
+        phase: str,
+        start: Start,
+        guidance: Guidance,
+        contexts: dict[str, Context],
+        progress: bool,
+        trace: bool,
+        callback: Callback | None,
+    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
+        """`_denoise` with Prompt-to-Prompt's source row beside the edit, in the plain loop."""
+        schedule, total = start.schedule, len(start.residuals)
+        recorder = Recorder(guidance.live, guidance.negative, guidance.target, schedule, start.skip, start.eta, trace)
+        with progress_bar(phase, total, "step", progress) as bar, self.runner.memory_named(phase, start.x_T):
+
+            def on_step(step: algorithm.Step) -> None:
+                recorder.record(step)
+                bar.update()
+                entry = recorder.trace[-1] if trace else None
+                tell(callback, Progress(phase, step.index + 1, total, step.x_prev.clone(), entry))
+
+            latents = p2p.edit(
+                self._eps_model(schedule), contexts, start.x_T, start.residuals, schedule, start.skip, start.eta,
+                guidance.target, guidance.guidance_scale, guidance.negative, guidance.live,
+                guidance.momentum_scale, guidance.momentum_beta, on_step, row=row,
+            )  # fmt: skip
+        _refuse_non_finite(torch.stack(recorder.finite), schedule, start.skip, phase)
+        return latents, recorder.masks(start.x_T), recorder.trace
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
@@ -453,28 +491,6 @@ class LEdits:
         before = self.runner.decode(inversion.latents.to(self.device))
         originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
         return [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
-
-
-def _prompt(name: str, text: str) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
-    return text
-
-
-def _seeds(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
-    seeds = tuple(seed) if isinstance(seed, list | tuple) else (seed,) * batch
-    for value in seeds:
-        check_whole("seed", value, 0, 2**63 - 1)  # type: ignore[arg-type]
-    if len(seeds) != batch:
-        raise InputError(f"{len(seeds)} seeds for {batch} pictures; give one number, or one a picture")
-    return seeds  # type: ignore[return-value]
-
-
-def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(noise.shape) != shape or noise.dtype != torch.float32:
-        raise InputError(f"noise is {noise.dtype} {tuple(noise.shape)}; torch.float32 {shape} is wanted")
-    if not bool(noise.isfinite().all()):
-        raise InputError("noise holds values that are not finite")
 
 
 def _refuse_non_finite(finite: Tensor, schedule: Schedule, skip: int, phase: str) -> None:

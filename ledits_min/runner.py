@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ledits_min import engine
 from ledits_min.config import RunError
@@ -18,6 +16,7 @@ from ledits_min.engine import Network
 from ledits_min.memory import free_memory, is_out_of_memory
 from ledits_min.ops import EditPlan
 from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, size
+from ledits_min.progress import Callback, Progress, progress_bar, tell
 from ledits_min.record import Recorder
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context
@@ -65,6 +64,7 @@ class Runner:
         source: str,
         source_guidance_scale: float,
         progress: bool,
+        callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`edit.invert`, in batches over t."""
         limit = self.batch_limit(x_0)
@@ -75,7 +75,7 @@ class Runner:
                 network, phase, x_0, noise, schedule, skip, eta, source, source_guidance_scale, advance
             )  # fmt: skip
 
-        return self.run(loop, phase, contexts, schedule, skip, x_0, progress)
+        return self.run(loop, phase, contexts, schedule, skip, x_0, progress, callback)
 
     def edit(
         self,
@@ -89,6 +89,7 @@ class Runner:
         eta: float,
         progress: bool,
         trace: bool,
+        callback: Callback | None = None,
     ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
         """`edit.edit`: latents, one mask a term of the plan, and the trace where it is wanted."""
         phase = editing_phase(
@@ -98,8 +99,17 @@ class Runner:
 
         def loop(network: Network, advance: Advance) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
             recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, skip, eta, trace)
-            on_step: Callable[[Step], None] | None = recorder.record if trace else None
-            state = engine.edit(network, phase, plan, x_T, residuals, schedule.timesteps[skip:], on_step, advance)
+
+            def on_step(step: Step) -> None:
+                if trace:
+                    recorder.record(step)
+                entry = recorder.trace[-1] if trace else None
+                tell(callback, Progress(name, step.index + 1, len(residuals), step.x_prev, entry))
+
+            state = engine.edit(
+                network, phase, plan, x_T, residuals, schedule.timesteps[skip:],
+                on_step if trace or callback else None, trace, advance,
+            )  # fmt: skip
             return state.x_t, engine.mean_masks(plan, state), recorder.trace
 
         return self.run(loop, phase, contexts, schedule, skip, x_T, progress)
@@ -113,18 +123,22 @@ class Runner:
         skip: int,
         latents: Tensor,
         progress: bool,
+        on_evaluations: Callback | None = None,
     ) -> T:
         """`loop` over the UNet, with a bar; once more in float32 where half precision overflows."""
         self.evaluations[phase.name] = 0
 
         def attempt() -> T:
             texts = [contexts[text] for text in phase.texts]
+            before = self.evaluations[phase.name]
             network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
             with progress_bar(phase.name, phase.evaluations, "evaluation", progress) as bar:
 
                 def advance(evaluations: int) -> None:
                     self.evaluations[phase.name] += evaluations
                     bar.update(evaluations)
+                    done = self.evaluations[phase.name] - before
+                    tell(on_evaluations, Progress(phase.name, done, phase.evaluations))
 
                 return loop(network, advance)
 
@@ -150,8 +164,3 @@ class Runner:
             raise RunError(
                 f"{phase}: out of memory with one picture of {width} x {height} pixels; {size(free)} free, {way_out}"
             ) from None
-
-
-def progress_bar(phase: str, total: int, unit: str, wanted: bool) -> tqdm[Any]:
-    """A bar on stderr that stays silent where stderr is no terminal."""
-    return tqdm(total=total, desc=phase, unit=unit, file=sys.stderr, disable=None if wanted else True)

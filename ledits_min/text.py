@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
@@ -57,6 +57,9 @@ class TextEncoder:
                 f"the tokenizer numbers its tokens up to {largest}, the text encoder knows {known}; "
                 "use the tokenizer that belongs to it"
             )
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        nn.Module.to(self.model, device=device, dtype=dtype)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Context:
@@ -118,6 +121,10 @@ class TextEncoderPair:
     def __init__(self, first: TextEncoder, second: TextEncoder, zeros_for_empty: bool) -> None:
         self.first, self.second, self.zeros_for_empty = first, second, zeros_for_empty
         self.tokenizer, self.length = first.tokenizer, first.length
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.first.to(device, dtype)
+        self.second.to(device, dtype)
 
     def encode(self, prompts: Sequence[str]) -> Context:
         """As `TextEncoder.encode`, D being the sum of both widths."""

@@ -19,12 +19,12 @@ CODE = ("ledits_min", "kernels", "weights", "bench", "tests")
 
 MATHS = {"config", "schedule", "inversion", "sega", "guidance", "edit"}
 RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "runner"}
-PARTS = MATHS | RUNNING | {"ops", "unet", "vae", "text", "image", "archive", "record", "p2p"}
+PARTS = MATHS | RUNNING | {"ops", "unet", "vae", "text", "image", "archive", "record", "progress", "p2p"}
 
 # Module of ledits_min -> the modules of ledits_min it may import. "" is the package itself (LEdits, __version__...),
 # "weights.*" every file there. A module that is not in this table has no place in the house yet: give it one.
 TABLE: dict[str, set[str]] = {
-    "": {"config", "sega", "archive", "p2p", "pipeline"},
+    "": {"config", "sega", "archive", "p2p", "pipeline", "progress"},
     "checks": set(),
     "config": {"checks"},
     "families": {"config"},
@@ -35,6 +35,8 @@ TABLE: dict[str, set[str]] = {
     "guidance": {"config", "schedule", "sega"},
     "edit": MATHS - {"edit"},
     "record": MATHS,
+    "progress": {"config"},
+    "request": {"config", "schedule", "sega"},
     "p2p": MATHS,
     "ops": {"config", "schedule", "inversion", "sega", "guidance", "kernels.*"},
     # The same loops made fast: first what will be evaluated, then how.
@@ -44,7 +46,7 @@ TABLE: dict[str, set[str]] = {
     "tiling": set(),
     "engine": MATHS | {"ops", "plan", "memory", "tiling", "vae"},
     "denoiser": {"schedule", "inversion", "text", "unet"},
-    "runner": MATHS | RUNNING - {"runner"} | {"ops", "record", "text", "unet", "vae"},
+    "runner": MATHS | RUNNING - {"runner"} | {"ops", "record", "progress", "text", "unet", "vae"},
     "unet": {"config", "ops"},
     "vae": {"config", "ops"},
     "text": {"config", "weights.clip_bpe", "weights.header"},
@@ -53,7 +55,7 @@ TABLE: dict[str, set[str]] = {
     "archive": {"config", "image", "weights.header"},
     "networks": {"config", "text", "unet", "vae", "weights.load"},
     # The only file that knows all parts.
-    "pipeline": {""} | PARTS | {"networks", "weights.load", "weights.lora"},
+    "pipeline": {""} | PARTS | {"networks", "request", "weights.load", "weights.lora"},
     "app": set(),
     "app.*": {"", "app", "app.*", "pipeline", "networks"}
     | {"weights.load", "weights.inspect", "weights.survey", "weights.header"}

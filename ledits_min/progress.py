@@ -1,0 +1,51 @@
+"""What a run tells its caller while it runs, and how the caller stops it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ledits_min.config import RunError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    phase    "inverting", "editing" or "generating"
+    done     of `total`: evaluations of the UNet while inverting, which runs all timesteps at once, else executed steps
+    latents  x_t behind the step, float32 (B, C, h, w) on the device, the receiver's own copy; None while inverting
+    trace    the step's entry in `Result.trace`, with trace=True
+
+    A phase that is repeated in float32, because half precision overflowed, counts from the start again.
+    """
+
+    phase: str
+    done: int
+    total: int
+    latents: Tensor | None = None
+    trace: dict[str, Any] | None = None
+
+
+Callback = Callable[[Progress], object]
+
+
+class Stopped(RunError):
+    """A callback asked to stop."""
+
+
+def tell(callback: Callback | None, progress: Progress) -> None:
+    """Call back, if anybody wants it; Stopped where the answer is true."""
+    if callback is not None and callback(progress):
+        unit = "evaluations" if progress.latents is None else "steps"
+        raise Stopped(f"{progress.phase}: stopped by the callback after {progress.done} of {progress.total} {unit}")
+
+
+def progress_bar(phase: str, total: int, unit: str, wanted: bool) -> tqdm[Any]:
+    """A bar on stderr that stays silent where stderr is no terminal."""
+    return tqdm(total=total, desc=phase, unit=unit, file=sys.stderr, disable=None if wanted else True)
