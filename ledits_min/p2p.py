@@ -136,7 +136,9 @@ def refine_mapper(source: Words, target: Words, length: int) -> TokenMapper:
     source_spans, target_spans = word_spans(source), word_spans(target)
     for i, n in align(source, target):
         lend[source_spans[i], target_spans[n]] = torch.eye(len(target[n]))
-    for source_end, target_end in zip(tail(source, length), tail(target, length), strict=False):
+    source_tail, target_tail = tail(source, length), tail(target, length)
+    shared = min(len(source_tail), len(target_tail))  # the end and padding tokens that both prompts have
+    for source_end, target_end in zip(source_tail[:shared], target_tail[:shared], strict=True):
         lend[source_end, target_end] = 1.0
     return TokenMapper(lend, 1.0 - lend.sum(dim=0))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ledits_min.config import InputError
 from ledits_min.weights.family import Stored, stored
-from ledits_min.weights.header import PICKLE_SUFFIXES, quoted, read_header
+from ledits_min.weights.header import PICKLE_ADVICE, PICKLE_SUFFIXES, quoted, read_header
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "text_2": "model"}
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}
@@ -108,7 +108,6 @@ def _refuse_missing(folder: Path, part: str) -> None:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise InputError(
-            f"{quoted(folder)} holds only {quoted(pickles[0], 80)}, a pickle, which can run code; "
-            f"{wanted} is wanted there"
+            f"{quoted(folder)} holds no {wanted}, only {quoted(pickles[0], 80)}, a pickle; {PICKLE_ADVICE}"
         )
     raise InputError(f"{quoted(folder)} holds no {wanted}; take the folder whole")

@@ -38,10 +38,10 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     | dict.fromkeys(("I64", "U64", "F64", "C64"), 64)
 )
 
-_PICKLE_ADVICE = "convert it to .safetensors with a tool you trust, because opening a pickle can run code"
+PICKLE_ADVICE = "convert it to .safetensors with a tool you trust, because opening a pickle can run code"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer, not the weights; run `git lfs pull` in its repository"),
-    (b"PK", f"a zip archive, probably a pickled PyTorch checkpoint; {_PICKLE_ADVICE}"),
+    (b"PK", f"a zip archive, probably a pickled PyTorch checkpoint; {PICKLE_ADVICE}"),
     (b"GGUF", "a GGUF file; convert it to .safetensors"),
     (b"\x89HDF", "an HDF5 file; convert it to .safetensors"),
     (b"\x89PNG", "a PNG picture; pass a model file here"),
@@ -87,7 +87,7 @@ def read_header(path: str | Path) -> Header:
     """
     source = quoted(path)
     if Path(path).suffix.lower() in PICKLE_SUFFIXES:
-        raise InputError(f"{source} is a pickle by its name; {_PICKLE_ADVICE}")
+        raise InputError(f"{source} is a pickle by its name; {PICKLE_ADVICE}")
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -169,7 +169,7 @@ def _refuse_by_magic(start: bytes, source: str) -> None:
     if text[:1] == b"<":
         raise InputError(f"{source} is an HTML or XML page: the download failed or wants a login; download it again")
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise InputError(f"{source} is a pickle; {_PICKLE_ADVICE}")
+        raise InputError(f"{source} is a pickle; {PICKLE_ADVICE}")
     for magic, meaning in _MAGIC:
         if start.startswith(magic):
             raise InputError(f"{source} is {meaning}")

@@ -138,7 +138,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "LoRA",
     ),
     "no unet file": (remove(UNET_FILE), "holds no diffusion_pytorch_model.safetensors"),
-    "only a pickle": (rename(VAE_FILE, "vae/diffusion_pytorch_model.bin"), "a pickle, which can run code"),
+    "only a pickle": (rename(VAE_FILE, "vae/diffusion_pytorch_model.bin"), "a pickle; convert it to .safetensors"),
     "no vae folder": (rename("vae", "vae.old"), "holds no vae .*--vae FILE"),
     "no text encoder": (rename("text_encoder", "clip"), "holds no text .*text_encoder="),
     "lfs weights": (write(UNET_FILE, b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
