@@ -103,13 +103,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not slow or small or (torch.is_grad_enabled() and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v)
     batch, heads, queries, width = q.shape
-    rows = batch * heads
-    keys, values = k.reshape(rows, -1, width).transpose(1, 2), v.reshape(rows, -1, width)
-    scaled = (q * width**-0.5).reshape(rows, queries, width)
-    size = max(1, SCORES // (rows * keys.shape[2] * q.element_size()))
-    slices = [torch.bmm(torch.bmm(part, keys).softmax(dim=-1), values) for part in scaled.split(size, dim=1)]
-    attended = slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
-    return attended.view(batch, heads, queries, width)
+    length = k.shape[2]
+    size = min(queries, max(1, SCORES // (heads * length * q.element_size())))
+    # One buffer for the scores of every slice: fresh memory costs more than what is computed in it.
+    buffer = q.new_empty(heads * size * length)
+    attended = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # as the next layer reads it
+    for image in range(batch):
+        for part, result in zip(q[image].split(size, dim=1), attended[image].split(size, dim=1), strict=True):
+            scores = buffer[: heads * part.shape[1] * length].view(heads, -1, length)
+            torch.baddbmm(scores, part, k[image].transpose(1, 2), beta=0, alpha=width**-0.5, out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            result.copy_(torch.bmm(scores, v[image]))
+    return attended
 
 
 @cache
