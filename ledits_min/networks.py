@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ledits_min.config import InputError, TextConfig
+from ledits_min.memory import total_memory
 from ledits_min.text import TextEncoder, TextEncoderPair, build_text_model, load_tokenizer
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
@@ -35,8 +36,10 @@ class Networks(NamedTuple):
 def build_networks(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Networks:
     """Networks in `dtype` that take the checkpoint's tensors over: its state dicts are empty afterwards.
 
-    SDXL's autoencoder overflows float16, so it is float32 unless its config says `force_upcast: false`.
+    SDXL's autoencoder overflows float16, so it is float32 unless its config says `force_upcast: false`. InputError
+    where the weights alone are more than the device's memory.
     """
+    check_room(checkpoint, device, dtype)
 
     def encoder(config: TextConfig, state: dict[str, Tensor], tokenizer: Path | None) -> TextEncoder:
         model = _placed(lambda: build_text_model(config), state, device, dtype)
@@ -52,6 +55,19 @@ def build_networks(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     unet = _placed(lambda: UNet(checkpoint.unet_config), checkpoint.unet, device, dtype)
     vae = _placed(lambda: VAE(checkpoint.vae_config), checkpoint.vae, device, vae_dtype)
     return Networks(unet, vae, text)
+
+
+def check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """InputError where the weights cannot fit: known from their shapes, before any is read."""
+    states = (checkpoint.unet, checkpoint.vae, checkpoint.text, checkpoint.text_2)
+    wanted = dtype.itemsize * sum(tensor.numel() for state in states for tensor in state.values())
+    there = total_memory(device)
+    if wanted > there:
+        narrower = "--dtype bfloat16 halves it" if dtype.itemsize == 4 else "a smaller model is needed"
+        raise InputError(
+            f"the weights need {wanted / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {device} has "
+            f"{there / 1e9:.1f} GB of memory; {narrower}, or another --device"
+        )
 
 
 def _placed(build: Callable[[], Module], state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Module:

@@ -95,8 +95,9 @@ class TextEncoder:
         if unknown in ids and unknown != self.tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
             backend, vocabulary = self.tokenizer.backend_tokenizer, self.tokenizer.get_vocab()
             plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
-            words = backend.pre_tokenizer.pre_tokenize_str(plain)
-            strange = [word for word, _ in words if word not in vocabulary]
+            splits = backend.pre_tokenizer
+            words = [word for word, _ in splits.pre_tokenize_str(plain)] if splits else [plain]
+            strange = [word for word in words if word not in vocabulary]
             known = sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens)
             near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
             hint = f" (did you mean {', '.join(near)}?)" if near else ""

@@ -53,7 +53,7 @@ TABLE: dict[str, set[str]] = {
     # weights.header is a leaf of the standard library: how names are quoted, how a .safetensors header is checked.
     "image": {"config", "weights.header"},
     "archive": {"config", "image", "weights.header"},
-    "networks": {"config", "text", "unet", "vae", "weights.load"},
+    "networks": {"config", "memory", "text", "unet", "vae", "weights.load"},
     # The only file that knows all parts.
     "pipeline": {""} | PARTS | {"networks", "request", "weights.load", "weights.lora"},
     "app": set(),

@@ -26,7 +26,17 @@ import numpy as np, torch
 from PIL import Image
 from ledits_min.archive import Inversion, InversionSettings
 from ledits_min.config import ScheduleConfig
+from ledits_min import archive, image
 from ledits_min.image import save_image
+
+def careless(path, content):  # what atomic_write is there to prevent: the file itself, written bit by bit
+    with open(path, "wb", buffering=0) as file:
+        for i in range(0, len(content), len(content) // 50):
+            file.write(content[i : i + len(content) // 50])
+            time.sleep(1e-3)
+
+if sys.argv[2] == "careless":
+    archive.atomic_write = image.atomic_write = careless
 
 def picture(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (300, 300, 3), dtype=np.uint8))
@@ -86,14 +96,26 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("kind", ["result", "inversion"])
 def test_killed_at_fifty_moments_of_a_save(tmp_path: Path, kind: str) -> None:
-    command = [sys.executable, "-c", KILLED, kind]
-    finished = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    found = json.loads(finished.stdout)
+    found = fifty_kills(kind, "atomic", tmp_path)
     print(f"50 kills while saving {kind}: {found}")
     assert found["broken"] == 0
     assert found["old"] + found["new"] + found["none"] == 50
     assert found["left"] > 0  # some kills did hit the write, so the test can fail
+
+
+@pytest.mark.parametrize("kind", ["result", "inversion"])
+def test_the_kills_find_a_writer_that_is_not_atomic(tmp_path: Path, kind: str) -> None:
+    found = fifty_kills(kind, "careless", tmp_path)
+    assert found["broken"] >= 5 and found["left"] == 0
+
+
+def fifty_kills(kind: str, writer: str, folder: Path) -> dict[str, int]:
+    """What lay under the final name after each kill: the old file, the new one, none where there was none, or broken."""
+    command = [sys.executable, "-c", KILLED, kind, writer]
+    finished = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    found: dict[str, int] = json.loads(finished.stdout)
+    return found
 
 
 # Forks the whole command, signals it at a random moment of its work, and reports exit code, stderr and files.
