@@ -51,6 +51,11 @@ class Inversion:
     originals: tuple[Tensor, ...]
     settings: InversionSettings
 
+    @property
+    def original_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every picture as it came in."""
+        return [(original.shape[1], original.shape[0]) for original in self.originals]
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. OSError where the folder cannot be written."""
         tensors = {"x_T": self.x_T, "residuals": self.residuals, "latents": self.latents}

@@ -14,7 +14,7 @@ from ledits_min.unet import UNet
 
 
 class Denoiser:
-    """eps of every (executed step, text) that a run can ask about.
+    """eps of every (executed step, text, image) that a run can ask about.
 
     What depends on them alone is made once, here: the texts' keys and values in every cross-attention, the embedded
     timesteps, the noise levels. A call copies nothing from the host.
@@ -35,15 +35,20 @@ class Denoiser:
             for attention in projected[0]
         }
         timesteps = schedule.timesteps[skip:].to(device)
+        # (texts, images, steps, time_width); one row stands for all images where nothing is told of each alone.
         self.time = torch.stack([
-            unet.embed(timesteps, context.added if context.added is None else context.added.expand(len(timesteps), -1))
+            torch.stack([
+                unet.embed(timesteps, None if image is None else image.expand(len(timesteps), -1))
+                for image in ([None] if context.added is None else context.added)
+            ])
             for context in contexts
         ])  # fmt: skip
 
-    def __call__(self, x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
-        """x_t (n, C, h, w), steps and texts int64 (n,) on its device -> eps float32 (n, C, h, w)."""
+    def __call__(self, x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        """x_t (n, C, h, w); steps, texts and images int64 (n,) on its device -> eps float32 (n, C, h, w)."""
         context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
-        prediction: Tensor = self.unet(x_t, self.time[texts, steps], context).contiguous()
+        time = self.time[texts, images if self.time.shape[1] > 1 else torch.zeros_like(images), steps]
+        prediction: Tensor = self.unet(x_t, time, context).contiguous()
         if self.predicts_v:
             return eps_from_v(prediction, x_t, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
         return prediction

@@ -26,9 +26,9 @@ from ledits_min.vae import VAE
 
 T = TypeVar("T")
 
-# network(x_t (n, C, h, w), steps int64 (n,), texts int64 (n,)) -> eps float32 (n, C, h, w): a step counts the executed
-# ones, a text is its place in Phase.texts; both lie on x_t's device.
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+# network(x_t (n, C, h, w), steps, texts, images, each int64 (n,)) -> eps float32 (n, C, h, w): a step counts the
+# executed ones, a text is its place in Phase.texts, an image its place in the batch; all lie on x_t's device.
+Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 # Above so many evaluations a call nothing gets faster; on a CPU, above so many bytes, which then come from main memory.
@@ -139,7 +139,8 @@ class Evaluator:
         self.capacity, self.done = phase.capacity, 0
         place = {text: n for n, text in enumerate(phase.texts)}
         numbers = torch.tensor([(step, place[text]) for step, text in phase.rows]).repeat_interleave(phase.images, 0)
-        self.steps, self.texts = numbers.T.contiguous().to(device)
+        images = torch.arange(phase.images).repeat(len(phase.rows))
+        self.numbers = torch.stack([*numbers.T, images]).to(device)
         self.finite = torch.ones(phase.evaluations, dtype=torch.bool, device=device)
 
     def __call__(self, x_t: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Evaluator:
         """One call of the network; None where memory ran out and fewer evaluations may fit."""
         here = slice(self.done, self.done + len(x_t))
         try:
-            eps = self.network(x_t, self.steps[here], self.texts[here])
+            eps = self.network(x_t, *self.numbers[:, here])
         except (RuntimeError, MemoryError) as error:
             if len(x_t) == 1 or not is_out_of_memory(error):
                 raise

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ledits_min.config import InputError, TextConfig
+from ledits_min.cpu import computes_in_bfloat16
 from ledits_min.memory import total_memory
 from ledits_min.text import TextEncoder, TextEncoderPair, build_text_model, load_tokenizer
 from ledits_min.unet import UNet
@@ -100,9 +101,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         if device.type == "cpu":
-            capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
-            fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
-            return torch.bfloat16 if fast else torch.float32
+            return torch.bfloat16 if computes_in_bfloat16() else torch.float32
         return torch.float16
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; the choices are auto, {', '.join(DTYPES)}")

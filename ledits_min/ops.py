@@ -22,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ledits_min import inversion
+from ledits_min import cpu, inversion
 from ledits_min.config import InputError
 from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
 from ledits_min.inversion import posterior_mean
 from ledits_min.schedule import sqrt
 from ledits_min.sega import ConceptTerm
 
-SCORES = 2**24  # bytes of attention scores at a time, on a CPU: what its last cache holds
-FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of one step
 
 
@@ -78,7 +76,7 @@ def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = Non
     if add is not None:
         hidden = hidden + add[:, :, None, None]
     normed: Tensor = norm(hidden)
-    return F.silu(normed) if silu else normed
+    return F.silu(normed, inplace=True) if silu else normed  # the norm's own result: nobody else has it
 
 
 def geglu(projected: Tensor) -> Tensor:
@@ -92,36 +90,18 @@ def geglu(projected: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
-
-    torch's fused attention keeps the scores in float32, and has no fast product for that on a CPU that multiplies
-    bfloat16 in vectors but not in tiles (AMX). There the queries go through in slices whose scores fit into the cache,
-    rounded to bfloat16 like everything between two layers.
-    """
-    slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and multiplies_bfloat16_in_vectors()
-    small = q.shape[2] * k.shape[2] < FEW_SCORES
-    if not slow or small or (torch.is_grad_enabled() and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v)
-    batch, heads, queries, width = q.shape
-    length = k.shape[2]
-    size = min(queries, max(1, SCORES // (heads * length * q.element_size())))
-    # One buffer for the scores of every slice: fresh memory costs more than what is computed in it.
-    buffer = q.new_empty(heads * size * length)
-    attended = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # as the next layer reads it
-    for image in range(batch):
-        for part, result in zip(q[image].split(size, dim=1), attended[image].split(size, dim=1), strict=True):
-            scores = buffer[: heads * part.shape[1] * length].view(heads, -1, length)
-            torch.baddbmm(scores, part, k[image].transpose(1, 2), beta=0, alpha=width**-0.5, out=scores)
-            torch.softmax(scores, dim=-1, out=scores)
-            result.copy_(torch.bmm(scores, v[image]))
-    return attended
+    """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d)."""
+    if q.device.type == "cpu" and cpu.slices_attention(q, k):
+        return cpu.attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
-@cache
-def multiplies_bfloat16_in_vectors() -> bool:
-    """Whether this CPU has AVX-512's bfloat16 products and no AMX; False where torch (before 2.10) cannot tell."""
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_bf16")) and not (found.get("amx_bf16") or found.get("amx_tile"))
+def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
+    """tokens + narrow(geglu(widen(norm(tokens)))), tokens (B, N, C)."""
+    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.slices_feed_forward(tokens, narrow):
+        return cpu.feed_forward(tokens, norm, widen, narrow)
+    result: Tensor = tokens + narrow(geglu(widen(norm(tokens))))
+    return result
 
 
 # --- the inversion --------------------------------------------------------------------------------------------------

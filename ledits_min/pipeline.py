@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,8 @@ class LEdits:
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
         num_steps, skip, scale = settings.num_steps, settings.skip, settings.source_guidance_scale
         schedule = make_schedule(self.schedule, num_steps)
-        original = self._original_size(picture.size for picture in pictures)
         x_0 = self._encode(pictures, size)
-        contexts = self._contexts(["", source], original, x_0)
+        contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
         if noise is None:
             noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
         check_noise(noise, (num_steps - skip, *x_0.shape))
@@ -267,9 +266,9 @@ class LEdits:
         guidance = Guidance.of(target, scale, negative, concepts, momentum_scale, momentum_beta, self.defaults)
         schedule = make_schedule(settings.schedule, settings.num_steps)
         start = Start(inversion.x_T, inversion.residuals, schedule, settings.skip, settings.eta)
-        original = self._size_inverted(inversion)
+        sizes = inversion.original_sizes
         row = None if attention is None else self._source_row(attention, inversion, target, negative)
-        latents, masks, steps = self._denoise("editing", start, guidance, original, row, progress, trace, callback)
+        latents, masks, steps = self._denoise("editing", start, guidance, sizes, row, progress, trace, callback)
         return Result(self._pictures(inversion, latents, output_size), latents.cpu(), masks, steps)
 
     @torch.no_grad()
@@ -312,7 +311,7 @@ class LEdits:
         residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
         start = Start(noise[0], residuals, schedule, 0, eta)
         latents, masks, steps = self._denoise(
-            "generating", start, guidance, (width, height), None, progress, trace, callback
+            "generating", start, guidance, [(width, height)], None, progress, trace, callback
         )  # fmt: skip
         return Result(to_images(self.runner.decode(latents)), latents.cpu(), masks, steps)
 
@@ -321,7 +320,7 @@ class LEdits:
         phase: str,
         start: Start,
         guidance: Guidance,
-        original: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
         row: p2p.SourceRow | None,
         progress: bool,
         trace: bool,
@@ -329,7 +328,7 @@ class LEdits:
     ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
         """The latents on the device, one mask a concept, and the trace; RunError for a result that is not finite."""
         guidance.warn_of_idle(len(start.residuals), stacklevel=3)
-        contexts = self._contexts(guidance.texts, original, start.x_T)
+        contexts = self._contexts(guidance.texts, sizes, start.x_T)
         start = replace(start, x_T=start.x_T.to(self.device), residuals=start.residuals.to(self.device))
         if row is None:
             schedule, sigmas = start.schedule, start.schedule.sigmas(start.eta)
@@ -419,11 +418,13 @@ class LEdits:
                 )
         return x_0
 
-    def _contexts(self, texts: Sequence[str], original: tuple[int, int], latents: Tensor) -> dict[str, Context]:
-        """What the UNet is told of each text, one row; SDXL's is told the sizes too.
+    def _contexts(
+        self, texts: Sequence[str], sizes: Sequence[tuple[int, int]], latents: Tensor
+    ) -> dict[str, Context]:
+        """What the UNet is told of each text; SDXL's is told the sizes too, a row an image where they differ.
 
         added = [pooled text, waves of (H, W of the original; 0, 0: nothing cropped; H, W worked at)]
-        [2307.01952, section 2.2]
+        [2307.01952, section 2.2]; `sizes` (width, height) are those of the pictures' own pixels.
         """
         # One prompt a call: a prompt's embedding must not depend, to the last bit, on its neighbours.
         contexts = {text: self.text.encode([text]) for text in dict.fromkeys(texts)}
@@ -431,21 +432,10 @@ class LEdits:
         if not waves:
             return contexts
         worked_at = [side * self.vae.config.factor for side in latents.shape[-2:]]
-        numbers = torch.tensor([*reversed(original), 0, 0, *worked_at], device=self.device)
-        sizes = sinusoids(numbers, waves).view(1, -1)
-        return {text: context.told(sizes) for text, context in contexts.items()}
-
-    def _original_size(self, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-        """(width, height) of the pictures' own pixels. Only SDXL is told; it must be one for all that share a run."""
-        first, *others = dict.fromkeys(sizes)
-        if others and self.unet.config.addition_time_embed_dim:
-            raise InputError(
-                f"this model is told each picture's own size, and {first} and {others[0]} differ; give it one at a time"
-            )
-        return first
-
-    def _size_inverted(self, inversion: Inversion) -> tuple[int, int]:
-        return self._original_size((picture.shape[1], picture.shape[0]) for picture in inversion.originals)
+        told = sizes[:1] if len(set(sizes)) == 1 else sizes
+        numbers = torch.tensor([[height, width, 0, 0, *worked_at] for width, height in told], device=self.device)
+        features = sinusoids(numbers, waves).flatten(1)
+        return {text: context.told(features) for text, context in contexts.items()}
 
     def _source_row(
         self, attention: p2p.PromptToPrompt, inversion: Inversion, target: str, negative: str
@@ -455,8 +445,7 @@ class LEdits:
             raise InputError(f"attention is {type(attention).__name__}; PromptToPrompt() or None is wanted")
         settings, batch = inversion.settings, len(inversion.x_T)
         p2p.check_prompts(settings.source, target, negative)
-        original = self._size_inverted(inversion)
-        contexts = self._contexts(["", settings.source, target], original, inversion.x_T)
+        contexts = self._contexts(["", settings.source, target], inversion.original_sizes, inversion.x_T)
         both = [contexts[settings.source], contexts[target]]
         tokens = torch.cat([context.tokens for context in both])
         added = [context.added for context in both if context.added is not None]
@@ -466,7 +455,7 @@ class LEdits:
         )  # fmt: skip
         both_rows = Context(
             tokens.repeat_interleave(batch, dim=0),
-            torch.cat(added).repeat_interleave(batch, dim=0) if added else None,
+            torch.cat([rows.expand(batch, -1) for rows in added]) if added else None,
         )
         return p2p.SourceRow(settings.source, settings.source_guidance_scale, contexts[""], both_rows, control)
 

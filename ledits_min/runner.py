@@ -13,6 +13,7 @@ from ledits_min.config import RunError
 from ledits_min.denoiser import Denoiser
 from ledits_min.edit import Step
 from ledits_min.engine import Network
+from ledits_min.graphs import Graphed, use_graphs
 from ledits_min.memory import free_memory, is_out_of_memory
 from ledits_min.ops import EditPlan
 from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, size
@@ -131,7 +132,9 @@ class Runner:
         def attempt() -> T:
             texts = [contexts[text] for text in phase.texts]
             before = self.evaluations[phase.name]
-            network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
+            network: Network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
+            if use_graphs(latents.device):
+                network = Graphed(network)
             with progress_bar(phase.name, phase.evaluations, "evaluation", progress) as bar:
 
                 def advance(evaluations: int) -> None:

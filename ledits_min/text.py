@@ -27,15 +27,18 @@ class Context:
     """What the UNet is told of N texts, float32.
 
     tokens  (N, L, D), what the cross-attentions read
-    added   (N, A), what is embedded beside the timestep; None where the family has no such thing
+    added   (N, A), what is embedded beside the timestep; None where the family has no such thing. Of one text it may
+            have a row for each image, where each is told something of its own
     """
 
     tokens: Tensor
     added: Tensor | None = None
 
     def told(self, features: Tensor) -> Context:
-        """With more features (N, F) behind what is embedded beside the timestep."""
-        return Context(self.tokens, features if self.added is None else torch.cat([self.added, features], dim=1))
+        """With more features (B, F) behind what is embedded beside the timestep, added (1, A) -> (B, A + F)."""
+        if self.added is None:
+            return Context(self.tokens, features)
+        return Context(self.tokens, torch.cat([self.added.expand(len(features), -1), features], dim=1))
 
 
 class TextEncoder:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
 from ledits_min.ops import attention as plain_attention
-from ledits_min.ops import geglu, group_norm_silu
+from ledits_min.ops import feed_forward, group_norm_silu
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 KeysValues = Mapping["Attention", tuple[Tensor, Tensor]]  # what a text is to every cross-attention
@@ -318,8 +318,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(tokens)
         tokens = tokens + self.attn1(normed, normed, on_self)
         tokens = tokens + self.attn2(self.norm2(tokens), conditioning.context, on_text)
-        result: Tensor = tokens + self.ff(self.norm3(tokens))
-        return result
+        return feed_forward(tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
 
 
 class Attention(nn.Module):
@@ -357,15 +356,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen four times through a gated unit, then project back; the identity stands where dropout was."""
+    """Widen four times through a gated unit, then project back; the identity stands where dropout was.
+
+    Run by `ops.feed_forward`, together with the norm before it and the sum behind it.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        result: Tensor = self.net(tokens)
-        return result
 
 
 class GEGLU(nn.Module):
@@ -374,9 +372,6 @@ class GEGLU(nn.Module):
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner_width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return geglu(self.proj(tokens))
 
 
 class Downsample(nn.Module):

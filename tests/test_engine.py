@@ -81,8 +81,8 @@ class Run:
         values = torch.tensor([CONTEXTS[text] for text in phase.texts], dtype=torch.float64)
         timesteps = self.schedule.timesteps[self.skip :]
 
-        def network(x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
-            spy(x_t, steps, texts)
+        def network(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+            spy(x_t, steps, texts, images)
             return eps_model(x_t, timesteps[steps], values[texts])
 
         return network
@@ -174,17 +174,17 @@ def test_calls_are_those_of_the_plan() -> None:
     x_t, residuals = run.invert()
 
     def check(phase: Phase, loop: Callable[..., object]) -> None:
-        asked: list[tuple[int, int]] = []
+        asked: list[tuple[int, int, int]] = []
         sizes: list[int] = []
         told: list[int] = []
 
-        def spy(x_t: Tensor, steps: Tensor, texts: Tensor) -> None:
+        def spy(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> None:
             sizes.append(len(x_t))
-            asked.extend(zip(steps.tolist(), texts.tolist(), strict=True))
+            asked.extend(zip(steps.tolist(), texts.tolist(), images.tolist(), strict=True))
 
         loop(network=run.network(phase, spy), progress=told.append)
         assert sizes == [size for sizes in phase.batches for size in sizes] == told
-        assert asked == [(step, phase.texts.index(text)) for step, text in phase.rows for _ in range(run.images)]
+        assert asked == [(step, phase.texts.index(text), i) for step, text in phase.rows for i in range(run.images)]
 
     check(run.inverting, run.invert)
     check(run.editing, partial(run.edit, x_t, residuals))
@@ -211,10 +211,10 @@ def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def failing(network: engine.Network, error: Exception, most: int) -> engine.Network:
     """A network that has memory for `most` evaluations a call."""
 
-    def limited(x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
+    def limited(x_t: Tensor, *numbers: Tensor) -> Tensor:
         if len(x_t) > most:
             raise error
-        return network(x_t, steps, texts)
+        return network(x_t, *numbers)
 
     return limited
 
@@ -243,8 +243,8 @@ def test_what_cannot_be_split_is_raised(error: Exception) -> None:
 def poisoned(network: engine.Network, phase: Phase, step: int, text: str, value: float) -> engine.Network:
     """One value of one evaluation is not finite."""
 
-    def network_with_a_fault(x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
-        eps = network(x_t, steps, texts)
+    def network_with_a_fault(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        eps = network(x_t, steps, texts, images)
         eps[(steps == step) & (texts == phase.texts.index(text)), 0, 0, 0] = value
         return eps
 
@@ -378,9 +378,12 @@ class TestCoding:
 def test_a_prediction_lands_with_its_row(rows: int, capacity: int) -> None:
     """Whatever the batches are."""
     phase = Phase("testing", (tuple((i, "") for i in range(rows)),), 2, capacity, 0)
-    evaluate = engine.Evaluator(
-        lambda x_t, steps, texts: x_t + 100.0 * steps.view(-1, 1, 1, 1), phase, torch.arange(rows), torch.device("cpu")
-    )
+
+    def network(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        return x_t + 100.0 * steps.view(-1, 1, 1, 1) + 10000.0 * images.view(-1, 1, 1, 1)
+
+    evaluate = engine.Evaluator(network, phase, torch.arange(rows), torch.device("cpu"))
     x_t = torch.randn(rows, 2, 3, 2, 2)
-    torch.testing.assert_close(evaluate(x_t), x_t + 100.0 * torch.arange(rows).view(-1, 1, 1, 1, 1))
+    places = 100.0 * torch.arange(rows).view(-1, 1, 1, 1, 1) + 10000.0 * torch.arange(2).view(-1, 1, 1, 1)
+    torch.testing.assert_close(evaluate(x_t), x_t + places)
     evaluate.check()

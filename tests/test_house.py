@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ledits_min", "kernels", "weights", "bench", "tests")
 
 MATHS = {"config", "schedule", "inversion", "sega", "guidance", "edit"}
-RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "runner"}
-PARTS = MATHS | RUNNING | {"ops", "unet", "vae", "text", "image", "archive", "record", "progress", "p2p"}
+RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "graphs", "runner"}
+PARTS = MATHS | RUNNING | {"cpu", "ops", "unet", "vae", "text", "image", "archive", "record", "progress", "p2p"}
 
 # Module of ledits_min -> the modules of ledits_min it may import. "" is the package itself (LEdits, __version__...),
 # "weights.*" every file there. A module that is not in this table has no place in the house yet: give it one.
@@ -38,7 +38,8 @@ TABLE: dict[str, set[str]] = {
     "progress": {"config"},
     "request": {"config", "schedule", "sega"},
     "p2p": MATHS,
-    "ops": {"config", "schedule", "inversion", "sega", "guidance", "kernels.*"},
+    "ops": {"config", "schedule", "inversion", "sega", "guidance", "cpu", "kernels.*"},
+    "cpu": set(),
     # The same loops made fast: first what will be evaluated, then how.
     "cost": {"config"},
     "plan": {"config", "cost", "guidance", "sega"},
@@ -46,6 +47,7 @@ TABLE: dict[str, set[str]] = {
     "tiling": set(),
     "engine": MATHS | {"ops", "plan", "memory", "tiling", "vae"},
     "denoiser": {"schedule", "inversion", "text", "unet"},
+    "graphs": {"config", "memory"},
     "runner": MATHS | RUNNING - {"runner"} | {"ops", "record", "progress", "text", "unet", "vae"},
     "unet": {"config", "ops"},
     "vae": {"config", "ops"},
@@ -53,7 +55,7 @@ TABLE: dict[str, set[str]] = {
     # weights.header is a leaf of the standard library: how names are quoted, how a .safetensors header is checked.
     "image": {"config", "weights.header"},
     "archive": {"config", "image", "weights.header"},
-    "networks": {"config", "memory", "text", "unet", "vae", "weights.load"},
+    "networks": {"config", "cpu", "memory", "text", "unet", "vae", "weights.load"},
     # The only file that knows all parts.
     "pipeline": {""} | PARTS | {"networks", "request", "weights.load", "weights.lora"},
     "app": set(),

@@ -80,23 +80,6 @@ def test_autograd_keeps_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert use_triton(torch.zeros(1), leaf)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 50, 77, 40), (1, 1, 300, 300, 16), (3, 2, 1, 5, 8)])
-@pytest.mark.parametrize("scores", [1, 2**12, 2**24])
-def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, heads, queries, keys, width = shape
-    q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
-    monkeypatch.setattr(ops, "SCORES", scores)
-    monkeypatch.setattr(ops, "FEW_SCORES", 0)
-    monkeypatch.setattr(ops, "multiplies_bfloat16_in_vectors", lambda: True)
-    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    found = ops.attention(q, k, v)
-    assert found.shape == exact.shape
-    assert (found.double() - exact).norm() / exact.norm() < 1e-2
-    assert torch.equal(found, ops.attention(q, k, v))
-    single = ops.attention(q.float(), k.float(), v.float())
-    torch.testing.assert_close(single, exact.float(), rtol=1e-4, atol=1e-5)
-
-
 def test_on_a_cpu_the_layers_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEDITS_KERNELS", raising=False)
     norm, hidden, time = nn.GroupNorm(4, 8), torch.randn(2, 8, 5, 3), torch.randn(2, 8)

@@ -83,9 +83,9 @@ def test_what_was_evaluated_is_told(ledits: LEdits) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2], ids=["nothing added", "one added", "one added an image"])
 @torch.no_grad()
-def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, added: bool) -> None:
+def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, rows: int) -> None:
     torch.manual_seed(0)
     config = replace(
         SD15_UNET,
@@ -95,19 +95,20 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, a
         num_attention_heads=(2, 4),
         cross_attention_dim=12,
         norm_num_groups=8,
-        addition_time_embed_dim=4 if added else 0,
-        projection_class_embeddings_input_dim=10 if added else 0,
+        addition_time_embed_dim=4 if rows else 0,
+        projection_class_embeddings_input_dim=10 if rows else 0,
     )
     unet = UNet(config).eval()
     schedule = make_schedule(ScheduleConfig(), 9)
-    contexts = [Context(torch.randn(1, 5, 12), torch.randn(1, 10) if added else None) for _ in range(3)]
+    contexts = [Context(torch.randn(1, 5, 12), torch.randn(rows, 10) if rows else None) for _ in range(3)]
     network = Denoiser(unet, contexts, schedule, 2, prediction_type)
-    steps, texts = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2])
+    steps, texts, images = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2]), torch.tensor([0, 0, 1, 1])
     x_t = torch.randn(4, 4, 6, 7)
-    found = network(x_t, steps, texts)
+    found = network(x_t, steps, texts, images)
     for i in range(4):
         context, t = contexts[texts[i]], schedule.timesteps[2:][steps[i]].view(1)
-        wanted = unet(x_t[i : i + 1], t, context.tokens, context.added)
+        added = None if context.added is None else context.added[int(images[i]) % rows][None]
+        wanted = unet(x_t[i : i + 1], t, context.tokens, added)
         if prediction_type == "v_prediction":
             wanted = eps_from_v(wanted, x_t[i : i + 1], schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1))
         torch.testing.assert_close(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)

@@ -110,7 +110,7 @@ def test_the_kills_find_a_writer_that_is_not_atomic(tmp_path: Path, kind: str) -
 
 
 def fifty_kills(kind: str, writer: str, folder: Path) -> dict[str, int]:
-    """What lay under the final name after each kill: the old file, the new one, none where there was none, or broken."""
+    """What each kill left under the final name: the old file, the new one, none where there was none, or broken."""
     command = [sys.executable, "-c", KILLED, kind, writer]
     finished = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip import CLIPTextModel
 
-from ledits_min import Concept, InputError, LEdits, PromptToPrompt
+from ledits_min import Concept, LEdits, PromptToPrompt
 from ledits_min.config import ScheduleConfig
 from ledits_min.image import to_tensor
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
@@ -171,11 +171,25 @@ def test_sdxl_is_told_the_pictures_own_size(checkpoints: ModuleType, tmp_path: P
     other = replace(inversion, originals=(torch.zeros(48, 64, 3, dtype=torch.uint8),))
     edits = [ledits.edit(each, TARGET, progress=False, output_size="model").latents for each in (inversion, other)]
     assert error(edits[1], edits[0]) > 1e-3
-    with pytest.raises(InputError, match="own size, and .* differ; give it one at a time"):
-        ledits.invert([picture(), picture().resize(WORKED_AT)], **quick)
-    both = ledits.invert([picture(), picture()], seed=[0, 0], **quick)
-    together = ledits.edit(both, TARGET, progress=False).latents
-    assert error(together[1], edits[0][0]) < 1e-3
+
+
+@pytest.mark.parametrize("attention", [None, PromptToPrompt()])
+def test_sdxl_is_told_each_pictures_own_size_in_a_batch(
+    checkpoints: ModuleType, tmp_path: Path, error: Error, attention: PromptToPrompt | None
+) -> None:
+    checkpoints.write_family_folder(tmp_path / "model", "SDXL")
+    ledits = LEdits.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    pictures = [picture(), picture().resize(WORKED_AT), picture().resize((200, 50))]
+    quick: dict[str, Any] = {"source": SOURCE, "num_steps": 4, "skip": 0, "progress": False, "size": WORKED_AT}
+    wish: dict[str, Any] = {"target": TARGET, "attention": attention, "progress": False, "output_size": "model"}
+    batch = ledits.invert(pictures, seed=[3, 4, 3], **quick)
+    together = ledits.edit(batch, **wish).latents
+    for i, (each, seed) in enumerate(zip(pictures, [3, 4, 3], strict=True)):
+        alone = ledits.invert(each, seed=seed, **quick)
+        assert error(batch.residuals[:, i], alone.residuals[:, 0]) < 1e-5
+        assert error(together[i], ledits.edit(alone, **wish).latents[0]) < 1e-4
+    others = replace(batch, originals=batch.originals[:1] * 3)
+    assert error(ledits.edit(others, **wish).latents[2], together[2]) > 1e-3, "the sizes do nothing"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

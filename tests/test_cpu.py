@@ -1,0 +1,93 @@
+"""Layers in slices on a CPU: what they compute is what `ops` says, in every precision and at every remainder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ledits_min import cpu, ops
+
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the layer's own rounding, relative
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 50, 77, 40), (1, 1, 300, 300, 16), (3, 2, 1, 5, 8)])
+@pytest.mark.parametrize("scores", [1, 2**12, 2**24])
+def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, heads, queries, keys, width = shape
+    q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
+    monkeypatch.setattr(cpu, "SCORES", scores)
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
+    assert cpu.slices_attention(q, k) and not cpu.slices_attention(q.float(), k.float())
+    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = ops.attention(q, k, v)
+    assert found.shape == exact.shape
+    assert error(found, exact) < 1e-2
+    assert torch.equal(found, ops.attention(q, k, v))
+    assert error(ops.attention(q.float(), k.float(), v.float()), exact) < 1e-5
+
+
+def layers(width: int, dtype: torch.dtype) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear]:
+    torch.manual_seed(width)
+    norm, widen, narrow = nn.LayerNorm(width), nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    for layer in (norm, widen, narrow):
+        layer.to(dtype).requires_grad_(False)
+    return norm, widen, narrow
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [((2, 7, 24), 24), ((1, 64, 40), 40), ((3, 33, 16), 16), ((5, 1, 8), 8)])
+def test_the_feed_forward_in_slices(
+    tokens: tuple[int, ...], width: int, fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "ROWS", 4)
+    if fused and not (dtype == torch.bfloat16 and cpu.has_fused_products()):
+        pytest.skip("fused products are for bfloat16, on CPUs that compute in it")
+    monkeypatch.setattr(cpu, "has_fused_products", lambda: fused)
+    x = torch.randn(tokens).to(dtype)
+    norm, widen, narrow = layers(width, dtype)
+    assert cpu.slices_feed_forward(x, narrow)
+    found = ops.feed_forward(x, norm, widen, narrow)
+    for layer in (norm, widen, narrow):
+        layer.double()
+    value, gate = widen(norm(x.double())).chunk(2, dim=-1)
+    exact = x.double() + narrow(value * nn.functional.gelu(gate))
+    assert found.shape == x.shape and found.dtype == dtype
+    assert error(found, exact) < BOUNDS[dtype]
+
+
+def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "ROWS", 4)
+    norm, widen, narrow = layers(16, torch.float32)
+    x = torch.randn(2, 6, 16)
+    whole = ops.feed_forward(x, norm, widen, narrow)
+    poisoned = x.clone()
+    poisoned[1, 5] = torch.nan
+    found = ops.feed_forward(poisoned, norm, widen, narrow)
+    assert torch.equal(found.flatten(0, 1)[:11], whole.flatten(0, 1)[:11]) and found[1, 5].isnan().all()
+
+
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_gradients_are_not_lost(of_tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "ROWS", 2)
+    norm, widen, narrow = layers(8, torch.float32)
+    x = torch.randn(1, 5, 8, requires_grad=of_tokens)
+    narrow.weight.requires_grad_(not of_tokens)
+    ops.feed_forward(x, norm, widen, narrow).sum().backward()
+    assert (x.grad if of_tokens else narrow.weight.grad) is not None
+
+
+def test_without_torchs_fused_products_plain_ones_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.has_fused_products.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    try:
+        assert not cpu.fuses(torch.zeros(1, dtype=torch.bfloat16))
+    finally:
+        cpu.has_fused_products.cache_clear()
