@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,30 +19,6 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", action="store_true", help="write bench/results/<stem>.json")
-
-
-def processor() -> str:
-    """Its name as Linux tells it; elsewhere what the platform says."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def conditions() -> dict[str, Any]:
-    """What a figure means little without. No host name: the file is committed."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "processor": processor(),
-        "cores": cores,
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-    }
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +35,7 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
         "seconds": {name: round(getattr(stats, name), 4) for name in ("min", "median", "max")},
         "rounds": stats.rounds,
         **benchmark.extra_info,
-        "conditions": conditions(),
+        "conditions": beside("conditions").conditions(),
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")

@@ -2,35 +2,42 @@
 
 The peer inverts every step, one by one and those it will skip too, evaluates 2 + K branches at every editing step, and
 takes torch.quantile for the masks. Both sides have the same random weights, contexts, picture and noise, the same
-dtype, channels-last memory and torch's scaled_dot_product_attention, and run in the same process. Their latents are
-compared before any time is printed: those of a few steps in float32, where they must agree to rounding, and those that
-were timed. Where they disagree, nothing is printed but that.
+dtype (unless --peer-dtype says otherwise), channels-last memory and torch's scaled_dot_product_attention. They take
+turns, each in processes of its own, so that each has its own peak memory and its own allocator: ours the one of the
+`ledits` command. Their latents are compared before any time is printed: those of a few steps in float32, where they
+must agree to rounding, and those that were timed. Where they disagree, nothing is printed but that.
 
-    python bench/peer_diffusers.py --dtype bf16 --size 512 --steps 20 --skip 7
-    python bench/peer_diffusers.py --quick
+    python -m bench.peer_diffusers --dtype bf16 --size 512 --steps 20 --skip 7
+    python -m bench.peer_diffusers --peer-dtype fp32
+    python -m bench.peer_diffusers --prompts --compile
+    python -m bench.peer_diffusers --quick
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import subprocess
+import sys
+import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, logging
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.conditions import Memory, conditions
 from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
 from ledits_min.edit import levels
 from ledits_min.image import open_image, to_tensor
 from ledits_min.inversion import draw_noise
+from ledits_min.memory import keep_freed_memory
 from ledits_min.ops import EditPlan
 from ledits_min.runner import Runner
 from ledits_min.schedule import Schedule, make_schedule
@@ -46,20 +53,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative. In half precision both sides are equally far from float32: masks move, and a random network is no denoiser.
 AGREE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
 TOKENS = 77
+SIDES = ("ours", "peer")
 QUICK_UNET = replace(SD15_UNET, block_out_channels=(64, 64, 128, 128), norm_num_groups=16)
 QUICK_VAE = replace(SD15_VAE, block_out_channels=(32, 32, 64, 64), norm_num_groups=16)
-
-
-@dataclass
-class Networks:
-    """Both sides' networks around the same weights."""
-
-    ours: tuple[UNet, VAE]
-    theirs: tuple[Any, Any]
-
-    def to(self, dtype: torch.dtype) -> None:
-        for network in (*self.ours, *self.theirs):
-            network.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -101,36 +97,45 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def build(quick: bool, device: torch.device) -> Networks:
-    """Random float32 weights that keep activations near one and predictions small; both sides take the same tensors."""
+def build_ours(quick: bool, device: torch.device) -> tuple[UNet, VAE]:
+    with torch.device("meta"):
+        networks = UNet(QUICK_UNET if quick else SD15_UNET), VAE(QUICK_VAE if quick else SD15_VAE)
+    return fill(networks, device)
+
+
+def build_theirs(quick: bool, device: torch.device) -> tuple[Any, Any]:
     unet_config, vae_config = (QUICK_UNET, QUICK_VAE) if quick else (SD15_UNET, SD15_VAE)
     with torch.device("meta"):
-        ours = UNet(unet_config), VAE(vae_config)
-        theirs = (
+        networks = (
             UNet2DConditionModel.from_config(unet_config.to_json()),
             AutoencoderKL.from_config(vae_config.to_json()),
         )
-    for seed, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        generator = torch.Generator().manual_seed(seed)
+    return fill(networks, device)
+
+
+def fill(networks: tuple[T, ...], device: torch.device) -> tuple[T, ...]:
+    """Random float32 weights that keep activations near one and predictions small; the same for the same names."""
+    for seed, network in enumerate(networks):
+        assert isinstance(network, torch.nn.Module)
         weights: dict[str, Tensor] = {}
-        for name, tensor in mine.state_dict().items():
+        for name, tensor in network.state_dict().items():
+            generator = torch.Generator().manual_seed(1000 * seed + zlib.crc32(name.encode()))
             values = torch.randn(tensor.shape, generator=generator)
             scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
             scale *= 0.1 if name.startswith("conv_out") else 1.0
             values = values * scale + (tensor.dim() == 1 and name.endswith("weight"))
             layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
             weights[name] = values.to(device).contiguous(memory_format=layout)
-        for network in (mine, other):
-            network.load_state_dict(weights, strict=True, assign=True)
-            network.eval().requires_grad_(False)
-    return Networks(ours, theirs)
+        network.load_state_dict(weights, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+    return networks
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def run_ours(networks: Networks, job: Job) -> Side:
-    runner, side = Runner(*networks.ours, "epsilon", TOKENS), Side()
+def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
+    runner, side = Runner(*networks, "epsilon", TOKENS), Side()
     sigmas = job.schedule.sigmas(1.0)
     table = [levels(job.schedule, sigmas, step) for step in range(job.skip, job.schedule.num_steps)]
     plan = EditPlan(table, job.terms, job.target, job.guidance_scale)
@@ -150,8 +155,8 @@ def run_ours(networks: Networks, job: Job) -> Side:
 # --- the peer -------------------------------------------------------------------------------------------------------
 
 
-def run_peer(networks: Networks, job: Job) -> Side:
-    unet, vae = networks.theirs
+def run_peer(networks: tuple[Any, Any], job: Job) -> Side:
+    unet, vae = networks
     side, dtype = Side(), next(unet.parameters()).dtype
     factor = vae.config.scaling_factor
 
@@ -212,67 +217,30 @@ def edit_one_by_one(predict: Predict, job: Job, x_t: Tensor, residuals: list[Ten
     return x_t
 
 
-# --- the network alone ----------------------------------------------------------------------------------------------
-
-
-def unet_alone(networks: Networks, size: tuple[int, int], batch: int, width: int, rounds: int) -> dict[str, float]:
-    """Seconds a call, ours with the text projected and the time embedded before, as the engine calls it."""
-    ours, theirs = networks.ours[0], networks.theirs[0]
-    weight = next(ours.parameters())
-    x_t = torch.randn(batch, 4, *size, device=weight.device)
-    context, t = (
-        torch.randn(batch, TOKENS, width, device=weight.device),
-        torch.full((batch,), 481, device=weight.device),
-    )
-    time_, keys_values = ours.embed(t), ours.project(context)
-    x_half = x_t.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-    calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours(x_t, time_, keys_values),
-        "theirs": lambda: theirs(x_half, t, encoder_hidden_states=context.to(weight.dtype)),
-    }
-    seconds = dict.fromkeys(calls, float("inf"))
-    for round_ in range(rounds + 1):  # the first one warms up; sides take turns
-        for name, call in calls.items():
-            synchronize()
-            started = time.perf_counter()
-            call()
-            synchronize()
-            if round_:
-                seconds[name] = min(seconds[name], time.perf_counter() - started)
-    return seconds
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--peer-dtype", choices=DTYPES, help="the peer's, if another")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--skip", type=int, default=7)
     parser.add_argument("--concepts", type=int, default=2)
     parser.add_argument("--prompts", action="store_true", help="give a source and a target prompt")
+    parser.add_argument("--compile", action="store_true", help="both UNets through torch.compile")
+    parser.add_argument("--rounds", type=int, default=1, help="edits of each side, taking turns; the best of each counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="of the UNet alone")
     parser.add_argument("--quick", action="store_true", help="small networks and few steps: does it run?")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # a process of one side
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.size, args.steps, args.skip = 128, 5, 2
+    args.peer_dtype = args.peer_dtype or args.dtype
     return args
-
-
-def compare(networks: Networks, job: Job, dtype: str) -> tuple[Side, Side, float]:
-    """Both sides' runs and how far their latents are apart; the end where that is too far."""
-    ours, peer = run_ours(networks, job), run_peer(networks, job)
-    assert ours.latents is not None
-    assert peer.latents is not None
-    off = float((ours.latents - peer.latents).norm() / peer.latents.norm())
-    print(f"{dtype}, {job.schedule.num_steps} steps: edited latents differ by {off:.1e} ({AGREE[dtype]} allowed)")
-    if not off <= AGREE[dtype]:
-        raise SystemExit("the two sides disagree: no time is printed")
-    return ours, peer, off
 
 
 def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device: torch.device) -> Job:
@@ -293,42 +261,87 @@ def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device
 
 
 @torch.no_grad()
+def run_side(args: argparse.Namespace) -> None:
+    """One side's share, left in two files: its latents, and what they took."""
+    device = torch.device(args.device)
+    ours = args.side == "ours"
+    if ours:
+        keep_freed_memory()
+    logging.set_verbosity_error()  # it warns of casting networks, which is meant
+    networks: Any = build_ours(args.quick, device) if ours else build_theirs(args.quick, device)
+    run: Callable[[Any, Job], Side] = run_ours if ours else run_peer
+    width = (QUICK_UNET if args.quick else SD15_UNET).cross_attention_dim
+    exact = run(networks, make_job(args, 3, 1, width, device))
+    for network in networks:
+        network.to(DTYPES[args.dtype if ours else args.peer_dtype])
+    if args.compile:
+        networks[0].compile(dynamic=False)
+    started = time.perf_counter()
+    run(networks, make_job(args, 4, 1, width, device))  # warms up, and compiles
+    warm_up = time.perf_counter() - started
+    job = make_job(args, args.steps, args.skip, width, device)
+    with Memory(device) as memory:
+        side = run(networks, job)
+    assert exact.latents is not None and side.latents is not None
+    latents = {"exact": exact.latents.cpu().contiguous(), "timed": side.latents.cpu().contiguous()}
+    save_file(latents, args.into / f"{args.side}.safetensors")
+    found = {
+        "evaluations": side.evaluations,
+        "seconds": {name: round(value, 3) for name, value in side.seconds.items()},
+        "warm_up_seconds": round(warm_up, 1),
+        "peak_memory_GB": round(memory.peak / 1e9, 2),
+    }
+    (args.into / f"{args.side}.json").write_text(json.dumps(found))
+
+
+def run_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each side's best round took, after its latents were held against the other's."""
+    best: dict[str, dict[str, Any]] = {}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for side in SIDES:
+                command = [sys.executable, "-m", "bench.peer_diffusers", *sys.argv[1:], "--side", side, "--into", folder]
+                subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+            latents = {side: load_file(Path(folder) / f"{side}.safetensors") for side in SIDES}
+            found = {side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES}
+        for name, dtype in (("exact", "fp32"), ("timed", args.dtype)):
+            mine, theirs = latents["ours"][name], latents["peer"][name]
+            off = float((mine - theirs).norm() / theirs.norm())
+            print(f"{dtype}: edited latents differ by {off:.1e} ({AGREE[dtype]} allowed)", file=sys.stderr)
+            if not off <= AGREE[dtype]:
+                raise SystemExit("the two sides disagree: no time is printed")
+            found["ours"][f"{name}_latents_differ"] = off
+        for side, numbers in found.items():
+            if side not in best or total(numbers) < total(best[side]):
+                best[side] = numbers
+    return best
+
+
+def total(found: dict[str, Any]) -> float:
+    return float(sum(found["seconds"].values()))
+
+
 def main() -> None:
     args = options()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    logging.set_verbosity_error()  # it warns of casting networks, which is meant
-    networks = build(args.quick, device)
-    width = networks.ours[0].config.cross_attention_dim
-    compare(networks, make_job(args, 3, 1, width, device), "fp32")
-    networks.to(dtype)
-    job = make_job(args, args.steps, args.skip, width, device)
-
-    latents = (args.size // 8, args.size // 8)
-    alone = {batch: unet_alone(networks, latents, batch, width, args.rounds) for batch in (1, 4)}  # and a warm-up
-    ours, peer, off = compare(networks, job, args.dtype)
+    if args.side:
+        run_side(args)
+        return
+    found = run_both(args)
+    names = ("dtype", "peer_dtype", "size", "steps", "skip", "concepts", "prompts", "compile", "rounds")
     result = {
-        "settings": {name: getattr(args, name) for name in ("dtype", "size", "steps", "skip", "concepts", "prompts")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
-        "latents_differ": off,
-        "unet_seconds": {f"batch {batch}": rounded(seconds) for batch, seconds in alone.items()},
-        "unet_ratio": {f"batch {batch}": round(s["theirs"] / s["ours"], 3) for batch, s in alone.items()},
-        "ours": {"evaluations": ours.evaluations, "seconds": rounded(ours.seconds)},
-        "peer": {"evaluations": peer.evaluations, "seconds": rounded(peer.seconds)},
-        "ratio": round(sum(peer.seconds.values()) / sum(ours.seconds.values()), 3),
+        "settings": {name: getattr(args, name) for name in names},
+        **found,
+        "ratio": round(total(found["peer"]) / total(found["ours"]), 3),
+        "memory_ratio": round(found["peer"]["peak_memory_GB"] / found["ours"]["peak_memory_GB"], 3),
+        "conditions": conditions(),
     }
     print(json.dumps(result, indent=2))
     if not args.quick:
         kept = json.loads(args.output.read_text()) if args.output.exists() else {}
-        prompts = ", prompts" if args.prompts else ""
-        kept[f"{device.type} {args.dtype} {args.size} px {args.steps} steps{prompts}"] = result
+        dtypes = args.dtype if args.dtype == args.peer_dtype else f"{args.dtype} against {args.peer_dtype}"
+        more = ", prompts" * args.prompts + ", compiled" * args.compile
+        kept[f"{args.device} {dtypes} {args.size} px {args.steps} steps{more}"] = result
         args.output.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
-
-
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ def slices_attention(q: Tensor, k: Tensor) -> bool:
     torch's fused attention keeps the scores in float32, and has no fast product for that on a CPU that multiplies
     bfloat16 in vectors but not in tiles (AMX).
     """
-    slow = q.dtype == torch.bfloat16 and multiplies_bfloat16_in_vectors()
-    return slow and q.shape[2] * k.shape[2] >= FEW_SCORES and not _is_recorded(q)
+    if _is_recorded(q) or q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] < FEW_SCORES:
+        return False
+    return multiplies_bfloat16_in_vectors()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def slices_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
     """Whether `feed_forward` here beats the layers one after the other."""
-    return tokens.shape[:-1].numel() > ROWS and not _is_recorded(tokens, layer.weight)
+    return not _is_recorded(tokens, layer.weight) and tokens.shape[:-1].numel() > ROWS
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
@@ -103,4 +104,7 @@ def _capabilities() -> dict[str, object]:
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd wants the layers as they are, or torch.compile, which fuses them in its own way."""
+    if torch.compiler.is_compiling():
+        return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -6,7 +6,7 @@ LEDITS_KERNELS = auto    Triton for tensors on a CUDA device, torch for all othe
 
 The torch side of every operation calls `sega`, `guidance` and `inversion`; what it computes is what the operation
 means. Only the absence of Triton makes `auto` use torch on a GPU: a Triton that is there and fails, raises. The kernels
-have no backward, so while autograd records, torch runs.
+have no backward, so while autograd records, torch runs; likewise under torch.compile, which makes kernels of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of 
 
 def use_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs as a kernel; InputError where LEDITS_KERNELS cannot be honoured."""
+    if torch.compiler.is_compiling():
+        return False
     mode = os.environ.get("LEDITS_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise InputError(f"LEDITS_KERNELS is {mode!r}; it must be 'auto', 'torch' or 'triton'")

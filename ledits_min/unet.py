@@ -318,7 +318,8 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(tokens)
         tokens = tokens + self.attn1(normed, normed, on_self)
         tokens = tokens + self.attn2(self.norm2(tokens), conditioning.context, on_text)
-        return feed_forward(tokens, self.norm3, self.ff.net[0].proj, self.ff.net[2])
+        result: Tensor = self.ff(tokens, self.norm3)
+        return result
 
 
 class Attention(nn.Module):
@@ -356,14 +357,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen four times through a gated unit, then project back; the identity stands where dropout was.
-
-    Run by `ops.feed_forward`, together with the norm before it and the sum behind it.
-    """
+    """Widen four times through a gated unit, then project back; the identity stands where dropout was."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """tokens + net(norm(tokens)), as one operation."""
+        unit, _, narrow = self.net
+        assert isinstance(unit, GEGLU) and isinstance(narrow, nn.Linear)
+        return feed_forward(tokens, norm, unit.proj, narrow)
 
 
 class GEGLU(nn.Module):

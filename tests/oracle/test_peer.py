@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "bench/peer_diffusers.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_quick_run() -> None:
     """Five steps of which two are skipped, a source and a target prompt, two concepts; evaluations of either side."""
-    done = subprocess.run([sys.executable, SCRIPT, "--quick", "--prompts"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.peer_diffusers", "--quick", "--prompts"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout[done.stdout.index("{") :])
     assert found["ours"]["evaluations"] == 3 * 2 + 2 + 2 * 4
     assert found["peer"]["evaluations"] == 5 * 2 + 3 * 4
-    assert found["latents_differ"] <= 0.5
+    assert found["ours"]["exact_latents_differ"] <= 1e-3
+    assert found["ours"]["timed_latents_differ"] <= 0.5
+    assert found["ours"]["peak_memory_GB"] > 0
