@@ -230,7 +230,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--concepts", type=int, default=2)
     parser.add_argument("--prompts", action="store_true", help="give a source and a target prompt")
     parser.add_argument("--compile", action="store_true", help="both UNets through torch.compile")
-    parser.add_argument("--rounds", type=int, default=1, help="edits of each side, taking turns; the best of each counts")
+    parser.add_argument("--rounds", type=int, default=1, help="edits of each side, taking turns; the best counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small networks and few steps: does it run?")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -300,8 +300,8 @@ def run_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:
-                command = [sys.executable, "-m", "bench.peer_diffusers", *sys.argv[1:], "--side", side, "--into", folder]
-                subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+                command = [sys.executable, "-m", "bench.peer_diffusers", *sys.argv[1:]]
+                subprocess.run([*command, "--side", side, "--into", folder], check=True, cwd=Path(__file__).parents[1])
             latents = {side: load_file(Path(folder) / f"{side}.safetensors") for side in SIDES}
             found = {side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES}
         for name, dtype in (("exact", "fp32"), ("timed", args.dtype)):

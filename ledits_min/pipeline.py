@@ -87,6 +87,7 @@ class LEdits:
         prediction_type: str | None = None,
         lora: LoraSource | Sequence[LoraSource] = (),
         ema: bool = False,
+        compile: bool = False,
     ) -> LEdits:
         """Load the embedded model ("tiny"), a .safetensors file, a diffusers folder, or an org/name[@revision] that is
         in the local Hugging Face cache. Never touches a network.
@@ -94,7 +95,8 @@ class LEdits:
         device "auto" is CUDA where there is one; dtype "auto" is float16 there, bfloat16 on a CPU that computes in it,
         else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
         "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
-        `ema` takes the averaged UNet of a single file that brings both. InputError names anything that does not fit.
+        `ema` takes the averaged UNet of a single file that brings both. `compile` runs the UNet through torch.compile:
+        a minute or more for every batch size at first, faster from then on. InputError names anything that does not fit.
         """
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
@@ -102,7 +104,10 @@ class LEdits:
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
             lora=lora, ema=ema, dtype=chosen_dtype,
         )  # fmt: skip
-        return cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, embedded=str(model) == "tiny")
+        ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, embedded=str(model) == "tiny")
+        if compile:
+            ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
+        return ledits
 
     @classmethod
     def from_checkpoint(

@@ -79,7 +79,9 @@ def load_model(args: argparse.Namespace) -> LEdits:
     survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
     from ledits_min import LEdits
 
-    ledits = LEdits.from_pretrained(args.model, device=args.device, dtype=args.dtype, **parts(args))
+    ledits = LEdits.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
+    )  # fmt: skip
     for text in ledits.notes:
         notice(args, text)
     return ledits

@@ -111,6 +111,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_part_options(group)
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", metavar="D", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster")
 
 
 def add_part_options(group: Any) -> None:
