@@ -96,7 +96,7 @@ class LEdits:
         else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
         "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
         `ema` takes the averaged UNet of a single file that brings both. `compile` runs the UNet through torch.compile:
-        a minute or more for every batch size at first, faster from then on. InputError names anything that does not fit.
+        a minute or more for every batch size at first, faster then. InputError names anything that does not fit.
         """
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)

@@ -292,3 +292,11 @@ def test_generation_is_the_same_loop_with_drawn_residuals(ledits: LEdits) -> Non
     assert (alone.latents[0] - result.latents[1]).abs().max() < 1e-3
     assert not torch.equal(alone.latents, ledits.generate("a portrait", seed=4, eta=1.0, **settings).latents)
     assert ledits.generate("a portrait", size=(96, 64), **settings).images[0].size == (96, 64)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_unet_is_compiled_where_that_is_wanted(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append({"network": self, **how}))
+    ledits = LEdits.from_pretrained("tiny", device="cpu", compile=wanted)
+    assert asked == ([{"network": ledits.unet, "dynamic": False}] if wanted else [])

@@ -102,3 +102,14 @@ def test_every_weight_is_used() -> None:
     unet = UNet(CONFIG)
     unet(*inputs(2)).square().sum().backward()
     assert [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_sees_one_graph(unet: UNet, dtype: torch.dtype) -> None:
+    """As the engine calls it, without a break; the graph is run as it was traced, for a compiler takes minutes."""
+    unet.to(dtype)
+    compiled = torch.compile(unet.forward, backend="eager", dynamic=False, fullgraph=True)
+    x_t, t, context = inputs(2, 64, 32)
+    asked = x_t, unet.embed(t), unet.project(context)
+    torch.testing.assert_close(compiled(*asked), unet(*asked))
