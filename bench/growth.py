@@ -1,0 +1,125 @@
+"""How an edit's time grows with steps, concepts, picture size and the number of pictures, ours and the peer's.
+
+One dial is turned at a time, the others stay where BASE has them; SD 1.5 at full size with random weights, as in
+`bench.peer_diffusers`, whose two sides these are. The peer knows one picture at a time. results/growth.json, and a plot
+of it: results/growth.png.
+
+    python -m bench.growth
+    python -m bench.growth --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from diffusers import logging
+
+from bench.conditions import Memory, conditions
+from bench.peer_diffusers import DTYPES, SIDES, Side, build_ours, build_theirs, make_job, run_ours, run_peer
+from ledits_min.memory import keep_freed_memory
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+BASE = {"steps": 10, "concepts": 2, "size": 256, "images": 1}
+DIALS = {
+    "steps": ("steps, of which 30 % are skipped", (5, 10, 20, 40)),
+    "concepts": ("concepts", (0, 1, 2, 4)),
+    "size": ("pixels a side", (128, 256, 384, 512)),
+    "images": ("pictures", (1, 2, 4, 8)),
+}
+STYLES = {"ours": ("#0072B2", "o"), "peer": ("#D55E00", "^")}  # Okabe and Ito's colours
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small networks, the first two points: does it run?")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Of one side, for every dial: value, seconds, evaluations and peak memory."""
+    device, ours = torch.device(args.device), args.side == "ours"
+    if ours:
+        keep_freed_memory()
+    logging.set_verbosity_error()
+    networks: Any = (build_ours if ours else build_theirs)(args.quick, device)
+    run: Callable[..., Side] = run_ours if ours else run_peer
+    for network in networks:
+        network.to(DTYPES[args.dtype])
+    width = networks[0].config.cross_attention_dim
+
+    def point(setting: dict[str, int]) -> dict[str, float]:
+        wanted = argparse.Namespace(prompts=False, **setting)
+        job = make_job(wanted, setting["steps"], setting["steps"] * 3 // 10, width, device)
+        many = setting["images"]
+        job = replace(job, image=job.image.expand(many, -1, -1, -1), noise=job.noise.repeat(1, many, 1, 1, 1))
+        with Memory(device) as memory:
+            side = run(networks, job)
+        gigabytes = round(memory.peak / 1e9, 2)
+        return {"seconds": round(sum(side.seconds.values()), 3), "evaluations": side.evaluations, "peak_GB": gigabytes}
+
+    point(BASE)  # a warm-up
+    found: dict[str, list[dict[str, float]]] = {}
+    for dial, (_, values) in DIALS.items():
+        if dial == "images" and not ours:
+            continue
+        wanted = values[:2] if args.quick else values
+        found[dial] = [{"value": value, **point({**BASE, dial: value})} for value in wanted]
+    return found
+
+
+def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None:
+    figure, axes = plt.subplots(1, len(DIALS), figsize=(3.4 * len(DIALS), 3.1))
+    for axis, (dial, (label, _)) in zip(axes, DIALS.items(), strict=True):
+        for side, (color, marker) in STYLES.items():
+            points = found[side].get(dial, [])
+            line = "ours" if side == "ours" else "the published loop on diffusers"
+            x, y = [p["value"] for p in points], [p["seconds"] for p in points]
+            axis.plot(x, y, marker=marker, color=color, label=line)
+        if dial == "images":
+            first = found["ours"][dial][0]["seconds"]
+            many = [p["value"] for p in found["ours"][dial]]
+            axis.plot(many, [first * n for n in many], "--", color="#666666", label="one by one")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set(xlabel=label, ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("seconds an edit")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    args = options()
+    if args.side:
+        print(json.dumps(measure(args)))
+        return
+    found = {}
+    for side in SIDES:
+        command = [sys.executable, "-m", "bench.growth", *sys.argv[1:], "--side", side]
+        done = subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found, indent=2))
+    if not args.quick:
+        content = {"base": BASE, "dtype": args.dtype, "device": args.device, **found, "conditions": conditions()}
+        (RESULTS / "growth.json").write_text(json.dumps(content, indent=2) + "\n")
+        plot(found, RESULTS / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
