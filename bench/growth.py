@@ -1,8 +1,8 @@
 """How an edit's time grows with steps, concepts, picture size and the number of pictures, ours and the peer's.
 
 One dial is turned at a time, the others stay where BASE has them; SD 1.5 at full size with random weights, as in
-`bench.peer_diffusers`, whose two sides these are. The peer knows one picture at a time. results/growth.json, and a plot
-of it: results/growth.png.
+`bench.peer_diffusers`, whose two sides these are. The peer takes one picture after the other. It leaves
+results/growth.json, and a plot of it: results/growth.png.
 
     python -m bench.growth
     python -m bench.growth --quick
@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ DIALS = {
     "steps": ("steps, of which 30 % are skipped", (5, 10, 20, 40)),
     "concepts": ("concepts", (0, 1, 2, 4)),
     "size": ("pixels a side", (128, 256, 384, 512)),
-    "images": ("pictures", (1, 2, 4, 8)),
+    "images": ("pictures", (1, 2, 4)),
 }
 STYLES = {"ours": ("#0072B2", "o"), "peer": ("#D55E00", "^")}  # Okabe and Ito's colours
 
@@ -66,8 +65,6 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     def point(setting: dict[str, int]) -> dict[str, float]:
         wanted = argparse.Namespace(prompts=False, **setting)
         job = make_job(wanted, setting["steps"], setting["steps"] * 3 // 10, width, device)
-        many = setting["images"]
-        job = replace(job, image=job.image.expand(many, -1, -1, -1), noise=job.noise.repeat(1, many, 1, 1, 1))
         with Memory(device) as memory:
             side = run(networks, job)
         gigabytes = round(memory.peak / 1e9, 2)
@@ -76,8 +73,6 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     point(BASE)  # a warm-up
     found: dict[str, list[dict[str, float]]] = {}
     for dial, (_, values) in DIALS.items():
-        if dial == "images" and not ours:
-            continue
         wanted = values[:2] if args.quick else values
         found[dial] = [{"value": value, **point({**BASE, dial: value})} for value in wanted]
     return found
@@ -87,15 +82,10 @@ def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None
     figure, axes = plt.subplots(1, len(DIALS), figsize=(3.4 * len(DIALS), 3.1))
     for axis, (dial, (label, _)) in zip(axes, DIALS.items(), strict=True):
         for side, (color, marker) in STYLES.items():
-            points = found[side].get(dial, [])
+            points = found[side][dial]
             line = "ours" if side == "ours" else "the published loop on diffusers"
             x, y = [p["value"] for p in points], [p["seconds"] for p in points]
             axis.plot(x, y, marker=marker, color=color, label=line)
-        if dial == "images":
-            first = found["ours"][dial][0]["seconds"]
-            many = [p["value"] for p in found["ours"][dial]]
-            axis.plot(many, [first * n for n in many], "--", color="#666666", label="one by one")
-            axis.legend(frameon=False, fontsize=8)
         axis.set(xlabel=label, ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds an edit")

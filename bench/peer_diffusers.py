@@ -34,7 +34,9 @@ from torch import Tensor
 
 from bench.conditions import Memory, conditions
 from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
+from ledits_min.cost import unet_cost, vae_costs
 from ledits_min.edit import levels
+from ledits_min.engine import Network
 from ledits_min.image import open_image, to_tensor
 from ledits_min.inversion import draw_noise
 from ledits_min.memory import keep_freed_memory
@@ -82,6 +84,7 @@ class Side:
     picture: Tensor | None = None
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    unet_seconds: float = 0.0
 
     def timed(self, phase: str, run: Callable[[], T]) -> T:
         synchronize()
@@ -134,8 +137,39 @@ def fill(networks: tuple[T, ...], device: torch.device) -> tuple[T, ...]:
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
+class TimedRunner(Runner):
+    """It keeps the time spent in the network's calls, whether those are graphs or not."""
+
+    unet_seconds = 0.0
+
+    def run(self, loop: Callable[[Network, Any], T], *more: Any, **options: Any) -> T:
+        spans: list[Callable[[], float]] = []
+
+        def timed_loop(network: Network, advance: Any) -> T:
+            def timed(x_t: Tensor, *numbers: Tensor) -> Tensor:
+                if x_t.device.type == "cuda":
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    eps = network(x_t, *numbers)
+                    end.record()
+                    spans.append(lambda: start.elapsed_time(end) / 1000.0)
+                    return eps
+                started = time.perf_counter()
+                eps = network(x_t, *numbers)
+                seconds = time.perf_counter() - started
+                spans.append(lambda: seconds)
+                return eps
+
+            return loop(timed, advance)
+
+        result = super().run(timed_loop, *more, **options)
+        synchronize()
+        self.unet_seconds += sum(span() for span in spans)
+        return result
+
+
 def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
-    runner, side = Runner(*networks, "epsilon", TOKENS), Side()
+    runner, side = TimedRunner(*networks, "epsilon", TOKENS), Side()
     sigmas = job.schedule.sigmas(1.0)
     table = [levels(job.schedule, sigmas, step) for step in range(job.skip, job.schedule.num_steps)]
     plan = EditPlan(table, job.terms, job.target, job.guidance_scale)
@@ -149,6 +183,7 @@ def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
     ))  # fmt: skip
     side.picture = side.timed("decode", lambda: runner.decode(side.latents))
     side.evaluations = sum(runner.evaluations.values())
+    side.unet_seconds = runner.unet_seconds
     return side
 
 
@@ -156,6 +191,21 @@ def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
 
 
 def run_peer(networks: tuple[Any, Any], job: Job) -> Side:
+    """One picture after the other."""
+    sides = []
+    for i in range(len(job.image)):
+        one = replace(job, image=job.image[i : i + 1], noise=job.noise[:, i : i + 1])
+        sides.append(run_peer_once(networks, one))
+    side = sides[0]
+    for other in sides[1:]:
+        assert side.latents is not None and other.latents is not None
+        side.latents = torch.cat([side.latents, other.latents])
+        side.evaluations += other.evaluations
+        side.seconds = {phase: seconds + other.seconds[phase] for phase, seconds in side.seconds.items()}
+    return side
+
+
+def run_peer_once(networks: tuple[Any, Any], job: Job) -> Side:
     unet, vae = networks
     side, dtype = Side(), next(unet.parameters()).dtype
     factor = vae.config.scaling_factor
@@ -228,6 +278,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--skip", type=int, default=7)
     parser.add_argument("--concepts", type=int, default=2)
+    parser.add_argument("--images", type=int, default=1, help="pictures: ours in one batch, the peer one by one")
     parser.add_argument("--prompts", action="store_true", help="give a source and a target prompt")
     parser.add_argument("--compile", action="store_true", help="both UNets through torch.compile")
     parser.add_argument("--rounds", type=int, default=1, help="edits of each side, taking turns; the best counts")
@@ -252,10 +303,10 @@ def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device
     contexts = {
         text: Context((common + 0.3 * torch.randn(1, TOKENS, width, generator=generator)).to(device)) for text in texts
     }
-    image = to_tensor([open_image(SAMPLE)], (args.size, args.size)).to(device)
+    image = to_tensor([open_image(SAMPLE)], (args.size, args.size)).to(device).repeat(args.images, 1, 1, 1)
     latents = (4, args.size // 8, args.size // 8)
     return Job(
-        make_schedule(SD15_SCHEDULE, steps), skip, image, draw_noise([0], steps, latents).to(device),
+        make_schedule(SD15_SCHEDULE, steps), skip, image, draw_noise(range(args.images), steps, latents).to(device),
         contexts, source, target, [Concept(name).resolve(EditDefaults()) for name in names],
     )  # fmt: skip
 
@@ -285,13 +336,44 @@ def run_side(args: argparse.Namespace) -> None:
     assert exact.latents is not None and side.latents is not None
     latents = {"exact": exact.latents.cpu().contiguous(), "timed": side.latents.cpu().contiguous()}
     save_file(latents, args.into / f"{args.side}.safetensors")
+    seconds = sum(side.seconds.values())
+    latents_size = (args.size // 8, args.size // 8)
+    config, vae_config = (QUICK_UNET, QUICK_VAE) if args.quick else (SD15_UNET, SD15_VAE)
+    images = len(job.image)
+    coding = sum(cost.flop for cost in vae_costs(vae_config, *latents_size))
+    tera = (side.evaluations * unet_cost(config, *latents_size).flop + images * coding) / 1e12
+    rate = matmul_rate(device, DTYPES[args.dtype if ours else args.peer_dtype])
     found = {
         "evaluations": side.evaluations,
+        "tflop": float(f"{tera:.4g}"),
+        "flop_utilisation": round(tera / seconds / rate, 3),  # of the matmul rate of the same run
+        "matmul_tflop_per_second": round(rate, 2),
         "seconds": {name: round(value, 3) for name, value in side.seconds.items()},
+        **({"loops_outside_unet": round(outside(side), 4)} if ours else {}),
         "warm_up_seconds": round(warm_up, 1),
         "peak_memory_GB": round(memory.peak / 1e9, 2),
     }
     (args.into / f"{args.side}.json").write_text(json.dumps(found))
+
+
+def outside(side: Side) -> float:
+    """The share of both loops' time that is not spent in the UNet."""
+    loops = side.seconds["invert"] + side.seconds["edit"]
+    return 1.0 - side.unet_seconds / loops
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP a second of a large product, the best of five: what this device can do here and now."""
+    n = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronize()
+        started = time.perf_counter()
+        left @ right
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best / 1e12
 
 
 def run_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -327,7 +409,7 @@ def main() -> None:
         run_side(args)
         return
     found = run_both(args)
-    names = ("dtype", "peer_dtype", "size", "steps", "skip", "concepts", "prompts", "compile", "rounds")
+    names = ("dtype", "peer_dtype", "size", "steps", "skip", "concepts", "images", "prompts", "compile", "rounds")
     result = {
         "settings": {name: getattr(args, name) for name in names},
         **found,
@@ -339,7 +421,8 @@ def main() -> None:
     if not args.quick:
         kept = json.loads(args.output.read_text()) if args.output.exists() else {}
         dtypes = args.dtype if args.dtype == args.peer_dtype else f"{args.dtype} against {args.peer_dtype}"
-        more = ", prompts" * args.prompts + ", compiled" * args.compile
+        pictures = f", {args.images} pictures" * (args.images > 1)
+        more = pictures + ", prompts" * args.prompts + ", compiled" * args.compile
         kept[f"{args.device} {dtypes} {args.size} px {args.steps} steps{more}"] = result
         args.output.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
 
