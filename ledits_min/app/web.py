@@ -437,9 +437,11 @@ def _view(made: Edit) -> list[Any]:
         (outputs.overlay(before, mask), f"{'-' if concept.reverse else '+'} {concept.text}: at most {100 * float(mask.max()):.0f} %")
         for concept, mask in zip(made.change.concepts, made.masks, strict=True)
     ]
-    inverted = "the inversion was there already" if made.inverted is None else f"inverted in {made.inverted:.1f} s"
-    further = "" if made.inverted is None else "; further edits reuse it"
-    text = f"<b>{html.escape(made.label)}</b><br>Edited in {made.seconds:.1f} s, {inverted}{further}."
+    if made.inverted is None:
+        times = f"Edited in {made.seconds:.1f} s; the inversion was reused."
+    else:
+        times = f"Inverted in {made.inverted:.1f} s, edited in {made.seconds:.1f} s; edits reuse the inversion."
+    text = f"<b>{html.escape(made.label)}</b><br>{times}"
     return [pair, masks, text, gr.update(value=str(made.file), interactive=True), gr.update(interactive=True)]
 
 

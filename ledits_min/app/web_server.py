@@ -53,7 +53,10 @@ def serve(args: argparse.Namespace) -> None:
             page = Page(models, Path(place))
             fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
             mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
-            theme = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", font=fonts, font_mono=mono, radius_size="md")
+            theme = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", font=fonts, font_mono=mono)
+            theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_600",
+                      button_primary_background_fill_dark="*primary_700", link_text_color="*primary_700",
+                      link_text_color_dark="*primary_400")  # fmt: skip
             try:
                 _, address, _ = page.blocks.launch(
                     server_name=args.host, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True,

@@ -47,7 +47,7 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"result.images[0].save({_literal(_output(made))})"]) + "\n"
 
 
-def _wrapped(words: list[str], width: int = 80) -> str:
+def _wrapped(words: list[str], width: int = 64) -> str:
     """One command on lines of about that many characters."""
     lines = [words[0]]
     for word in words[1:]:
