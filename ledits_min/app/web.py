@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import gradio as gr
 from PIL import Image
 
-from ledits_min import Concept, InputError
+from ledits_min import Concept, InputError, Stopped
 from ledits_min.app import outputs
 from ledits_min.app.cli import explain
 from ledits_min.app.web_session import Basis, Change, Edit, Facts, Models, Picture, Session
@@ -27,8 +27,8 @@ SAMPLES = sorted((TINY / "samples").glob("*.png"))
 CUSTOM = "custom"  # a concept whose numbers are nobody's preset
 ADD, REMOVE = "add", "remove"
 STYLE = Path(__file__).with_name("web.css")
-COMPUTING = {"concurrency_id": "editor", "concurrency_limit": 1}  # one at a time; the others see their place in line
-AT_ONCE = {"queue": False, "show_progress": "hidden"}  # what computes nothing never waits for what does
+COMPUTING = {"concurrency_id": "editor", "concurrency_limit": 1, "api_visibility": "private"}  # one at a time; the others see their place in line
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # what computes nothing never waits for what does
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class Row:
 
     @property
     def fields(self) -> list[Any]:
-        return [self.mode, self.text, self.kind, self.scale, self.threshold, self.warmup, self.cooldown]
+        """What an edit asks for; the preset's name only says where the numbers are from."""
+        return [self.mode, self.text, self.scale, self.threshold, self.warmup, self.cooldown]
 
 
-FIELDS = 7  # of a row
+FIELDS = 6  # of a row
+OUTPUTS = 9  # parts of the page that an edit changes
 
 
 class Page:
@@ -153,7 +155,7 @@ class Page:
                                   elem_classes="text")  # fmt: skip
                 remove = gr.Button("✕", size="sm", scale=0, min_width=36, elem_classes="drop")
             with gr.Row(elem_classes="numbers"):
-                kind = gr.Dropdown(_kinds(self.first), value=_default_numbers(self.first)[0], label="Preset", min_width=110,
+                kind = gr.Dropdown(_kinds(self.first), value=_kind(self.first, *_default_numbers(self.first)[:3]), label="Preset", min_width=110,
                                    elem_classes="kind")  # fmt: skip
                 scale = gr.Slider(0, 20, defaults.concept_guidance_scale, step=0.1, label="Scale", min_width=120, buttons=[],
                                   elem_classes="scale")  # fmt: skip
@@ -168,53 +170,48 @@ class Page:
 
     def _connect(self, blocks: gr.Blocks) -> None:
         fields = [part for row in self.rows for part in row.fields]
-        boxes = [row.box for row in self.rows]
         numbers = [self.target, self.source, self.negative, self.guidance, self.steps, self.skip, self.seed, self.eta,
                    self.size]  # fmt: skip
-        list_of_rows = [self.count, self.more, *boxes, *fields]
+        list_of_rows = [self.count, self.more, *(row.box for row in self.rows), *(row.kind for row in self.rows), *fields]
         view = [self.empty, self.stage, self.slider, self.masks, self.status, self.download, self.run]
         told = [self.copy, self.command, self.python]
 
-        blocks.load(self._arrive, None, self.session, **AT_ONCE, api_visibility="private")
+        blocks.load(self._arrive, None, self.session, **AT_ONCE)
         blocks.unload(self._leave)
-        opening = {"concurrency_id": "opening", "concurrency_limit": 4, "api_visibility": "private"}
         opened = self.upload.upload(
-            self._open, [self.session, self.upload], view, show_progress_on=self.upload, **opening
+            self._open, [self.session, self.upload], view, show_progress_on=self.upload, api_visibility="private"
         )
-        opened.then(lambda: None, None, self.upload, **AT_ONCE, api_visibility="private")
-        self.samples.select(self._open_sample, self.session, [*view, self.samples], **AT_ONCE, api_visibility="private")
-        self.another.click(self._ask, None, [self.empty, self.stage], **AT_ONCE, api_visibility="private")
+        _whatever_comes(opened, lambda: None, [self.upload])
+        self.samples.select(self._open_sample, self.session, [*view, self.samples], **AT_ONCE)
+        self.another.click(self._ask, None, [self.empty, self.stage], **AT_ONCE)
 
-        self.more.click(self._add_row, self.count, [self.count, self.more, *boxes], **AT_ONCE, api_visibility="private")
+        self.more.click(self._add_row, [self.model, self.count, *fields], list_of_rows, **AT_ONCE)
         for index, row in enumerate(self.rows):
-            row.remove.click(
-                self._remove_row(index), [self.count, *fields], list_of_rows, **AT_ONCE, api_visibility="private"
-            )
+            row.remove.click(self._remove_row(index), [self.model, self.count, *fields], list_of_rows, **AT_ONCE)
             row.kind.input(
                 self._take_preset, [self.model, row.kind, self.steps, self.skip],
-                [row.scale, row.threshold, row.warmup, self.skip], **AT_ONCE, api_visibility="private",
+                [row.scale, row.threshold, row.warmup, self.skip], **AT_ONCE,
             )  # fmt: skip
             for dial in (row.scale, row.threshold, row.warmup):
                 dial.input(None, None, row.kind, js=f"() => '{CUSTOM}'", api_visibility="private")
         self.model.input(
-            self._switch, self.model, [self.guidance, self.steps, self.skip, self.size, *fields],
-            show_progress_on=self.model, **COMPUTING, api_visibility="private",
+            self._switch, [self.model, self.count, *fields], [self.guidance, self.steps, self.skip, self.size, *list_of_rows],
+            show_progress_on=self.model, **COMPUTING,
         )  # fmt: skip
 
         begun = gr.on(
             [self.run.click, *(row.text.submit for row in self.rows), self.target.submit],
-            _working, None, [self.run, self.stop], **AT_ONCE, api_visibility="private",
+            _working, None, [self.run, self.stop], **AT_ONCE,
         )  # fmt: skip
         edited = begun.then(
             self._edit, [self.session, self.model, *numbers, self.count, *fields],
-            [*view[2:], self.history, *told], show_progress_on=self.slider, **COMPUTING, api_visibility="private",
+            [*view[2:], self.history, *told], show_progress_on=self.slider, **COMPUTING,
         )  # fmt: skip
-        for ended in (edited.success, edited.failure):
-            ended(_idle, None, [self.run, self.stop], **AT_ONCE, api_visibility="private")
-        self.stop.click(_stop, self.session, None, **AT_ONCE, api_visibility="private")
+        _whatever_comes(edited, _idle, [self.run, self.stop])
+        self.stop.click(_stop, self.session, None, **AT_ONCE)
         self.history.select(
             self._restore, self.session, [*view, *told, self.model, *numbers, *list_of_rows],
-            **AT_ONCE, api_visibility="private",
+            **AT_ONCE,
         )  # fmt: skip
 
     def _arrive(self, request: gr.Request) -> Session:
@@ -239,22 +236,21 @@ class Page:
     def _ask(self) -> list[Any]:
         return [gr.update(visible=True), gr.update(visible=False)]
 
-    def _add_row(self, count: int) -> list[Any]:
-        return _shown_rows(min(count + 1, ROWS))
+    def _add_row(self, model: str, count: int, *values: Any) -> list[Any]:
+        facts, rows = self.models.facts(model), _in_rows(values)
+        if count < ROWS:
+            rows[count] = _fresh(facts)
+        return _told_rows(min(count + 1, ROWS), rows, facts)
 
     def _remove_row(self, index: int) -> Any:
-        """The rows behind close up; the last one becomes a fresh one."""
+        """The rows behind close up."""
 
-        def remove(count: int, *values: Any) -> list[Any]:
-            rows = _in_rows(values)
-            rows = rows[:index] + rows[index + 1 :] + [self._fresh(rows[index])]
-            return [*_shown_rows(max(1, count - 1)), *(value for row in rows for value in row)]
+        def remove(model: str, count: int, *values: Any) -> list[Any]:
+            facts, rows = self.models.facts(model), _in_rows(values)
+            rows = rows[:index] + rows[index + 1 :] + [_fresh(facts)]
+            return _told_rows(max(1, count - 1), rows, facts)
 
         return remove
-
-    def _fresh(self, like: Sequence[Any]) -> list[Any]:
-        """A row without words; its numbers are those of the one that was removed."""
-        return [ADD, "", *like[2:]]
 
     def _take_preset(self, model: str, kind: str, steps: int | None, skip: int | None) -> list[Any]:
         facts = self.models.facts(model)
@@ -263,15 +259,15 @@ class Page:
         preset = facts.presets[kind]
         return [*preset.numbers, round(preset.skip * (steps or facts.defaults.num_steps))]
 
-    def _switch(self, model: str) -> list[Any]:
+    def _switch(self, model: str, count: int, *values: Any) -> list[Any]:
+        """The words stay; every number becomes the other model's own."""
         with _toasts():
             facts = self.models.facts(model)
             with self.models.use(model):
                 defaults = facts.defaults
-        kind, *numbers = _default_numbers(facts)
-        row = [gr.skip(), gr.skip(), gr.update(choices=_kinds(facts), value=kind), *numbers]
         size = gr.update(value=0, label=_size_label(facts))
-        return [defaults.guidance_scale, defaults.num_steps, defaults.skip, size, *row * ROWS]
+        rows = [[*row[:2], *_default_numbers(facts)] for row in _in_rows(values)]
+        return [defaults.guidance_scale, defaults.num_steps, defaults.skip, size, *_told_rows(count, rows, facts)]
 
     def _edit(
         self,
@@ -299,9 +295,13 @@ class Page:
             concepts = tuple(_concept(row) for row in _in_rows(values)[:count] if row[1].strip())
             basis = Basis(steps, skip, source.strip(), float(eta), seed, size or None)
             change = Change(float(guidance), concepts, target.strip(), negative.strip())
-            made = _present(session).edit(
-                model, basis, change, lambda done, what: progress(done, desc=what.capitalize())
-            )
+            try:
+                made = _present(session).edit(
+                    model, basis, change, lambda done, what: progress(done, desc=what.capitalize())
+                )
+            except Stopped:
+                gr.Info("Stopped; the picture is as it was.")
+                return [gr.skip()] * OUTPUTS
         for notice in made.notices:
             gr.Warning(html.escape(notice))
         assert session is not None
@@ -317,16 +317,20 @@ class Page:
             numbers = [change.target, basis.source, change.negative, change.guidance_scale, basis.num_steps,
                        basis.skip, basis.seed, basis.eta, basis.size or 0]  # fmt: skip
             facts = self.models.facts(made.model)
-            rows = [_as_row(concept, facts) for concept in change.concepts]
-            rows += [[ADD, "", *_default_numbers(facts)]] * (ROWS - len(rows))
-            shown = _shown_rows(max(1, len(change.concepts)))
-            fields = [value for row in rows for value in row]
+            rows = [_as_row(concept) for concept in change.concepts]
+            told = _told_rows(max(1, len(rows)), rows + [_fresh(facts)] * (ROWS - len(rows)), facts)
             hidden = [gr.update(visible=False), gr.update(visible=True)]
-            return [*hidden, *_view(made), *self._told(made), made.model, *numbers, *shown, *fields]
+            return [*hidden, *_view(made), *self._told(made), made.model, *numbers, *told]
 
     def _told(self, made: Edit) -> list[Any]:
         given = self.models.given
         return [gr.update(visible=True), as_command(made, given), as_python(made, given)]
+
+
+def _whatever_comes(event: Any, then: Any, parts: list[Any]) -> None:
+    """Behind an event, whether it failed or not; Gradio's own `then` does not follow a failure everywhere."""
+    for ended in (event.success, event.failure):
+        ended(then, None, parts, **AT_ONCE)
 
 
 @contextmanager
@@ -338,7 +342,7 @@ def _toasts() -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001
         _, line = explain(error)
-        raise gr.Error(html.escape(line, quote=False), title="That did not work", print_exception=False) from None
+        raise gr.Error(html.escape(line, quote=False), print_exception=False) from None
 
 
 def _present(session: Session | None) -> Session:
@@ -385,30 +389,34 @@ def _kind(facts: Facts, scale: float, threshold: float, warmup: int) -> str:
 
 
 def _default_numbers(facts: Facts) -> list[Any]:
-    """Of a concept: preset, scale, threshold, warm-up, cool-down."""
-    defaults = facts.defaults
-    numbers = (defaults.concept_guidance_scale, defaults.threshold, defaults.warmup_steps)
-    return [_kind(facts, *numbers), *numbers, 0]
+    """Of a concept: scale, threshold, warm-up, cool-down."""
+    return [facts.defaults.concept_guidance_scale, facts.defaults.threshold, facts.defaults.warmup_steps, 0]
+
+
+def _fresh(facts: Facts) -> list[Any]:
+    """A row without words."""
+    return [ADD, "", *_default_numbers(facts)]
 
 
 def _in_rows(values: Sequence[Any]) -> list[list[Any]]:
     return [list(values[start : start + FIELDS]) for start in range(0, len(values), FIELDS)]
 
 
-def _shown_rows(count: int) -> list[Any]:
-    """The count, the button for one more, and which boxes are visible."""
-    return [count, gr.update(interactive=count < ROWS), *(gr.update(visible=index < count) for index in range(ROWS))]
+def _told_rows(count: int, rows: Sequence[Sequence[Any]], facts: Facts) -> list[Any]:
+    """The count, the button for one more, which boxes are visible, the presets, and what stands in the rows."""
+    boxes = [gr.update(visible=index < count) for index in range(ROWS)]
+    kinds = [gr.update(choices=_kinds(facts), value=_kind(facts, *row[2:5])) for row in rows]
+    return [count, gr.update(interactive=count < ROWS), *boxes, *kinds, *(value for row in rows for value in row)]
 
 
 def _concept(row: Sequence[Any]) -> Concept:
-    mode, text, _, scale, threshold, warmup, cooldown = row
+    mode, text, scale, threshold, warmup, cooldown = row
     return Concept(text.strip(), float(scale), float(threshold), int(warmup), cooldown or None, reverse=mode == REMOVE)
 
 
-def _as_row(concept: Concept, facts: Facts) -> list[Any]:
-    numbers: Any = (concept.guidance_scale, concept.threshold, concept.warmup_steps)
-    kind = _kind(facts, *numbers)
-    return [REMOVE if concept.reverse else ADD, concept.text, kind, *numbers, concept.cooldown_steps or 0]
+def _as_row(concept: Concept) -> list[Any]:
+    return [REMOVE if concept.reverse else ADD, concept.text, concept.guidance_scale, concept.threshold,
+            concept.warmup_steps, concept.cooldown_steps or 0]  # fmt: skip
 
 
 def _shown(picture: Image.Image) -> Image.Image:

@@ -21,11 +21,10 @@ def as_command(made: Edit, given: Mapping[str, Any]) -> str:
     options += [("--remove" if concept.reverse else "--add", _concept(concept)) for concept in change.concepts]
     options += [("--target", change.target), ("--negative", change.negative)]
     options += [("--guidance-scale", change.guidance_scale)]
-    source = made.picture.source
-    words = ["ledits edit", shlex.quote(f"./{source}" if source.startswith("-") else source)]
+    words = ["ledits edit", _path(made.picture.source)]
     words += [_option(name, value) for name, value in options if value not in (None, "")]
     words += ["--ema"] if given.get("ema") else []
-    return _wrapped([*words, f"-o {shlex.quote(_output(made))}"])
+    return _wrapped([*words, f"-o {_path(_output(made))}"])
 
 
 def as_python(made: Edit, given: Mapping[str, Any]) -> str:
@@ -45,6 +44,11 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
         lines += [f"    Concept({_arguments(concept.text, fields | ({'reverse': True} if concept.reverse else {}))}),"]
     lines += ["]", f"result = ledits.edit(inversion, concepts=concepts, {_arguments(None, edited)})"]
     return "\n".join([*lines, f"result.images[0].save({_literal(_output(made))})"]) + "\n"
+
+
+def _path(name: str) -> str:
+    """A file's name for a shell, and for a parser that would take a leading dash for an option."""
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def _wrapped(words: list[str], width: int = 64) -> str:
