@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
@@ -36,13 +37,17 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`ledits web` in a process of its own on a free port: its address, as it printed it, and the process."""
+def served(*options: str, temporary: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`ledits web` in a process of its own on a free port: its address, as it printed it, and the process.
+
+    temporary  the folder for its temporary files
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ledits_min.app.cli", "web", "--port", str(port), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | ({} if temporary is None else {"TMPDIR": str(temporary)})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
@@ -78,15 +83,19 @@ def open_picture(page: Page, path: Path) -> None:
     page.locator("#stage").wait_for()
 
 
+def words_asked(page: Page) -> Locator:
+    """The boxes with the words of each concept."""
+    return page.locator(".concept:visible .text :is(textarea, input)")
+
+
 def edit(page: Page, *words: str) -> str:
     """Ask for concepts, one a row, and wait for the picture; what the page says of it."""
     for index, text in enumerate(words):
-        if page.locator(".concept").count() <= index:
+        if words_asked(page).count() <= index:
             page.locator("#more").click()
-        page.locator(".concept .text input, .concept .text textarea").nth(index).fill(text)
-    rows = page.locator(".concept:visible .text textarea, .concept:visible .text input")
-    for index in range(len(words), rows.count()):
-        rows.nth(index).fill("")
+        words_asked(page).nth(index).fill(text)
+    for index in range(len(words), words_asked(page).count()):
+        words_asked(page).nth(index).fill("")
     before = page.locator("#status").inner_text()
     page.locator("#run").click()
     page.wait_for_function("before => document.querySelector('#status').innerText != before", arg=before)
@@ -152,8 +161,9 @@ def main() -> None:
     parser.add_argument("--results", action="store_true", help="write bench/results/web.json and web.png")
     args = parser.parse_args()
     rounds = [newcomer() for _ in range(args.rounds)]
+    picks: dict[str, Callable[[list[float]], float]] = {"min": min, "median": median, "max": max}
     seconds = {
-        step: {name: round(pick(each[step] for each in rounds), 2) for name, pick in (("min", min), ("median", median), ("max", max))}
+        step: {name: round(pick([each[step] for each in rounds]), 2) for name, pick in picks.items()}
         for step in rounds[0]
     }
     print(json.dumps(seconds, indent=2))

@@ -45,7 +45,8 @@ def serve(args: argparse.Namespace) -> None:
         os.environ["GRADIO_TEMP_DIR"] = place
         import gradio as gr
 
-        from ledits_min.app.web import SAMPLES, STYLE, Page
+        from ledits_min.app.web import STYLE, Page
+        from ledits_min.app.web_layout import SAMPLES
         from ledits_min.app.web_session import Models, warnings_to_visitors
 
         models = Models(args.models, args.device, args.dtype, **parts(args))
@@ -54,9 +55,11 @@ def serve(args: argparse.Namespace) -> None:
             fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
             mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
             theme = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", font=fonts, font_mono=mono)
-            theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_600",
-                      button_primary_background_fill_dark="*primary_700", link_text_color="*primary_700",
-                      link_text_color_dark="*primary_400")  # fmt: skip
+            theme.set(
+                button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
+                button_primary_background_fill_hover="*primary_600", link_text_color="*primary_700",
+                link_text_color_dark="*primary_400",
+            )  # fmt: skip
             try:
                 _, address, _ = page.blocks.launch(
                     server_name=args.host, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True,

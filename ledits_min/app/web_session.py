@@ -85,8 +85,12 @@ class Edit:
     @property
     def label(self) -> str:
         """What was asked for, in few words."""
-        words = [f"{'-' if concept.reverse else '+'} {concept.text}" for concept in self.change.concepts]
-        return ", ".join([*words, *([self.change.target] if self.change.target else [])]) or "reconstruction"
+        asked = [words(concept) for concept in self.change.concepts]
+        return ", ".join(asked + [self.change.target] * bool(self.change.target)) or "reconstruction"
+
+
+def words(concept: Concept) -> str:
+    return f"{'-' if concept.reverse else '+'} {concept.text}"
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,8 @@ class Session:
         except InputError as error:
             raise InputError(str(error).replace(quoted(path), quoted(name))) from None
         if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width} x {image.height}"
-            raise InputError(f"{quoted(name)} is {size}, more than {MAX_PIXELS // 10**6} megapixels; scale it down first")
+            most = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
+            raise InputError(f"{quoted(name)} is {image.width} x {image.height}, {most}")
         told = tuple(notice.replace(quoted(path), quoted(name)) for notice in notices)
         self.picture = Picture(image, source or name, told)
         return self.picture
@@ -206,7 +210,6 @@ class Session:
             for text in (basis.source, change.target, change.negative, *(concept.text for concept in change.concepts)):
                 check_prompt(ledits, text)
             check_number("guidance scale", change.guidance_scale, 0.0, 1000.0)  # now, not after the inversion
-            self._stop.clear()
             key = picture, ledits.fingerprint, basis
             started, inverted = time.perf_counter(), None
             if key not in self._inversions:
@@ -221,7 +224,7 @@ class Session:
                     self._inversions.popitem(last=False)
             self._inversions.move_to_end(key)
             inversion, started = self._inversions[key], time.perf_counter()
-            settings = {
+            settings: dict[str, Any] = {
                 "target": change.target, "guidance_scale": change.guidance_scale, "negative": change.negative,
                 "momentum_scale": 0.0, "momentum_beta": 0.6, "output_size": "input",
             }  # fmt: skip
@@ -247,8 +250,12 @@ class Session:
         """Go back to an edit of the history: its picture is the one to edit again."""
         self.picture = made.picture
 
+    def begin(self) -> None:
+        """An edit is asked for; it may still stand in line when it is stopped."""
+        self._stop.clear()
+
     def stop(self) -> None:
-        """End the computation that runs, if one does, at its next step."""
+        """End the computation that was begun, at its next step."""
         self._stop.set()
 
     def release(self) -> None:

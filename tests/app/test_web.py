@@ -44,18 +44,15 @@ def web() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the server keeps what it must: nothing may be left there."""
-    place = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(place))
-        yield place
+    return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture(scope="module")
 def server(web: ModuleType, temporary: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Two models: the embedded one by its name, and by its folder."""
-    with web.served("--model", "tiny", "--model", str(TINY)) as running:
+    with web.served("--model", "tiny", "--model", str(TINY), temporary=temporary) as running:
         yield running
 
 
@@ -73,9 +70,9 @@ def visit(web: ModuleType, server: tuple[str, Any], browser: Any) -> Iterator[An
 
     def come() -> Any:
         page = web.visit(browser, "about:blank", viewport={"width": 1280, "height": 900})
-        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.context.on("request", lambda request: elsewhere(request.url) and wrong.append(request.url))
+        page.on("console", lambda message: wrong.extend([message.text] * (message.type == "error")))
+        page.on("pageerror", lambda error: wrong.extend([str(error)]))
+        page.context.on("request", lambda request: wrong.extend([request.url] * elsewhere(request.url)))
         pages.append(page)
         page.goto(address)
         page.locator("#upload").wait_for()
@@ -100,8 +97,8 @@ def shown(page: Any) -> np.ndarray[Any, Any]:
     return np.stack(ordered).astype(np.float64)
 
 
-def words(page: Any) -> list[str]:
-    return [box.input_value() for box in page.locator(".concept:visible .text textarea, .concept:visible .text input").all()]
+def asked(web: ModuleType, page: Any) -> list[str]:
+    return [box.input_value() for box in web.words_asked(page).all()]
 
 
 def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, visit: Any, tmp_path: Path) -> None:
@@ -128,11 +125,11 @@ def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, vis
 
     page.locator("#history .thumbnail-item").nth(1).click()  # the newest is first
     page.wait_for_function("() => !document.querySelector('#status').innerText.includes('hat')")
-    assert words(page) == ["sunglasses"]
+    assert asked(web, page) == ["sunglasses"]
     assert np.array_equal(shown(page)[1], after)
     page.locator("#history .thumbnail-item").nth(0).click()
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('hat')")
-    assert words(page) == ["sunglasses", "a red hat"]
+    assert asked(web, page) == ["sunglasses", "a red hat"]
     page.locator("#history .thumbnail-item").nth(1).click()
     page.wait_for_function("() => !document.querySelector('#status').innerText.includes('hat')")
 
@@ -156,7 +153,7 @@ def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: 
     assert not page.locator("#stage").is_visible()
 
     web.open_picture(page, SAMPLE)
-    box = page.locator(".concept .text textarea, .concept .text input").first
+    box = web.words_asked(page).first
     box.fill("bicycle")
     box.press("Enter")
     page.get_by_text("this model does not know 'bicycle'").wait_for()
@@ -175,7 +172,7 @@ def test_what_computes_nothing_does_not_wait_and_what_computes_can_be_stopped(we
     web.open_picture(page, SAMPLE)
     page.locator("#inversion button").first.click()
     page.locator("#steps input").fill("500")
-    page.locator(".concept .text textarea, .concept .text input").first.fill("sunglasses")
+    web.words_asked(page).first.fill("sunglasses")
     page.locator("#run").click()
     page.locator("#stop").wait_for()
 
@@ -183,7 +180,7 @@ def test_what_computes_nothing_does_not_wait_and_what_computes_can_be_stopped(we
     page.locator(".concept:visible").nth(1).wait_for()
     page.locator(".concept:visible .drop").nth(0).click()
     page.wait_for_function("() => document.querySelectorAll('.concept').length == 1")
-    assert words(page) == [""]  # the second row moved up
+    assert asked(web, page) == [""]  # the second row moved up
     other.locator("#samples .thumbnail-item").nth(1).click()
     other.locator("#stage").wait_for()
     assert page.locator("#stop").is_visible()  # all that while it was computing
@@ -200,7 +197,7 @@ def test_two_visitors_at_once_see_their_own_pictures(web: ModuleType, visit: Any
     assert two.locator("#empty").is_visible()
     web.open_picture(two, OTHER)
     for page, text in ((one, "sunglasses"), (two, "smiling")):
-        page.locator(".concept .text textarea, .concept .text input").first.fill(text)
+        web.words_asked(page).first.fill(text)
     one.locator("#run").click()
     two.locator("#run").click()
     for page, text in ((one, "sunglasses"), (two, "smiling")):
@@ -226,7 +223,9 @@ def test_another_model_and_a_preset(web: ModuleType, visit: Any) -> None:
     page.locator("#more").click()
     page.locator(".concept:visible .kind input").nth(1).click()
     page.get_by_role("option", name="style").click()  # a folder is no embedded model: other presets
-    page.wait_for_function("() => document.querySelectorAll('.concept .threshold input[type=number]')[1].value == '0.5'")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.concept .threshold input[type=number]')[1].value == '0.5'"
+    )
     assert "Inverted in" in web.edit(page, "sunglasses")
 
 

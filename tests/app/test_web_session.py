@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ledits_min import Concept, InputError, LEdits, Stopped
+from ledits_min import Concept, InputError, Inversion, LEdits, Stopped
 from ledits_min.app import web_session
 from ledits_min.app.cli import main
 from ledits_min.app.options import build_parser
@@ -51,7 +51,12 @@ def inverted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry an inversion."""
     calls: list[int] = []
     invert = LEdits.invert
-    monkeypatch.setattr(LEdits, "invert", lambda self, *args, **named: calls.append(1) or invert(self, *args, **named))
+
+    def counted(*args: Any, **named: Any) -> Inversion:
+        calls.append(1)
+        return invert(*args, **named)
+
+    monkeypatch.setattr(LEdits, "invert", counted)
     return calls
 
 
@@ -176,7 +181,10 @@ def test_a_run_can_be_stopped_and_the_next_one_is_not(session: Session, phase: s
     with pytest.raises(Stopped):
         session.edit("tiny", BASIS, GLASSES, stop_there)
     assert session.history == []
+    with pytest.raises(Stopped):  # one that still stood in line when it was stopped
+        session.edit("tiny", BASIS, GLASSES)
     told: list[tuple[float, str]] = []
+    session.begin()
     session.edit("tiny", BASIS, GLASSES, lambda done, what: told.append((done, what)))
     assert told[-1] == (1.0, "editing")
     assert ("inverting" in {what for _, what in told}) == (phase == "inverting")  # an inversion that is done is kept
@@ -189,6 +197,7 @@ def test_a_page_that_is_left_frees_its_inversions_and_one_that_is_gone_its_files
     session.open(SAMPLE)
     made = session.edit("tiny", BASIS, GLASSES)
     session.release()
+    session.begin()
     assert made.file.exists()
     assert session.edit("tiny", BASIS, GLASSES).inverted is not None  # it came back
     session.close()
