@@ -267,8 +267,8 @@ def _in_rows(values: Sequence[Any]) -> list[list[Any]]:
 def _told_rows(count: int, rows: Sequence[Sequence[Any]], facts: Facts) -> list[Any]:
     """The count, the button for one more, which boxes are visible, the presets, and what stands in the rows."""
     boxes = [gr.update(visible=index < count) for index in range(ROWS)]
-    kinds = [gr.update(choices=kinds(facts), value=kind_of(facts, *row[2:5])) for row in rows]
-    return [count, gr.update(interactive=count < ROWS), *boxes, *kinds, *(value for row in rows for value in row)]
+    presets = [gr.update(choices=kinds(facts), value=kind_of(facts, *row[2:5])) for row in rows]
+    return [count, gr.update(interactive=count < ROWS), *boxes, *presets, *(value for row in rows for value in row)]
 
 
 def _concept(row: Sequence[Any]) -> Concept:
