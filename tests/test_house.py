@@ -73,6 +73,8 @@ RESERVED = {
     "diffusers": ("tests/oracle/", "bench/"),
     "triton": ("kernels/", "tests/kernels/", "bench/"),
     "dicebear": ("weights/train_tiny/", "tests/", "bench/"),
+    "gradio": ("ledits_min/app/web",),
+    "playwright": ("tests/app/test_web.py", "bench/web.py"),
     "resvg_py": ("weights/train_tiny/", "tests/", "bench/"),
     "pickle": (),
 }
@@ -272,17 +274,18 @@ def declared(*extras: str) -> set[str]:
     [
         (("ledits_min/", "kernels/", "weights/"), ()),
         (("weights/train_tiny/",), ("train",)),
+        (("ledits_min/app/web",), ("web",)),
         (("tests/",), ("test", "train")),
         (("bench/",), ("bench",)),
     ],
-    ids=["run time", "train", "test", "bench"],
+    ids=["run time", "train", "web", "test", "bench"],
 )
 def test_every_import_is_a_declared_dependency(prefixes: tuple[str, ...], extras: tuple[str, ...]) -> None:
     allowed = declared(*extras) | set(sys.stdlib_module_names) | {"ledits_min", "tests"}
     wrong = [
         f"{file}:{line} imports {name}"
         for file in sources()
-        if file.startswith(prefixes) and (extras or not file.startswith("weights/train_tiny/"))
+        if file.startswith(prefixes) and (extras or not file.startswith(("weights/train_tiny/", "ledits_min/app/web")))
         for line, name in imports(file)
         if name.split(".")[0] not in allowed
     ]

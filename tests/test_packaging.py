@@ -74,7 +74,7 @@ def test_the_wheel_holds_all_of_us_and_nothing_else(wheel: Path) -> None:
     ours = [name for name in names(wheel) if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in ours} == {"ledits_min"}  # neither kernels, weights, tests nor bench
     wanted = {"ledits_min/py.typed", "ledits_min/weights/bpe_simple_vocab_16e6.txt.gz"}
-    wanted |= {*sources("ledits_min", "*.py"), *sources("ledits_min", "app/*.py")}
+    wanted |= {*sources("ledits_min", "*.py"), *sources("ledits_min", "app/*.py"), *sources("ledits_min", "app/*.css")}
     wanted |= {f"ledits_min/{name}" for name in sources("kernels", "*.py") + sources("weights", "*.py")}
     wanted |= {f"ledits_min/{name}" for name in sources("weights/train_tiny", "*.py") + sources("weights/tiny", "**/*")}
     assert set(ours) == wanted
@@ -153,7 +153,7 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     assert python(f"import ledits_min; ledits_min.InputError; ledits_min.__version__; {IMPORTED}", tmp_path) == "[]\n"
 
 
-@pytest.mark.parametrize("command", [[], ["edit"], ["invert"], ["inspect"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["edit"], ["invert"], ["inspect"], ["web"]], ids=" ".join)
 def test_help_imports_no_torch(command: list[str], tmp_path: Path) -> None:
     """Help is asked for often and answered at once."""
     code = f"""

@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         except BaseException as error:  # noqa: BLE001
             if "--debug" in argv:
                 traceback.print_exc()
-            code, line = _explain(error)
+            code, line = explain(error)
             say(f"error: {line}")
             return code
     return 0
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and the line for a person."""
     text = str(error)
     if isinstance(error, InputError):

@@ -149,6 +149,13 @@ def run_demo(args: argparse.Namespace) -> None:
     tell_written(clock, [args.output])
 
 
+def run_web(args: argparse.Namespace) -> None:
+    from ledits_min.app.web_server import check_web, serve
+
+    check_web(args)
+    serve(args)
+
+
 def run_inspect(args: argparse.Namespace) -> None:
     from ledits_min.weights.inspect import inspect
 
@@ -172,4 +179,4 @@ def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> 
             warnings.warn(f"{quoted(text, 60)} is given {len(reversed_)} times; each counts", stacklevel=2)
 
 
-COMMANDS = {"edit": run_edit, "invert": run_invert, "demo": run_demo, "inspect": run_inspect}
+COMMANDS = {"edit": run_edit, "invert": run_invert, "demo": run_demo, "inspect": run_inspect, "web": run_web}

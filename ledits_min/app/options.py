@@ -69,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(demo)
     demo.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
+    web = add_command(commands, "web", "the same on a page in your browser, served by this machine")
+    group = web.add_argument_group("the page")
+    group.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1, this machine alone")
+    group.add_argument("--port", type=parse_whole, metavar="N", help="default: the first free one from 7860")
+    add_model_options(web, many=True)
+
     inspect = add_command(commands, "inspect", "say what a checkpoint is, from its header alone")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="what --model takes")
     add_part_options(inspect.add_argument_group("what would be passed beside it"))
@@ -103,11 +109,14 @@ def add_inversion_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", type=parse_size, metavar="N|WxH", help="working size, longer side or both, in pixels")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
     group = parser.add_argument_group("the model")
-    group.add_argument("--model", default="tiny", metavar="M",
-                       help="tiny, a .safetensors file, a diffusers folder, or org/name[@revision] in the local "
-                            "Hugging Face cache")  # fmt: skip
+    kinds = "tiny, a .safetensors file, a diffusers folder, or org/name[@revision] in the local Hugging Face cache"
+    if many:
+        group.add_argument("--model", dest="models", action="append", metavar="M",
+                           help=f"{kinds}; can be given many times")  # fmt: skip
+    else:
+        group.add_argument("--model", default="tiny", metavar="M", help=kinds)
     add_part_options(group)
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", metavar="D", help="auto, float32, bfloat16 or float16")

@@ -1,0 +1,179 @@
+"""The newcomer's path through `ledits web`, in a real browser: from the command to the first edit of one's own.
+
+`python bench/web.py` prints the seconds; with --results it writes bench/results/web.json and the picture of the page,
+web.png. tests/app/test_web.py starts the page and the browser with the two functions here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+RESULTS = Path(__file__).parent / "results"
+SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 60_000  # milliseconds that a step in the browser may take
+
+
+def chromium() -> str | None:
+    """The path of a browser that playwright can drive, if one is installed."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextmanager
+def served(*options: str, temporary: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`ledits web` in a process of its own on a free port: its address, as it printed it, and the process.
+
+    temporary  the folder for its temporary files
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ledits_min.app.cli", "web", "--port", str(port), *options]
+    env = os.environ | ({} if temporary is None else {"TMPDIR": str(temporary)})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert "http://" in line, process.stderr.read()
+        yield line[line.index("http://") :].split()[0], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """A headless browser; its own services are told to stay at home."""
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=quiet)
+        yield browser
+        browser.close()
+
+
+def visit(browser: Browser, address: str, **options: Any) -> Page:
+    """A visitor of their own: another context is another person."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    return page
+
+
+def open_picture(page: Page, path: Path) -> None:
+    page.locator("#upload input[type=file]").set_input_files(path)
+    page.locator("#stage").wait_for()
+
+
+def words_asked(page: Page) -> Locator:
+    """The boxes with the words of each concept."""
+    return page.locator(".concept:visible .text :is(textarea, input)")
+
+
+def edit(page: Page, *words: str) -> str:
+    """Ask for concepts, one a row, and wait for the picture; what the page says of it."""
+    for index, text in enumerate(words):
+        if words_asked(page).count() <= index:
+            page.locator("#more").click()
+        words_asked(page).nth(index).fill(text)
+    for index in range(len(words), words_asked(page).count()):
+        words_asked(page).nth(index).fill("")
+    before = page.locator("#status").inner_text()
+    page.locator("#run").click()
+    page.wait_for_function("before => document.querySelector('#status').innerText != before", arg=before)
+    page.locator("#run").wait_for()
+    return page.locator("#status").inner_text()
+
+
+def newcomer() -> dict[str, float]:
+    """Seconds from the command to the address, to the page in the browser, and to the first edit seen."""
+    started = time.perf_counter()
+    with served() as (address, _):
+        answered = time.perf_counter()
+        with browsing() as browser:
+            opened = time.perf_counter()
+            page = visit(browser, address)
+            page.locator("#upload").wait_for()
+            loaded = time.perf_counter()
+            open_picture(page, SAMPLE)
+            edit(page, "sunglasses")
+            edited = time.perf_counter()
+    start_browser = opened - answered  # a person's is open already
+    return {
+        "address_printed": answered - started,
+        "page_loaded": loaded - started - start_browser,
+        "first_edit_seen": edited - started - start_browser,
+    }
+
+
+def portrait(path: Path) -> None:
+    """The page after an edit, for README."""
+    with served() as (address, _), browsing() as browser:
+        page = visit(browser, address, viewport={"width": 1280, "height": 800})
+        open_picture(page, SAMPLE)
+        edit(page, "a red hat")
+        edit(page, "sunglasses", "smiling")
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(1000)
+        page.screenshot(path=path)
+    few_colours(path)
+
+
+def few_colours(path: Path) -> None:
+    """The same picture with 256 colours: a third of the bytes."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
+def beside(name: str) -> ModuleType:
+    """bench/conftest.py, which knows the conditions of a measurement."""
+    spec = importlib.util.spec_from_file_location(f"ledits_min_bench_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", action="store_true", help="write bench/results/web.json and web.png")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]  # what else the machine was doing: a browser and a server do not share well
+    rounds = [newcomer() for _ in range(args.rounds)]
+    picks: dict[str, Callable[[list[float]], float]] = {"min": min, "median": median, "max": max}
+    seconds = {
+        step: {name: round(pick([each[step] for each in rounds]), 2) for name, pick in picks.items()}
+        for step in rounds[0]
+    }
+    print(json.dumps(seconds, indent=2))
+    if args.results:
+        conditions = {**beside("conftest").conditions(), "load_average": round(load, 1)}
+        kept = {"seconds": seconds, "rounds": args.rounds, "conditions": conditions}
+        (RESULTS / "web.json").write_text(json.dumps(kept, indent=2) + "\n")
+        portrait(RESULTS / "web.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""`ledits web` in a real browser: a newcomer's first edits, errors, several visitors, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ledits_min.weights.survey import TINY
+
+pytest.importorskip("gradio", reason="the [web] extra is not installed")
+pytest.importorskip("playwright", reason="playwright, which drives the browser, is not installed")
+
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "web.py"
+SAMPLE, OTHER = (TINY / "samples" / f"portrait{n}.png" for n in (1, 2))
+COPY = "portrait (copy).png"
+
+
+@pytest.fixture(scope="module")
+def web() -> ModuleType:
+    """bench/web.py, which starts the page and the browser."""
+    name = "ledits_min_bench_web"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, BENCH)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    module = sys.modules[name]
+    if module.chromium() is None:
+        pytest.skip(f"no browser: none of {', '.join(module.BROWSERS)} is installed")
+    return module
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server keeps what it must: nothing may be left there."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def server(web: ModuleType, temporary: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Two models: the embedded one by its name, and by its folder."""
+    with web.served("--model", "tiny", "--model", str(TINY), temporary=temporary) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(web: ModuleType) -> Iterator[Any]:
+    with web.browsing() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(web: ModuleType, server: tuple[str, Any], browser: Any) -> Iterator[Any]:
+    """A new visitor at every call; none may see a script fail, or send a request anywhere else."""
+    pages, wrong = [], []
+    address = server[0]
+
+    def come() -> Any:
+        page = web.visit(browser, "about:blank", viewport={"width": 1280, "height": 900})
+        page.on("console", lambda message: wrong.extend([message.text] * (message.type == "error")))
+        page.on("pageerror", lambda error: wrong.extend([str(error)]))
+        page.context.on("request", lambda request: wrong.extend([request.url] * elsewhere(request.url)))
+        pages.append(page)
+        page.goto(address)
+        page.locator("#upload").wait_for()
+        return page
+
+    def elsewhere(url: str) -> bool:
+        parts = urlsplit(url)
+        return parts.scheme not in ("data", "blob", "about") and parts.hostname != "127.0.0.1"
+
+    yield come
+    for page in pages:
+        page.context.close()
+    assert wrong == []
+
+
+def shown(page: Any) -> np.ndarray[Any, Any]:
+    """The before and after pictures of the slider, (2, H, W, 3)."""
+    links = page.locator("#slider img").evaluate_all("images => images.map(image => image.src)")
+    pictures = [Image.open(io.BytesIO(page.request.get(link).body())).convert("RGB") for link in links]
+    before = np.asarray(Image.open(SAMPLE).convert("RGB").resize(pictures[0].size, Image.Resampling.BICUBIC))
+    ordered = sorted((np.asarray(picture) for picture in pictures), key=lambda each: np.abs(each - 1.0 * before).sum())
+    return np.stack(ordered).astype(np.float64)
+
+
+def asked(web: ModuleType, page: Any) -> list[str]:
+    return [box.input_value() for box in web.words_asked(page).all()]
+
+
+def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, visit: Any, tmp_path: Path) -> None:
+    page = visit()
+    mine = tmp_path / COPY
+    mine.write_bytes(SAMPLE.read_bytes())
+    web.open_picture(page, mine)
+    said = web.edit(page, "sunglasses")
+    assert said.startswith("+ sunglasses") and "Inverted in" in said
+    before, after = shown(page)
+    change, rows = np.abs(after - before).mean(axis=(1, 2)), before.shape[0]
+    eyes, shirt = change[rows * 40 // 100 : rows * 60 // 100].mean(), change[rows * 85 // 100 :].mean()
+    assert eyes > 10.0 and shirt < 3.0
+
+    said = web.edit(page, "sunglasses", "a red hat")
+    assert "Inverted" not in said and "the inversion was reused" in said
+    assert np.abs(shown(page)[1] - after)[: rows // 5].mean() > 8.0  # where the hat is
+    assert page.locator("#history .thumbnail-item").count() == 2
+
+    page.get_by_role("tab", name="Where it acted").click()
+    page.locator("#masks img").nth(1).wait_for()
+    assert page.locator("#masks img").count() == 2
+    page.get_by_role("tab", name="Before and after").click()
+
+    page.locator("#history .thumbnail-item").nth(1).click()  # the newest is first
+    page.wait_for_function("() => !document.querySelector('#status').innerText.includes('hat')")
+    assert asked(web, page) == ["sunglasses"]
+    assert np.array_equal(shown(page)[1], after)
+    page.locator("#history .thumbnail-item").nth(0).click()
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('hat')")
+    assert asked(web, page) == ["sunglasses", "a red hat"]
+    page.locator("#history .thumbnail-item").nth(1).click()
+    page.wait_for_function("() => !document.querySelector('#status').innerText.includes('hat')")
+
+    page.locator("#copy button").first.click()
+    command = page.locator("#command .cm-content").inner_text()
+    assert COPY in command and "--skip 4" in command and "--add sunglasses:scale=2,threshold=0.9,warmup=1" in command
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    download.value.save_as(tmp_path / "home.png")
+    assert download.value.suggested_filename == "portrait (copy)-1.png"
+    with Image.open(tmp_path / "home.png") as picture:
+        settings = json.loads(picture.info["ledits"])
+    assert [concept["text"] for concept in settings["concepts"]] == ["sunglasses"]
+
+
+def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: Path) -> None:
+    page = visit()
+    (tmp_path / "page.png").write_bytes(b"<html>404 not found")
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "page.png")
+    page.get_by_text("'page.png' is an HTML or XML page").wait_for()
+    assert not page.locator("#stage").is_visible()
+
+    web.open_picture(page, SAMPLE)
+    box = web.words_asked(page).first
+    box.fill("bicycle")
+    box.press("Enter")
+    page.get_by_text("this model does not know 'bicycle'").wait_for()
+    page.locator("#run").wait_for()
+
+    box.fill("sunglasses")
+    page.locator("#inversion button").first.click()
+    page.locator("#skip input").fill("25")
+    page.locator("#run").click()
+    page.get_by_text("skip (with 25 steps) is 25; a whole number in 0 .. 24 is wanted").wait_for()
+    assert "Traceback" not in page.locator("body").inner_text()
+
+
+def test_what_computes_nothing_does_not_wait_and_what_computes_can_be_stopped(web: ModuleType, visit: Any) -> None:
+    page, other = visit(), visit()
+    web.open_picture(page, SAMPLE)
+    page.locator("#inversion button").first.click()
+    page.locator("#steps input").fill("500")
+    web.words_asked(page).first.fill("sunglasses")
+    page.locator("#run").click()
+    page.locator("#stop").wait_for()
+
+    page.locator("#more").click()
+    page.locator(".concept:visible").nth(1).wait_for()
+    page.locator(".concept:visible .drop").nth(0).click()
+    page.wait_for_function("() => document.querySelectorAll('.concept').length == 1")
+    assert asked(web, page) == [""]  # the second row moved up
+    other.locator("#samples .thumbnail-item").nth(1).click()
+    other.locator("#stage").wait_for()
+    assert page.locator("#stop").is_visible()  # all that while it was computing
+
+    page.locator("#stop").click()
+    page.get_by_text("Stopped; the picture is as it was.").wait_for()
+    page.locator("#run").wait_for()
+    assert page.locator("#history .thumbnail-item").count() == 0
+
+
+def test_two_visitors_at_once_see_their_own_pictures(web: ModuleType, visit: Any) -> None:
+    one, two = visit(), visit()
+    web.open_picture(one, SAMPLE)
+    assert two.locator("#empty").is_visible()
+    web.open_picture(two, OTHER)
+    for page, text in ((one, "sunglasses"), (two, "smiling")):
+        web.words_asked(page).first.fill(text)
+    one.locator("#run").click()
+    two.locator("#run").click()
+    for page, text in ((one, "sunglasses"), (two, "smiling")):
+        page.get_by_text(f"+ {text}").first.wait_for()
+        said = page.locator("#status").inner_text()
+        assert said.startswith(f"+ {text}") and "Inverted in" in said
+        assert page.locator("#history .thumbnail-item").count() == 1
+    assert not np.array_equal(shown(one)[1], shown(two)[1])
+
+
+def test_another_model_and_a_preset(web: ModuleType, visit: Any) -> None:
+    page = visit()
+    web.open_picture(page, SAMPLE)
+    page.locator("#inversion button").first.click()
+    page.locator(".concept .kind input").first.click()
+    page.get_by_role("option", name="big thing").click()
+    page.wait_for_function("() => document.querySelector('#skip input').value == '2'")
+    assert page.locator(".concept .scale input[type=number]").first.input_value() == "3"
+
+    page.locator("#model input").click()
+    page.get_by_role("option", name=str(TINY)).click()
+    page.wait_for_function("() => document.querySelector('#skip input').value == '4'")  # a folder has the same defaults
+    page.locator("#more").click()
+    page.locator(".concept:visible .kind input").nth(1).click()
+    page.get_by_role("option", name="style").click()  # a folder is no embedded model: other presets
+    page.wait_for_function(
+        "() => document.querySelectorAll('.concept .threshold input[type=number]')[1].value == '0.5'"
+    )
+    assert "Inverted in" in web.edit(page, "sunglasses")
+
+
+def test_no_file_of_this_machine_is_served(server: tuple[str, Any], browser: Any) -> None:
+    page = browser.new_page()
+    for path in (BENCH, TINY / "unet" / "config.json", Path("/etc/passwd")):
+        assert page.request.get(f"{server[0]}gradio_api/file={path}").status in (403, 404)
+    page.close()
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(server: tuple[str, subprocess.Popen[str]], temporary: Path) -> None:
+    """The last: it ends the server that the others have used."""
+    process = server[1]
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "" and err.splitlines()[-1] == "ledits: error: interrupted"
+    assert all(line.startswith("ledits: ") for line in err.splitlines()), err
+    assert [path for path in temporary.rglob("*") if path.is_file()] == []  # torch makes an empty folder of its own
+    assert list(temporary.glob("ledits-*")) == []

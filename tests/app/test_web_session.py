@@ -1,0 +1,335 @@
+"""What a visitor of `ledits web` does, without a browser: inverted once, edited often, gone back, said as a command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ledits_min import Concept, InputError, Inversion, LEdits, Stopped
+from ledits_min.app import web_session
+from ledits_min.app.cli import main
+from ledits_min.app.options import build_parser
+from ledits_min.app.web_session import Basis, Change, Edit, Models, Session, warnings_to_visitors
+from ledits_min.app.web_text import as_command, as_python
+from ledits_min.weights.survey import TINY
+
+SAMPLE = TINY / "samples" / "portrait1.png"
+OTHER = TINY / "samples" / "portrait2.png"
+BASIS = Basis(num_steps=6, skip=2)
+GLASSES = Change(3.5, (Concept("sunglasses", 2.0, 0.9, 1),))
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Models]:
+    models = Models(["tiny"])
+    yield models
+    models.close()
+
+
+@pytest.fixture
+def session(models: Models, tmp_path: Path) -> Iterator[Session]:
+    session = Session(models, tmp_path)
+    session.open(SAMPLE)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def inverted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry an inversion."""
+    calls: list[int] = []
+    invert = LEdits.invert
+
+    def counted(*args: Any, **named: Any) -> Inversion:
+        calls.append(1)
+        return invert(*args, **named)
+
+    monkeypatch.setattr(LEdits, "invert", counted)
+    return calls
+
+
+def pixels(made: Edit) -> np.ndarray[Any, Any]:
+    with Image.open(made.file) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_many_edits_one_inversion(session: Session, inverted: list[int]) -> None:
+    first = session.edit("tiny", BASIS, GLASSES)
+    others = [
+        session.edit("tiny", BASIS, replace(GLASSES, target="a portrait with a red hat")),
+        session.edit("tiny", BASIS, replace(GLASSES, negative="beard")),
+        session.edit("tiny", BASIS, Change(5.0, (Concept("beard", 3.0, 0.8, 2), Concept("hat", reverse=True)))),
+    ]
+    assert len(inverted) == 1
+    assert first.inverted is not None and first.inverted > 0.0
+    assert [made.inverted for made in others] == [None] * 3
+    assert session.history == [first, *others]
+    assert len({made.file.read_bytes() for made in session.history}) == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(BASIS, num_steps=7),
+        replace(BASIS, skip=1),
+        replace(BASIS, eta=0.5),
+        replace(BASIS, seed=1),
+        replace(BASIS, source="a portrait"),
+        replace(BASIS, size=192),
+    ],
+    ids=["steps", "skip", "eta", "seed", "source", "size"],
+)
+def test_another_basis_is_inverted_once_and_going_back_is_free(
+    session: Session, inverted: list[int], other: Basis
+) -> None:
+    first = session.edit("tiny", BASIS, GLASSES)
+    assert session.edit("tiny", other, GLASSES).inverted is not None
+    again = session.edit("tiny", BASIS, GLASSES)
+    assert len(inverted) == 2
+    assert again.inverted is None
+    assert np.array_equal(pixels(first), pixels(again))
+
+
+def test_another_picture_is_inverted_and_few_inversions_are_kept(session: Session, inverted: list[int]) -> None:
+    session.edit("tiny", BASIS, GLASSES)
+    session.open(OTHER)
+    session.edit("tiny", BASIS, GLASSES)
+    assert len(inverted) == 2
+    for seed in range(1, web_session.KEPT_INVERSIONS):
+        session.edit("tiny", replace(BASIS, seed=seed), GLASSES)
+    session.restore(session.history[0])
+    count = len(inverted)
+    session.edit("tiny", BASIS, GLASSES)  # the oldest, which made room
+    assert len(inverted) == count + 1
+
+
+def test_the_history_brings_back_the_picture_and_forgets_the_oldest(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_session, "KEPT_EDITS", 2)
+    first = session.edit("tiny", BASIS, GLASSES)
+    portrait = session.picture
+    session.open(OTHER)
+    second = session.edit("tiny", BASIS, GLASSES)
+    session.restore(first)
+    assert session.picture is portrait
+    third = session.edit("tiny", BASIS, Change(3.5))
+    assert third.picture is portrait and third.inverted is None
+    assert session.history == [second, third]
+    assert not first.file.exists() and second.file.exists() and third.file.exists()
+    assert [made.label for made in session.history] == ["+ sunglasses", "reconstruction"]
+
+
+@pytest.mark.parametrize(
+    ("basis", "change", "says"),
+    [
+        (BASIS, Change(3.5, (Concept("bicycle"),)), "bicycle"),
+        (replace(BASIS, source="bicycle"), GLASSES, "bicycle"),
+        (BASIS, Change(-1.0), "guidance scale is -1"),
+        (replace(BASIS, skip=6), GLASSES, "skip .with 6 steps. is 6"),
+        (replace(BASIS, eta=2.0), GLASSES, "eta is 2"),
+        (replace(BASIS, seed=-1), GLASSES, "seed is -1"),
+        (replace(BASIS, size=5000), GLASSES, "4096"),
+    ],
+)
+def test_what_is_refused_leaves_no_trace(session: Session, basis: Basis, change: Change, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        session.edit("tiny", basis, change)
+    assert session.history == []
+    assert session.edit("tiny", BASIS, GLASSES).number == 1
+
+
+def test_without_a_picture_there_is_nothing_to_edit(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no picture"):
+        Session(models, tmp_path).edit("tiny", BASIS, GLASSES)
+
+
+def test_a_bad_file_is_named_as_the_visitor_knows_it(session: Session, tmp_path: Path) -> None:
+    place = tmp_path / "upload" / "0123456789abcdef"
+    place.mkdir(parents=True)
+    (place / "holiday.png").write_bytes(b"%PDF-1.7")
+    before = session.picture
+    with pytest.raises(InputError, match="^'holiday.png' is a PDF document"):
+        session.open(place / "holiday.png")
+    assert session.picture is before
+
+
+def test_too_many_pixels_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_session, "MAX_PIXELS", 128 * 128 - 1)
+    with pytest.raises(InputError, match="'portrait2.png' is 128 x 128, more than"):
+        session.open(OTHER)
+
+
+@pytest.mark.parametrize("phase", ["inverting", "editing"])
+def test_a_run_can_be_stopped_and_the_next_one_is_not(session: Session, phase: str) -> None:
+    def stop_there(done: float, what: str) -> None:
+        if what == phase and done > 0.0:
+            session.stop()
+
+    with pytest.raises(Stopped):
+        session.edit("tiny", BASIS, GLASSES, stop_there)
+    assert session.history == []
+    with pytest.raises(Stopped):  # one that still stood in line when it was stopped
+        session.edit("tiny", BASIS, GLASSES)
+    told: list[tuple[float, str]] = []
+    session.begin()
+    session.edit("tiny", BASIS, GLASSES, lambda done, what: told.append((done, what)))
+    assert told[-1] == (1.0, "editing")
+    assert ("inverting" in {what for _, what in told}) == (phase == "inverting")  # an inversion that is done is kept
+
+
+def test_a_page_that_is_left_frees_its_inversions_and_one_that_is_gone_its_files(
+    models: Models, tmp_path: Path, inverted: list[int]
+) -> None:
+    session = Session(models, tmp_path)
+    session.open(SAMPLE)
+    made = session.edit("tiny", BASIS, GLASSES)
+    session.release()
+    session.begin()
+    assert made.file.exists()
+    assert session.edit("tiny", BASIS, GLASSES).inverted is not None  # it came back
+    session.close()
+    assert list(tmp_path.iterdir()) == []
+    assert session.history == [] and session.picture is None
+
+
+def test_visitors_do_not_see_each_other(session: Session, models: Models, tmp_path: Path) -> None:
+    other = Session(models, tmp_path)
+    session.edit("tiny", BASIS, GLASSES)
+    assert other.picture is None and other.history == []
+    other.open(SAMPLE)
+    made = other.edit("tiny", BASIS, GLASSES)
+    assert made.inverted is not None and made.number == 1
+    assert made.file.parent != session.history[0].file.parent
+    other.close()
+    assert session.history[0].file.exists()
+
+
+def test_another_model_frees_the_one_before() -> None:
+    models = Models(["tiny", str(TINY), "tiny"])
+    assert models.names == ("tiny", str(TINY))
+    with models.use("tiny") as first:
+        assert first.device.type != "meta"
+    with models.use(str(TINY)) as second:
+        assert first.device.type == "meta" and second.device.type != "meta"
+    assert set(models.facts("tiny").presets) == set(web_session.PRESETS_EMBEDDED)  # without loading it again
+    assert second.device.type != "meta"
+    models.close()
+    assert second.device.type == "meta"
+    with pytest.raises(InputError, match="not one of the models"), models.use("/etc/passwd"):
+        pass
+
+
+def test_one_computation_at_a_time(models: Models) -> None:
+    inside = threading.Event()
+
+    def enter() -> None:
+        with models.use("tiny"):
+            inside.set()
+
+    with models.use("tiny"):
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not inside.wait(0.2)
+    other.join(60)
+    assert inside.is_set()
+
+
+def test_a_warning_reaches_the_visitor_it_concerns(session: Session) -> None:
+    with warnings.catch_warnings(record=True) as elsewhere, warnings_to_visitors():
+        made = session.edit("tiny", BASIS, Change(3.5, (Concept("beard", warmup_steps=50),)))
+        warnings.warn("nobody's", stacklevel=1)
+    assert len(made.notices) == 1 and "never acts" in made.notices[0]
+    assert [str(warning.message) for warning in elsewhere] == ["nobody's"]
+
+
+EDITS = [
+    (BASIS, GLASSES),
+    (
+        Basis(num_steps=5, skip=1, source="a portrait", eta=0.3, seed=12345678901, size=192),
+        Change(
+            2.75,
+            (Concept("beard", 1 / 3, 0.85, 0, 3, reverse=True), Concept("a red hat", 3.0, 0.8, 1)),
+            target="a portrait with a red hat",
+            negative="glasses",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["portrait.png", "-it's my $HOME.png"])
+@pytest.mark.parametrize(("basis", "change"), EDITS, ids=["plain", "everything"])
+def test_the_command_and_the_program_make_the_same_picture(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, basis: Basis, change: Change, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(OTHER, tmp_path / name)
+    session.open(tmp_path / name)
+    made = session.edit("tiny", basis, change)
+    out = tmp_path / f"{Path(name).stem}.ledits.png"
+
+    command = as_command(made, session.models.given).replace(" \\\n", " ")
+    program, *argv = shlex.split(command)
+    assert program == "ledits"
+    assert main(argv) == 0
+    with Image.open(out) as theirs, Image.open(made.file) as ours:
+        assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+        assert json.loads(theirs.info["ledits"]) == json.loads(ours.info["ledits"])
+    out.unlink()
+
+    exec(compile(as_python(made, session.models.given), "page.py", "exec"), {})
+    with Image.open(out) as theirs:
+        assert np.array_equal(np.asarray(theirs), pixels(made))
+
+
+def test_how_the_model_was_loaded_is_said_too(session: Session) -> None:
+    made = session.edit("tiny", BASIS, GLASSES)
+    given = {"device": "cuda:0", "dtype": "auto", "lora": [("a b.safetensors", 0.5)], "vae": "v.safetensors",
+             "text_encoder": None, "tokenizer": None, "prediction_type": "v", "ema": True}  # fmt: skip
+    _, *argv = shlex.split(as_command(made, given).replace(" \\\n", " "))
+    args = vars(build_parser().parse_args(argv))
+    assert {name: args[name] for name in given} == given
+    code = as_python(made, given)
+    assert 'device="cuda:0"' in code and "ema=True" in code and "dtype" not in code and 'vae="v.safetensors"' in code
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--port", "70000"], "--port is 70000"),
+        (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--model", "tiny", "--model", "b.safetensors", "--ema"], "--ema would change each of 2 models"),
+        (["--share"], "--share"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+    assert main(["web", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ledits: error: ") and says in line
+
+
+@pytest.mark.parametrize("found", [None, "5.49.1"])
+def test_without_gradio_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: str | None
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["web"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ledits: error: ") and "pip install 'ledits-min[web]'" in line
