@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,24 +102,23 @@ def synchronize() -> None:
 
 def build_ours(quick: bool, device: torch.device) -> tuple[UNet, VAE]:
     with torch.device("meta"):
-        networks = UNet(QUICK_UNET if quick else SD15_UNET), VAE(QUICK_VAE if quick else SD15_VAE)
-    return fill(networks, device)
+        unet, vae = UNet(QUICK_UNET if quick else SD15_UNET), VAE(QUICK_VAE if quick else SD15_VAE)
+    fill((unet, vae), device)
+    return unet, vae
 
 
 def build_theirs(quick: bool, device: torch.device) -> tuple[Any, Any]:
     unet_config, vae_config = (QUICK_UNET, QUICK_VAE) if quick else (SD15_UNET, SD15_VAE)
     with torch.device("meta"):
-        networks = (
-            UNet2DConditionModel.from_config(unet_config.to_json()),
-            AutoencoderKL.from_config(vae_config.to_json()),
-        )
-    return fill(networks, device)
+        unet = UNet2DConditionModel.from_config(unet_config.to_json())
+        vae = AutoencoderKL.from_config(vae_config.to_json())
+    fill((unet, vae), device)
+    return unet, vae
 
 
-def fill(networks: tuple[T, ...], device: torch.device) -> tuple[T, ...]:
+def fill(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
     """Random float32 weights that keep activations near one and predictions small; the same for the same names."""
     for seed, network in enumerate(networks):
-        assert isinstance(network, torch.nn.Module)
         weights: dict[str, Tensor] = {}
         for name, tensor in network.state_dict().items():
             generator = torch.Generator().manual_seed(1000 * seed + zlib.crc32(name.encode()))
@@ -131,7 +130,6 @@ def fill(networks: tuple[T, ...], device: torch.device) -> tuple[T, ...]:
             weights[name] = values.to(device).contiguous(memory_format=layout)
         network.load_state_dict(weights, strict=True, assign=True)
         network.eval().requires_grad_(False)
-    return networks
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def main() -> None:
             "diffusers": lambda: theirs.forward(*half).sample,  # noqa: B023
         }
         if args.compile:
-            fast = torch.compile(ours.forward, dynamic=False), torch.compile(theirs.forward, dynamic=False)
+            fast: list[Any] = [torch.compile(network.forward, dynamic=False) for network in (ours, theirs)]
             calls["ours, compiled"] = lambda: fast[0](x_t, time_, keys_values)  # noqa: B023
             calls["diffusers, compiled"] = lambda: fast[1](*half).sample  # noqa: B023
         if openvino is not None:

@@ -147,7 +147,7 @@ def few_colours(path: Path) -> None:
 
 
 def beside(name: str) -> ModuleType:
-    """bench/conftest.py, which knows the conditions of a measurement."""
+    """bench/conditions.py, which knows the conditions of a measurement."""
     spec = importlib.util.spec_from_file_location(f"ledits_min_bench_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -169,7 +169,7 @@ def main() -> None:
     }
     print(json.dumps(seconds, indent=2))
     if args.results:
-        conditions = {**beside("conftest").conditions(), "load_average": round(load, 1)}
+        conditions = {**beside("conditions").conditions(), "load_average": round(load, 1)}
         kept = {"seconds": seconds, "rounds": args.rounds, "conditions": conditions}
         (RESULTS / "web.json").write_text(json.dumps(kept, indent=2) + "\n")
         portrait(RESULTS / "web.png")

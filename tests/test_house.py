@@ -200,9 +200,10 @@ def test_some_packages_stay_in_their_room(package: str) -> None:
 
 
 def test_nobody_imports_tests_or_bench() -> None:
-    """Not even tests and bench themselves: a helper two of them need is a fixture in a conftest.py.
+    """Not even tests: a helper two of them need is a fixture in a conftest.py.
 
-    tests/fuzz is a program of its own, three files that import each other.
+    tests/fuzz is a program of its own, three files that import each other; bench/ holds programs (`python -m bench.x`)
+    that share parts.
     """
     wrong = [
         f"{file}:{line} imports {name}"
@@ -210,6 +211,7 @@ def test_nobody_imports_tests_or_bench() -> None:
         for line, name in imports(file)
         if name.split(".")[0] in ("tests", "bench", "conftest")
         if not (file.startswith("tests/fuzz/") and name.startswith("tests.fuzz"))
+        if not (file.startswith("bench/") and not file.startswith("bench/test_") and name.startswith("bench."))
     ]
     assert not wrong
 
@@ -281,7 +283,7 @@ def declared(*extras: str) -> set[str]:
     ids=["run time", "train", "web", "test", "bench"],
 )
 def test_every_import_is_a_declared_dependency(prefixes: tuple[str, ...], extras: tuple[str, ...]) -> None:
-    allowed = declared(*extras) | set(sys.stdlib_module_names) | {"ledits_min", "tests"}
+    allowed = declared(*extras) | set(sys.stdlib_module_names) | {"ledits_min", "tests", "bench"}
     wrong = [
         f"{file}:{line} imports {name}"
         for file in sources()
