@@ -115,28 +115,60 @@ def settings(
     }
 
 
+def common(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that several runs share; of concepts and Prompt-to-Prompt, the numbers that they share."""
+    shared: dict[str, Any] = {}
+    for name, value in runs[0].items():
+        values = [run[name] for run in runs]
+        if name == "concepts":
+            shared[name] = [common(concept) for concept in zip(*values, strict=True)]
+        elif isinstance(value, Mapping):
+            shared[name] = common(values)
+        elif all(other == value for other in values):
+            shared[name] = value
+    return shared
+
+
 def parameters_line(values: Mapping[str, Any]) -> str:
-    """The same settings in one line for people."""
-    parts = []
-    for concept in values["concepts"]:
-        sign = "-" if concept["reverse"] else "+"
-        strength = concept["guidance_scale"] * concept["weight"]
-        end = "" if concept["cooldown_steps"] is None else f" to {concept['cooldown_steps']}"
-        numbers = f"scale {strength:g}, threshold {concept['threshold']:g}, from step {concept['warmup_steps']}{end}"
-        parts.append(f"{sign}{quoted(concept['text'], 1000)} ({numbers})")
+    """The same settings in one line for people; what `values` lacks is left out."""
+    return "; ".join(parameters(values))
+
+
+def parameters(values: Mapping[str, Any]) -> list[str]:
+    """Each part of that line."""
+    parts = [_concept_words(concept) for concept in values["concepts"]]
     for name in ("source", "target", "negative"):
         if values[name]:
             parts.append(f"{name} {quoted(values[name], 1000)}")
     if values["target"]:
-        parts.append(f"target scale {values['guidance_scale']:g}")
-    if values["prompt_to_prompt"]:
-        parts.append("Prompt-to-Prompt cross {cross:g}, self {self:g}".format(**values["prompt_to_prompt"]))
-    if values["momentum_scale"]:
-        parts.append(f"momentum {values['momentum_scale']:g}, beta {values['momentum_beta']:g}")
-    parts.append(f"{values['num_steps']} steps, skip {values['skip']}, eta {values['eta']:g}")
-    parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
+        parts += _told(values, guidance_scale="target scale {:g}")
+    control = values["prompt_to_prompt"]
+    if control is not None:
+        parts += [" ".join(["Prompt-to-Prompt", ", ".join(_told(control, cross="cross {:g}", self="self {:g}"))])]
+    if values.get("momentum_scale") != 0.0:
+        parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]
+    parts += [", ".join(_told(values, num_steps="{} steps", skip="skip {}", eta="eta {:g}"))]
+    if "seeds" in values:
+        parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
-    return "; ".join(parts)
+    return [part for part in parts if part]
+
+
+def _concept_words(concept: Mapping[str, Any]) -> str:
+    scale, weight = concept.get("guidance_scale"), concept.get("weight")
+    strength = scale if scale is None or weight is None else scale * weight
+    numbers = _told(
+        {**concept, "strength": strength, "only_weight": weight if scale is None and weight != 1.0 else None},
+        strength="scale {:g}", only_weight="weight {:g}", threshold="threshold {:g}",
+        warmup_steps="from step {}", cooldown_steps="to step {}",
+    )  # fmt: skip
+    named = f"{'-' if concept['reverse'] else '+'}{quoted(concept['text'], 1000)}"
+    return f"{named} ({', '.join(numbers)})" if numbers else named
+
+
+def _told(values: Mapping[str, Any], **formats: str) -> list[str]:
+    """Each value in its words, without those that are missing or None."""
+    return [text.format(values[name]) for name, text in formats.items() if values.get(name) is not None]
 
 
 def metadata(values: Mapping[str, Any]) -> dict[str, str]:
@@ -159,7 +191,36 @@ def report(
     evaluations: Mapping[str, Any],
 ) -> bytes:
     """The report as strict JSON: settings, versions, seconds a phase, evaluations planned and made, masks, trace."""
-    statistics = [
+    content = {
+        "settings": values,
+        "versions": versions(),
+        "device": device,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "evaluations": evaluations,
+        "masks": mask_statistics(values["concepts"], masks),
+        "trace": list(trace),
+        "notices": list(notices),
+    }
+    return as_json(content)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """Strict JSON: a number that is not finite has no place in it."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    return {
+        "ledits_min": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def mask_statistics(concepts: Sequence[Mapping[str, Any]], masks: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """What each concept's mask (h, w) covered; `concepts` as in the settings."""
+    return [
         {
             "text": concept["text"],
             "reverse": concept["reverse"],
@@ -167,24 +228,8 @@ def report(
             "max": float(mask.max()),
             "share_above_half": float((mask > 0.5).float().mean()),
         }
-        for concept, mask in zip(values["concepts"], masks, strict=True)
+        for concept, mask in zip(concepts, masks, strict=True)
     ]
-    content = {
-        "settings": values,
-        "versions": {
-            "ledits_min": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pillow": PIL.__version__,
-        },
-        "device": device,
-        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "evaluations": evaluations,
-        "masks": statistics,
-        "trace": list(trace),
-        "notices": list(notices),
-    }
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Sequence[Tensor]) -> Image.Image:
