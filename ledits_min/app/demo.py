@@ -41,7 +41,7 @@ def demo_sheet(ledits: LEdits, picture: Image.Image, seed: int = 0) -> Image.Ima
 
     inversion = ledits.invert(picture, seed=seed)
     done: dict[str, Result] = {}
-    with progress_bar("the sheet", len(wanted), "edit", wanted=True) as bar:
+    with progress_bar("editing", len(wanted), "edit", wanted=True) as bar:
         for label, options in wanted.items():
             done[label] = run(ledits, inversion, **options)
             bar.update()

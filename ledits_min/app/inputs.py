@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ledits_min.app.terminal import notice
+from ledits_min.app.terminal import notice, waiting
 from ledits_min.config import InputError
 from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
 
@@ -79,11 +79,12 @@ def load_model(args: argparse.Namespace) -> LEdits:
     from ledits_min.weights.survey import survey_whole
 
     survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
-    from ledits_min import LEdits
+    with waiting(f"loading {quoted(args.model, 60)}"):
+        from ledits_min import LEdits
 
-    ledits = LEdits.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
-    )  # fmt: skip
+        ledits = LEdits.from_pretrained(
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
+        )  # fmt: skip
     for text in ledits.notes:
         notice(args, text)
     return ledits

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ledits_min import __version__
+from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.archive import Inversion
 from ledits_min.config import InputError
 from ledits_min.image import OUTPUT_SIDES
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 PICTURES = tuple(OUTPUT_SIDES)
 PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
 COLUMNS = 4
-_MARGIN, _TEXT, _BAR = 12, 15, 8
+_MARGIN, _GREY = 12, (80, 80, 80)
 _LOW, _HIGH = np.array([213.0, 94.0, 0.0]), np.array([255.0, 235.0, 130.0])  # vermilion to pale yellow, on grey
 
 
@@ -238,18 +239,14 @@ def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Seque
     The ramp runs from nothing (grey) over vermilion to pale yellow, lighter all the way, so that it reads without
     telling red from green; its top is the mask's own peak, written under the panel.
     """
-    longer = max(picture.size)
-    scale = min(max(longer, PANEL_SIDES[0]), PANEL_SIDES[1]) / longer
-    small = picture.resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BICUBIC
-    )
-    panels = [_panel(small, "original", "", None)]
-    for concept, mask in zip(concepts, masks, strict=True):
-        sign = "-" if concept.reverse else "+"
-        mean, peak = float(mask.mean()), float(mask.max())
-        numbers = f"mean {100 * mean:.1f} %, peak {100 * peak:.1f} %"
-        panels.append(_panel(overlay(small, mask), f"{sign} {concept.text}", numbers, peak))
-    columns = min(COLUMNS, len(panels))
+    small = fitted(picture, min(max(*picture.size, PANEL_SIDES[0]), PANEL_SIDES[1]))
+    columns, width = min(COLUMNS, len(concepts) + 1), max(small.width, PANEL_SIDES[0])
+    letters = letters_for(columns * (width + 2 * _MARGIN), width)
+    names = [letters.wrapped(f"{'-' if concept.reverse else '+'} {concept.text}", width) for concept in concepts]
+    most = max(map(len, names), default=1)
+    panels = [_panel(small, ["original"], most, None, letters)]
+    for name, mask in zip(names, masks, strict=True):
+        panels.append(_panel(overlay(small, mask), name, most, mask, letters))
     rows = -(-len(panels) // columns)
     width, height = panels[0].size
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -263,7 +260,7 @@ def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
     plane = Image.fromarray((mask.float().cpu() / peak).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
     strength = np.asarray(plane).clip(0.0, 1.0)[..., None]
     # Darkened and flattened, so that the ramp is lighter than any part of the picture under it.
-    grey = 20.0 + 0.45 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    grey = 20.0 + 0.4 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     alpha = _alpha(strength)
     return Image.fromarray(np.rint((1.0 - alpha) * grey + alpha * _ramp(strength)).clip(0, 255).astype(np.uint8))
 
@@ -278,31 +275,24 @@ def _alpha(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return opacity
 
 
-def _panel(picture: Image.Image, label: str, numbers: str, peak: float | None) -> Image.Image:
-    """A picture with its label, its numbers and the ramp's legend below, on white, margins included."""
-    width = max(picture.width, PANEL_SIDES[0])
-    height = picture.height + 3 * (_TEXT + 6) + 3 * _MARGIN
-    panel = Image.new("RGB", (width + 2 * _MARGIN, height), "white")
+def _panel(picture: Image.Image, name: list[str], most: int, mask: Tensor | None, letters: Type) -> Image.Image:
+    """A picture, its name in up to `most` lines, the mask's numbers and the ramp's legend below, on white."""
+    width, line = max(picture.width, PANEL_SIDES[0]), letters.line
+    panel = Image.new("RGB", (width + 2 * _MARGIN, picture.height + (most + 2) * line + 3 * _MARGIN), "white")
     panel.paste(picture, (_MARGIN, _MARGIN))
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(_TEXT)
     top = picture.height + 2 * _MARGIN - 4
-    draw.text((_MARGIN, top), _fitting(label, width, draw, font), "black", font)
-    draw.text((_MARGIN, top + _TEXT + 5), numbers, (80, 80, 80), font)
-    if peak is not None:
-        steps = np.linspace(0.0, 1.0, width - 110)[None, :, None]
-        alpha = _alpha(steps)
-        bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(_BAR, axis=0)
-        left, top = _MARGIN + 30, top + 2 * (_TEXT + 5) + 6
-        panel.paste(Image.fromarray(bar), (left, top))
-        draw.text((_MARGIN, top - 6), "0 %", (80, 80, 80), font)
-        draw.text((left + bar.shape[1] + 8, top - 6), f"{100 * peak:.1f} %", (80, 80, 80), font)
+    letters.draw(panel, (_MARGIN, top), name, "black")
+    if mask is None:
+        return panel
+    mean, peak = (f"{100 * float(value):.1f} %" for value in (mask.mean(), mask.max()))
+    top += len(name) * line
+    letters.draw(panel, (_MARGIN, top), [f"mean {mean}, peak {peak}", "0 %"], _GREY)
+    left = _MARGIN + letters.width("0 %") + 8
+    right = _MARGIN + width - letters.width(peak) - 8
+    letters.draw(panel, (right + 8, top + line), [peak], _GREY)
+    steps = np.linspace(0.0, 1.0, right - left)[None, :, None]
+    alpha = _alpha(steps)
+    thick = letters.size // 2
+    bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(thick, axis=0)
+    panel.paste(Image.fromarray(bar), (left, top + line + (line - thick) // 2))
     return panel
-
-
-def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> str:
-    """`text` on one line, cut with an ellipsis where it would leave the panel."""
-    line = " ".join(text.split())
-    shown = line
-    while shown and draw.textlength(shown if shown == line else shown + "...", font) > width:
-        shown = shown[:-1]
-    return shown if shown == line else shown + "..."

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL = 168  # pixels of the longer side of one picture
 _SHOWN_AT = 830  # pixels a README gives a sheet: the width at which its text must still be read
-_INK, _GREY = (0, 0, 0), (60, 60, 60)
+_INK, _GREY = "black", (60, 60, 60)
+
+Ink = str | tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,15 @@ class Type:
             lines.append(word)
         return lines
 
-    def draw(self, sheet: Image.Image, at: tuple[int, int], lines: Sequence[str], ink: tuple[int, int, int]) -> None:
+    def draw(self, sheet: Image.Image, at: tuple[int, int], lines: Sequence[str], ink: Ink) -> None:
         pen, font = ImageDraw.Draw(sheet), self.font
         for number, line in enumerate(lines):
             pen.text((at[0], at[1] + number * self.line), line, ink, font)
+
+
+def letters_for(width: int, cell: int) -> Type:
+    """For pictures of `cell` pixels on a sheet `width` wide: still read where a README shows it, never too large."""
+    return Type(max(14, min(cell // 10, round(13 * width / _SHOWN_AT))))
 
 
 def contact_sheet(
@@ -77,7 +84,7 @@ def contact_sheet(
     """
     gap, across = max(8, cell // 16), max(map(len, rows))
     wide = across * (cell + gap) + gap
-    letters = Type(max(14, min(cell // 10, round(13 * wide / _SHOWN_AT))))
+    letters = letters_for(wide, cell)
     headline = Type(letters.size + 2)
 
     left = [headline.wrapped(text, cell) for text in sides] or [[]] * len(rows)
@@ -103,7 +110,7 @@ class _Flow:
         self.width, self.gap, self.cell, self.letters, self.headline = width, gap, cell, letters, headline
         self.top = gap
         self.pictures: list[tuple[Image.Image, tuple[int, int]]] = []
-        self.texts: list[tuple[Type, tuple[int, int], Sequence[str], tuple[int, int, int]]] = []
+        self.texts: list[tuple[Type, tuple[int, int], Sequence[str], Ink]] = []
 
     def title(self, text: str) -> None:
         lines = self.headline.wrapped(text, self.width - 2 * self.gap)

@@ -42,6 +42,16 @@ def warnings_as_lines() -> Iterator[list[str]]:
         yield said
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says on a terminal what takes its time, until it is done; anywhere else nothing."""
+    from tqdm import tqdm
+
+    silent = None if sys.stderr is not None else True  # None: wherever it is no terminal
+    with tqdm(desc=f"{what} ...", bar_format="{desc}", file=sys.stderr, leave=False, disable=silent):
+        yield
+
+
 def notice(args: argparse.Namespace, text: str) -> None:
     if text not in args.said:
         args.said.append(text)
