@@ -117,6 +117,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     from ledits_min.app import sweep
 
     grid = sweep.Grid.of(args)
+    from ledits_min import Concept
     from ledits_min.app import outputs
     from ledits_min.image import atomic_write, save_image
     from ledits_min.p2p import check_prompts
@@ -130,9 +131,10 @@ def run_sweep(args: argparse.Namespace) -> None:
         check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
     picture = outputs.original_picture(made) if made else open_picture(args)
     ledits = load_model(args)
-    concepts = args.concepts or []
-    for text in (args.source or "", args.target, args.negative, *(fields["text"] for fields in concepts)):
+    concepts = [Concept(**fields) for fields in sweep.concepts_of(grid.cells[0][0])]
+    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
         check_prompt(ledits, text)
+    _warn_of_doubtful(args, concepts)
     clock.lap("load")
     side = sweep.cell_side(grid, picture)
     edited, inversions = sweep.run(grid, ledits, picture, made, side)

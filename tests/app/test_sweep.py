@@ -239,6 +239,8 @@ def test_what_is_doubtful_is_said_once(place: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert error.count("the embedded model was trained on drawn portraits") == error.count("\n") == 1
     assert len(told("noise.sweep.json")["notices"]) == 1
+    assert main(["sweep", "p.png", "--steps", "2", "--skip", "0,1"]) == 0
+    assert "nothing to change is asked for" in capsys.readouterr().err
 
 
 def test_settings_in_common() -> None:
