@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from ledits_min import Concept, LEdits
-from ledits_min.app.demo import Cell, contact_sheet, run
+from ledits_min.app.demo import run
+from ledits_min.app.sheet import Cell, contact_sheet
 from ledits_min.image import open_image, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ def main() -> None:
         edits |= {text: (wide, Concept(text, guidance_scale=3.0, threshold=0.8)) for text in GLOBAL}
         cells = [Cell(f"+ {text}", run(ledits, x, concepts=[c]).images[0]) for text, (x, c) in edits.items()]
         rows.append([Cell(name, picture), Cell("reconstruction", run(ledits, inversion).images[0]), *cells])
-    save_image(contact_sheet(rows, [""] * len(rows)), out)
+    save_image(contact_sheet(rows), out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ledits_min import LEdits
-from ledits_min.app.demo import Cell, contact_sheet
 from ledits_min.app.outputs import overlay
+from ledits_min.app.sheet import Cell, contact_sheet
 from ledits_min.image import save_image
 from ledits_min.weights.train_tiny.edits import CHANGE, EDITS, REVERSE, Edit, named, pick
 from ledits_min.weights.train_tiny.evaluate import Editor, as_images, draw_all
@@ -45,7 +45,7 @@ def by_portrait(editor: Editor, pictures: Pixels, edits: Sequence[Edit]) -> Imag
     for index, original in enumerate(as_images(pictures)):
         rows.append([Cell("original", original), *(Cell(name, images[index]) for name, images, _ in done)])
         rows.append([Cell("", None), *(Cell("where it acted", where[index]) for _, _, where in done)])
-    return contact_sheet(rows, [""] * len(rows), CELL)
+    return contact_sheet(rows, cell=CELL)
 
 
 def by_edit(editor: Editor, edits: Sequence[Edit], count: int) -> Image.Image:
@@ -59,7 +59,7 @@ def by_edit(editor: Editor, edits: Sequence[Edit], count: int) -> Image.Image:
         for label, row in (("original", as_images(pictures)), (edit.name, images), ("ideal", as_images(ideals))):
             rows.append([Cell(label, image) for image in row])
         titles += [edit.name, "", ""]
-    return contact_sheet(rows, titles, 3 * CELL // 4)
+    return contact_sheet(rows, titles, cell=3 * CELL // 4)
 
 
 def sheets(editor: Editor) -> Mapping[str, Image.Image]:

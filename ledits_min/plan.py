@@ -203,7 +203,7 @@ class Plan:
         """The plan as `--explain` prints it."""
         unet = self.costs.unet
         kinds = ", ".join(f"{name} {giga(getattr(unet, name))}" for name in ("conv", "linear", "attention"))
-        found = [f"one evaluation: {giga(unet.flop)} GFLOP ({kinds}), {size(self.costs.width * unet.values)}"]
+        found = [f"one evaluation: {giga(unet.flop)} GFLOP ({kinds}), {size(self.costs.width * unet.values)} of memory"]
         for phase in self.phases:
             calls, tera = sum(map(len, phase.batches)), phase.evaluations * unet.flop / 1e12
             found.append(

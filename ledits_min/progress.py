@@ -47,5 +47,9 @@ def tell(callback: Callback | None, progress: Progress) -> None:
 
 
 def progress_bar(phase: str, total: int, unit: str, wanted: bool) -> tqdm[Any]:
-    """A bar on stderr that stays silent where stderr is no terminal."""
-    return tqdm(total=total, desc=phase, unit=unit, file=sys.stderr, disable=None if wanted else True)
+    """A bar on stderr that stays silent where stderr is no terminal, or closed."""
+    numbers = f"{{n_fmt}}/{{total_fmt}} {unit}s in {{elapsed}}, {{remaining}} left{{postfix}}"
+    return tqdm(
+        total=total, desc=phase, bar_format=f"{{desc:<10}} {{percentage:3.0f}} % |{{bar}}| {numbers}",
+        file=sys.stderr, disable=None if wanted and sys.stderr is not None else True,
+    )  # fmt: skip

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import logging
+import os
+import random
+import signal
 import threading
+import warnings
+from importlib import resources
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ledits_min import Concept, InputError, Inversion, LEdits, Progress, PromptToPrompt, Stopped
+import ledits_min
+from ledits_min import Concept, InputError, Inversion, LEdits, Progress, PromptToPrompt, Result, Stopped
 
 PORTRAIT = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
 STEPS, SKIP = 6, 2
@@ -109,6 +120,44 @@ def test_nothing_is_printed(ledits: LEdits, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
+def test_nothing_global_is_changed(ledits: LEdits) -> None:
+    """What a host program has set, random numbers included, is as it was; so are callers of other libraries."""
+
+    def state() -> dict[str, object]:
+        return {
+            "random": torch.get_rng_state().tolist(),
+            "python random": random.getstate(),
+            "numpy random": str(np.random.get_state()),
+            "gradients": torch.is_grad_enabled(),
+            "dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "filters": list(warnings.filters),
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),
+            "levels": {name: logging.getLogger(name).level for name in ("", "transformers", "torch", "PIL")},
+            "signals": signal.getsignal(signal.SIGINT),
+        }
+
+    before = state()
+    ledits.edit(ledits.invert(PORTRAIT, num_steps=2, skip=0), concepts=CONCEPTS)
+    ledits.generate("portrait", num_steps=2)
+    LEdits.from_pretrained("tiny", device="cpu", dtype="bfloat16").close()
+    assert state() == before
+
+
+def test_the_public_names_are_typed() -> None:
+    """A type checker that finds py.typed reads these; mypy --strict proves the inside."""
+    assert resources.files("ledits_min").joinpath("py.typed").is_file()
+    for name in ledits_min.__all__:
+        thing = getattr(ledits_min, name)
+        own = [value for key, value in vars(thing).items() if inspect.isfunction(value) and key[0] != "_"]
+        for method in [*own, *filter(None, [vars(thing).get("__init__")])]:
+            _, *parameters = inspect.signature(method).parameters.values()
+            assert all(each.annotation is not each.empty for each in parameters), (name, method)
+    assert get_type_hints(LEdits.edit)["return"] is Result and get_type_hints(LEdits.invert)["return"] is Inversion
+
+
 def test_moving_changes_the_dtype_of_every_network(inversion: Inversion) -> None:
     ledits = LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
     exact = ledits.edit(inversion, concepts=CONCEPTS).latents
@@ -128,6 +177,27 @@ def test_a_wider_autoencoder_stays_wide() -> None:
     ledits.vae.float()
     ledits.to("cpu", "float16")
     assert next(ledits.vae.parameters()).dtype == torch.float32 and ledits.dtype == torch.float16
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that anybody in this process can still reach, each storage once."""
+    gc.collect()
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in gc.get_objects()
+        if type(found) in (Tensor, torch.nn.Parameter) and found.device.type == "cpu"
+    }
+    return sum(storages.values())
+
+
+def test_closing_gives_the_memory_back(inversion: Inversion) -> None:
+    before = tensor_bytes()
+    ledits = LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
+    ledits.edit(inversion, concepts=CONCEPTS)
+    held = tensor_bytes() - before
+    assert held > 30e6
+    ledits.close()
+    assert tensor_bytes() - before < 0.01 * held
 
 
 def test_closing_frees_the_weights_and_refuses_more(inversion: Inversion) -> None:

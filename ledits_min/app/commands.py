@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ledits_min.app.inputs import (
     check_outputs,
     check_prompt,
+    edit_settings,
+    inversion_settings,
     invert_picture,
     is_saved_inversion,
     load_inversion,
@@ -24,7 +27,7 @@ from ledits_min.config import InputError
 from ledits_min.weights.header import quoted
 
 if TYPE_CHECKING:
-    from ledits_min import Concept, LEdits
+    from ledits_min import Concept
 
 
 def run_edit(args: argparse.Namespace) -> None:
@@ -65,7 +68,7 @@ def run_edit(args: argparse.Namespace) -> None:
     clock.lap("load")
     inversion = made or invert_picture(args, ledits, picture)
     clock.lap("invert")
-    settings = _edit_settings(args, ledits)
+    settings = edit_settings(args, ledits)
     result = ledits.edit(inversion, concepts=concepts, trace=args.report is not None, attention=attention, **settings)
     clock.lap("edit")
 
@@ -90,18 +93,6 @@ def run_edit(args: argparse.Namespace) -> None:
     tell_written(clock, [out, args.masks, args.report, args.save_inversion])
 
 
-def _edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
-    """The arguments of `LEdits.edit` that are plain values."""
-    return {
-        "target": args.target,
-        "guidance_scale": ledits.defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "negative": args.negative,
-        "momentum_scale": args.momentum_scale,
-        "momentum_beta": args.momentum_beta,
-        "output_size": args.output_size,
-    }
-
-
 def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     """What the same command without --explain would evaluate. No weight is read and nothing is written."""
     if args.p2p is not None:
@@ -115,14 +106,45 @@ def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     if made is not None:
         settings, latents = made.settings, latent_size(made)
     else:
-        eta = 1.0 if args.eta is None else args.eta
-        settings = ledits.inversion_settings(
-            args.source or "", args.source_guidance_scale, args.steps, args.skip, eta
-        )  # fmt: skip
+        settings = inversion_settings(args, ledits)
         latents = fitted_size(ledits, open_picture(args), args.size)
-    edit = _edit_settings(args, ledits)
+    edit = edit_settings(args, ledits)
     for line in plan_edit(ledits, settings, latents, made is not None, concepts, edit, device).lines():
         tell(line)
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from ledits_min.app import sweep
+
+    grid = sweep.Grid.of(args)
+    from ledits_min import Concept
+    from ledits_min.app import outputs
+    from ledits_min.image import atomic_write, save_image
+    from ledits_min.p2p import check_prompts
+
+    out = Path(f"{Path(args.image).stem}.sweep.png" if args.output is None else args.output)
+    beside = Path(f"{os.path.splitext(out)[0]}.json")
+    check_outputs(args, {"-o": (out, outputs.PICTURES), "the numbers beside -o,": (beside, (".json",))})
+    clock = Clock()
+    made = load_inversion(args) if is_saved_inversion(args.image) else None
+    if args.p2p is not None:
+        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
+    picture = outputs.original_picture(made) if made else open_picture(args)
+    ledits = load_model(args)
+    concepts = [Concept(**fields) for fields in sweep.concepts_of(grid.cells[0][0])]
+    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+        check_prompt(ledits, text)
+    _warn_of_doubtful(args, concepts)
+    clock.lap("load")
+    side = sweep.cell_side(grid, picture)
+    edited, inversions = sweep.run(grid, ledits, picture, made, side)
+    clock.lap("sweep")
+
+    shared = outputs.common([one.settings for row in edited for one in row])
+    sheet = sweep.draw(grid, edited, picture, side, outputs.parameters(shared))
+    atomic_write(beside, sweep.numbers(grid, edited, inversions, shared, clock, args.said, str(ledits.device)))
+    save_image(sheet, out, outputs.metadata(shared))
+    tell_written(clock, [out, beside])
 
 
 def run_invert(args: argparse.Namespace) -> None:
@@ -179,4 +201,11 @@ def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> 
             warnings.warn(f"{quoted(text, 60)} is given {len(reversed_)} times; each counts", stacklevel=2)
 
 
-COMMANDS = {"edit": run_edit, "invert": run_invert, "demo": run_demo, "inspect": run_inspect, "web": run_web}
+COMMANDS = {
+    "edit": run_edit,
+    "invert": run_invert,
+    "sweep": run_sweep,
+    "web": run_web,
+    "demo": run_demo,
+    "inspect": run_inspect,
+}

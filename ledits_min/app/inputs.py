@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ledits_min.app.terminal import notice
+from ledits_min.app.terminal import notice, waiting
 from ledits_min.config import InputError
 from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ledits_min import Inversion, LEdits
+    from ledits_min.archive import InversionSettings
+    from ledits_min.progress import Callback
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -59,7 +61,7 @@ def load_inversion(args: argparse.Namespace) -> Inversion:
     if len(inversion.originals) != 1:
         raise InputError(f"{quoted(args.image)} holds {len(inversion.originals)} pictures; edit those from Python")
     for option in ("source", "source-guidance-scale", "steps", "skip", "eta", "seed", "size", "save-inversion"):
-        if getattr(args, option.replace("-", "_")) is not None:
+        if getattr(args, option.replace("-", "_"), None) is not None:
             raise InputError(
                 f"--{option} has no effect on a saved inversion such as {quoted(args.image)}; leave it out, or pass "
                 "the picture instead"
@@ -77,11 +79,12 @@ def load_model(args: argparse.Namespace) -> LEdits:
     from ledits_min.weights.survey import survey_whole
 
     survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
-    from ledits_min import LEdits
+    with waiting(f"loading {quoted(args.model, 60)}"):
+        from ledits_min import LEdits
 
-    ledits = LEdits.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
-    )  # fmt: skip
+        ledits = LEdits.from_pretrained(
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
+        )  # fmt: skip
     for text in ledits.notes:
         notice(args, text)
     return ledits
@@ -93,7 +96,31 @@ def check_prompt(ledits: LEdits, text: str) -> None:
         ledits.text.check(text)
 
 
-def invert_picture(args: argparse.Namespace, ledits: LEdits, picture: Image.Image) -> Inversion:
+def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
+    """The arguments of `LEdits.edit` that are plain values."""
+    return {
+        "target": args.target,
+        "guidance_scale": ledits.defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "negative": args.negative,
+        "momentum_scale": args.momentum_scale,
+        "momentum_beta": args.momentum_beta,
+        "output_size": args.output_size,
+    }
+
+
+def inversion_settings(args: argparse.Namespace, ledits: LEdits) -> InversionSettings:
+    """What the inversion would note down; InputError for what it would refuse."""
+    eta = 1.0 if args.eta is None else args.eta
+    return ledits.inversion_settings(args.source or "", args.source_guidance_scale, args.steps, args.skip, eta)
+
+
+def invert_picture(
+    args: argparse.Namespace,
+    ledits: LEdits,
+    picture: Image.Image,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> Inversion:
     size = args.size
     longer = max(size) if isinstance(size, tuple) else size or 0
     if longer > 1.5 * ledits.native_size:
@@ -110,6 +137,8 @@ def invert_picture(args: argparse.Namespace, ledits: LEdits, picture: Image.Imag
         eta=1.0 if args.eta is None else args.eta,
         seed=args.seed or 0,
         size=size,
+        progress=progress,
+        callback=callback,
     )
     factor = ledits.vae.config.factor
     height, width = (factor * side for side in inversion.latents.shape[-2:])

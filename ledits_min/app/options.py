@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
 
 from ledits_min import __version__
 from ledits_min.app.values import (
+    CONCEPT_KEYS,
+    P2P_KEYS,
+    Parse,
     parse_concept,
+    parse_list,
     parse_lora,
     parse_number,
     parse_p2p,
@@ -17,6 +22,29 @@ from ledits_min.app.values import (
     parse_whole,
 )
 from ledits_min.config import InputError, check_number, check_whole
+
+LIST = ",..."  # how --help marks an option that takes a list
+ValueAction = Literal["store"] | type["Listed"]
+
+_NUMBERS = {  # option -> its upper end; the lower one is 0
+    "guidance_scale": 1000.0,
+    "source_guidance_scale": 1000.0,
+    "eta": 1.0,
+    "momentum_scale": 0.999,
+    "momentum_beta": 0.999,
+    "scale": 1000.0,
+    "threshold": 1.0,
+    "weight": 1000.0,
+    "cross": 1.0,
+    "self": 1.0,
+}
+_CONCEPT_HELP = {
+    "scale": "its strength",
+    "threshold": "0 .. 1, the share of the picture that it leaves alone",
+    "warmup": "the first executed step in which it acts",
+    "cooldown": "the first executed step in which it acts no more",
+    "weight": "multiplies its scale",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,32 +56,29 @@ def build_parser() -> argparse.ArgumentParser:
     edit = add_command(commands, "edit", "change a picture: add or remove concepts, or give a target prompt")
     edit.add_argument("image", metavar="IMAGE|INVERSION", help="a picture, or what `ledits invert` saved")
     edit.add_argument("-o", "--output", metavar="OUT", help="PNG, JPEG or WEBP (default: <stem>.ledits.png here)")
-    group = edit.add_argument_group("the edit")
-    add = functools.partial(parse_concept, reverse=False)
-    remove = functools.partial(parse_concept, reverse=True)
-    example = '"sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1"'
-    group.add_argument("--add", dest="concepts", action="append", type=add, metavar="C", help=f"C is {example}")
-    group.add_argument("--remove", dest="concepts", action="append", type=remove, metavar="C", help="likewise")
-    group.add_argument("--target", type=parse_prompt, default="", metavar="T", help="a description of the new picture")
-    group.add_argument(
-        "--negative", type=parse_prompt, default="", metavar="T", help="what the picture should not show"
-    )
-    group.add_argument("--guidance-scale", type=parse_number, metavar="S", help="strength of --target")
-    group.add_argument("--p2p", nargs="?", const="", type=parse_p2p, metavar="P",
-                       help="Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2")  # fmt: skip
-    group.add_argument(
-        "--momentum-scale", type=parse_number, default=0.0, metavar="S", help="SEGA's momentum (default: 0)"
-    )
-    group.add_argument("--momentum-beta", type=parse_number, default=0.6, metavar="B", help="its memory (default: 0.6)")
+    add_edit_options(edit)
     add_inversion_options(edit)
     add_model_options(edit)
     group = edit.add_argument_group("files")
-    group.add_argument("--output-size", choices=("input", "model"), default="input",
-                       help="the change laid over the original pixels, or the model's own picture")  # fmt: skip
+    add_output_size(group)
     group.add_argument("--save-inversion", metavar="F", help="keep the inversion for further edits (.safetensors)")
     group.add_argument("--masks", metavar="F", help="a picture of where each concept acted")
     group.add_argument("--report", metavar="F.json", help="parameters, timings, mask statistics and trace")
     group.add_argument("--explain", action="store_true", help="only say what would be evaluated, and what it costs")
+    group.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    sweep = add_command(commands, "sweep", "one or two parameters of an edit against each other, on a labelled sheet")
+    sweep.description = f"""{sweep.description}: give one or two of the options marked {LIST} a list of values
+        (--scale 0,3,7 --skip 20,36); the first list runs across, the second down"""
+    sweep.add_argument("image", metavar="IMAGE|INVERSION", help="a picture, or what `ledits invert` saved")
+    sweep.add_argument("-o", "--output", metavar="SHEET", help="PNG, JPEG or WEBP, its numbers in a .json beside it "
+                                                               "(default: <stem>.sweep.png here)")  # fmt: skip
+    add_edit_options(sweep, Listed)
+    add_shared_options(sweep)
+    add_inversion_options(sweep, Listed)
+    add_model_options(sweep)
+    group = sweep.add_argument_group("files")
+    add_output_size(group)
     group.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     invert = add_command(commands, "invert", "find the noise maps of a picture, to edit it many times")
@@ -83,30 +108,63 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_ranges(args: argparse.Namespace) -> None:
     """The ranges of the public interface, before anything is loaded."""
-    for option, value, high in (
-        ("--guidance-scale", getattr(args, "guidance_scale", None), 1000.0),
-        ("--source-guidance-scale", args.source_guidance_scale, 1000.0),
-        ("--eta", args.eta, 1.0),
-        ("--momentum-scale", getattr(args, "momentum_scale", None), 0.999),
-        ("--momentum-beta", getattr(args, "momentum_beta", None), 0.999),
-    ):
-        check_number(option, value, 0.0, high, optional=True)
-    check_whole("--steps", args.steps, 1, 500, optional=True)
-    check_whole("--skip", args.skip, 0, 499 if args.steps is None else args.steps - 1, optional=True)
-    check_whole("--seed", args.seed, 0, 2**63 - 1, optional=True)
+    given = vars(args).get
+    for name, high in _NUMBERS.items():
+        check_number(f"--{name.replace('_', '-')}", given(name), 0.0, high, optional=True)
+    steps = given("steps")
+    check_whole("--steps", steps, 1, 500, optional=True)
+    check_whole("--skip", given("skip"), 0, 499 if steps is None else steps - 1, optional=True)
+    check_whole("--seed", given("seed"), 0, 2**63 - 1, optional=True)
+    for name in ("warmup", "cooldown"):
+        check_whole(f"--{name}", given(name), 0, 100_000, optional=True)
 
 
-def add_inversion_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the inversion")
-    group.add_argument("--source", type=parse_prompt, metavar="T", help="a description of the picture as it is")
-    group.add_argument("--source-guidance-scale", type=parse_number, metavar="S", help="strength of --source")
-    group.add_argument("--steps", type=parse_whole, metavar="N", help="1 .. 500 (default: the model's, else 100)")
+def add_edit_options(parser: argparse.ArgumentParser, action: ValueAction = "store") -> None:
+    """What is to change; `action` for the numbers that a sweep takes lists of."""
+    group = parser.add_argument_group("the edit")
+    add = functools.partial(parse_concept, reverse=False)
+    remove = functools.partial(parse_concept, reverse=True)
+    example = '"sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1"'
+    group.add_argument("--add", dest="concepts", action="append", type=add, metavar="C", help=f"C is {example}")
+    group.add_argument("--remove", dest="concepts", action="append", type=remove, metavar="C", help="likewise")
+    group.add_argument("--target", type=parse_prompt, default="", metavar="T", help="a description of the new picture")
     group.add_argument(
-        "--skip", type=parse_whole, metavar="N", help="noisiest steps to leave out (default: the model's)"
+        "--negative", type=parse_prompt, default="", metavar="T", help="what the picture should not show"
     )
-    group.add_argument("--eta", type=parse_number, metavar="E", help="0 .. 1, noise of the steps (default: 1)")
-    group.add_argument("--seed", type=parse_whole, metavar="N", help="of the noise (default: 0)")
+    number = functools.partial(group.add_argument, action=action, type=parse_number)
+    number("--guidance-scale", metavar="S", help="strength of --target")
+    group.add_argument("--p2p", nargs="?", const="", type=parse_p2p, metavar="P",
+                       help="Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2")  # fmt: skip
+    number("--momentum-scale", default=0.0, metavar="S", help="SEGA's momentum (default: 0)")
+    number("--momentum-beta", default=0.6, metavar="B", help="its memory (default: 0.6)")
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """The numbers of --add, --remove and --p2p as options of their own, for those that do not set theirs."""
+    group = parser.add_argument_group("every concept that does not set its own")
+    for name, (_, parse) in CONCEPT_KEYS.items():
+        group.add_argument(f"--{name}", action=Listed, type=parse, metavar="N", help=_CONCEPT_HELP[name])
+    group = parser.add_argument_group("--p2p where it does not set its own")
+    for name in P2P_KEYS:
+        group.add_argument(f"--{name}", action=Listed, type=parse_number, metavar="N",
+                           help=f"share of the steps that lend {name}-attention")  # fmt: skip
+
+
+def add_inversion_options(parser: argparse.ArgumentParser, action: ValueAction = "store") -> None:
+    group = parser.add_argument_group("the inversion")
+    number = functools.partial(group.add_argument, action=action)
+    group.add_argument("--source", type=parse_prompt, metavar="T", help="a description of the picture as it is")
+    number("--source-guidance-scale", type=parse_number, metavar="S", help="strength of --source")
+    number("--steps", type=parse_whole, metavar="N", help="1 .. 500 (default: the model's, else 100)")
+    number("--skip", type=parse_whole, metavar="N", help="noisiest steps to leave out (default: the model's)")
+    number("--eta", type=parse_number, metavar="E", help="0 .. 1, noise of the steps (default: 1)")
+    number("--seed", type=parse_whole, metavar="N", help="of the noise (default: 0)")
     group.add_argument("--size", type=parse_size, metavar="N|WxH", help="working size, longer side or both, in pixels")
+
+
+def add_output_size(group: Any) -> None:
+    group.add_argument("--output-size", choices=("input", "model"), default="input",
+                       help="the change laid over the original pixels, or the model's own picture")  # fmt: skip
 
 
 def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
@@ -137,6 +195,20 @@ def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
+
+
+class Listed(argparse.Action):
+    """One value, or a list of them with commas; `listed` of the namespace holds the lists in the order they came."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, type: Parse, metavar: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, type=parse_list(type), metavar=f"{metavar}{LIST}", **more)
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        listed = {name: other for name, other in getattr(namespace, "listed", {}).items() if name != self.dest}
+        namespace.listed = listed if len(values) == 1 else {**listed, self.dest: values}
+        setattr(namespace, self.dest, values[0])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ledits_min import __version__
+from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.archive import Inversion
 from ledits_min.config import InputError
 from ledits_min.image import OUTPUT_SIDES
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 PICTURES = tuple(OUTPUT_SIDES)
 PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
 COLUMNS = 4
-_MARGIN, _TEXT, _BAR = 12, 15, 8
+_MARGIN, _GREY = 12, (80, 80, 80)
 _LOW, _HIGH = np.array([213.0, 94.0, 0.0]), np.array([255.0, 235.0, 130.0])  # vermilion to pale yellow, on grey
 
 
@@ -115,28 +116,60 @@ def settings(
     }
 
 
+def common(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that several runs share; of concepts and Prompt-to-Prompt, the numbers that they share."""
+    shared: dict[str, Any] = {}
+    for name, value in runs[0].items():
+        values = [run[name] for run in runs]
+        if name == "concepts":
+            shared[name] = [common(concept) for concept in zip(*values, strict=True)]
+        elif isinstance(value, Mapping):
+            shared[name] = common(values)
+        elif all(other == value for other in values):
+            shared[name] = value
+    return shared
+
+
 def parameters_line(values: Mapping[str, Any]) -> str:
-    """The same settings in one line for people."""
-    parts = []
-    for concept in values["concepts"]:
-        sign = "-" if concept["reverse"] else "+"
-        strength = concept["guidance_scale"] * concept["weight"]
-        end = "" if concept["cooldown_steps"] is None else f" to {concept['cooldown_steps']}"
-        numbers = f"scale {strength:g}, threshold {concept['threshold']:g}, from step {concept['warmup_steps']}{end}"
-        parts.append(f"{sign}{quoted(concept['text'], 1000)} ({numbers})")
+    """The same settings in one line for people; what `values` lacks is left out."""
+    return "; ".join(parameters(values))
+
+
+def parameters(values: Mapping[str, Any]) -> list[str]:
+    """Each part of that line."""
+    parts = [_concept_words(concept) for concept in values["concepts"]]
     for name in ("source", "target", "negative"):
         if values[name]:
             parts.append(f"{name} {quoted(values[name], 1000)}")
     if values["target"]:
-        parts.append(f"target scale {values['guidance_scale']:g}")
-    if values["prompt_to_prompt"]:
-        parts.append("Prompt-to-Prompt cross {cross:g}, self {self:g}".format(**values["prompt_to_prompt"]))
-    if values["momentum_scale"]:
-        parts.append(f"momentum {values['momentum_scale']:g}, beta {values['momentum_beta']:g}")
-    parts.append(f"{values['num_steps']} steps, skip {values['skip']}, eta {values['eta']:g}")
-    parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
+        parts += _told(values, guidance_scale="target scale {:g}")
+    control = values["prompt_to_prompt"]
+    if control is not None:
+        parts += [" ".join(["Prompt-to-Prompt", ", ".join(_told(control, cross="cross {:g}", self="self {:g}"))])]
+    if values.get("momentum_scale") != 0.0:
+        parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]
+    parts += [", ".join(_told(values, num_steps="{} steps", skip="skip {}", eta="eta {:g}"))]
+    if "seeds" in values:
+        parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
-    return "; ".join(parts)
+    return [part for part in parts if part]
+
+
+def _concept_words(concept: Mapping[str, Any]) -> str:
+    scale, weight = concept.get("guidance_scale"), concept.get("weight")
+    strength = scale if scale is None or weight is None else scale * weight
+    numbers = _told(
+        {**concept, "strength": strength, "only_weight": weight if scale is None and weight != 1.0 else None},
+        strength="scale {:g}", only_weight="weight {:g}", threshold="threshold {:g}",
+        warmup_steps="from step {}", cooldown_steps="to step {}",
+    )  # fmt: skip
+    named = f"{'-' if concept['reverse'] else '+'}{quoted(concept['text'], 1000)}"
+    return f"{named} ({', '.join(numbers)})" if numbers else named
+
+
+def _told(values: Mapping[str, Any], **formats: str) -> list[str]:
+    """Each value in its words, without those that are missing or None."""
+    return [text.format(values[name]) for name, text in formats.items() if values.get(name) is not None]
 
 
 def metadata(values: Mapping[str, Any]) -> dict[str, str]:
@@ -159,7 +192,36 @@ def report(
     evaluations: Mapping[str, Any],
 ) -> bytes:
     """The report as strict JSON: settings, versions, seconds a phase, evaluations planned and made, masks, trace."""
-    statistics = [
+    content = {
+        "settings": values,
+        "versions": versions(),
+        "device": device,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "evaluations": evaluations,
+        "masks": mask_statistics(values["concepts"], masks),
+        "trace": list(trace),
+        "notices": list(notices),
+    }
+    return as_json(content)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """Strict JSON: a number that is not finite has no place in it."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    return {
+        "ledits_min": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def mask_statistics(concepts: Sequence[Mapping[str, Any]], masks: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """What each concept's mask (h, w) covered; `concepts` as in the settings."""
+    return [
         {
             "text": concept["text"],
             "reverse": concept["reverse"],
@@ -167,24 +229,8 @@ def report(
             "max": float(mask.max()),
             "share_above_half": float((mask > 0.5).float().mean()),
         }
-        for concept, mask in zip(values["concepts"], masks, strict=True)
+        for concept, mask in zip(concepts, masks, strict=True)
     ]
-    content = {
-        "settings": values,
-        "versions": {
-            "ledits_min": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pillow": PIL.__version__,
-        },
-        "device": device,
-        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "evaluations": evaluations,
-        "masks": statistics,
-        "trace": list(trace),
-        "notices": list(notices),
-    }
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Sequence[Tensor]) -> Image.Image:
@@ -193,18 +239,14 @@ def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Seque
     The ramp runs from nothing (grey) over vermilion to pale yellow, lighter all the way, so that it reads without
     telling red from green; its top is the mask's own peak, written under the panel.
     """
-    longer = max(picture.size)
-    scale = min(max(longer, PANEL_SIDES[0]), PANEL_SIDES[1]) / longer
-    small = picture.resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BICUBIC
-    )
-    panels = [_panel(small, "original", "", None)]
-    for concept, mask in zip(concepts, masks, strict=True):
-        sign = "-" if concept.reverse else "+"
-        mean, peak = float(mask.mean()), float(mask.max())
-        numbers = f"mean {100 * mean:.1f} %, peak {100 * peak:.1f} %"
-        panels.append(_panel(overlay(small, mask), f"{sign} {concept.text}", numbers, peak))
-    columns = min(COLUMNS, len(panels))
+    small = fitted(picture, min(max(*picture.size, PANEL_SIDES[0]), PANEL_SIDES[1]))
+    columns, width = min(COLUMNS, len(concepts) + 1), max(small.width, PANEL_SIDES[0])
+    letters = letters_for(columns * (width + 2 * _MARGIN), width)
+    names = [letters.wrapped(f"{'-' if concept.reverse else '+'} {concept.text}", width) for concept in concepts]
+    most = max(map(len, names), default=1)
+    panels = [_panel(small, ["original"], most, None, letters)]
+    for name, mask in zip(names, masks, strict=True):
+        panels.append(_panel(overlay(small, mask), name, most, mask, letters))
     rows = -(-len(panels) // columns)
     width, height = panels[0].size
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -218,7 +260,7 @@ def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
     plane = Image.fromarray((mask.float().cpu() / peak).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
     strength = np.asarray(plane).clip(0.0, 1.0)[..., None]
     # Darkened and flattened, so that the ramp is lighter than any part of the picture under it.
-    grey = 20.0 + 0.45 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    grey = 20.0 + 0.4 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     alpha = _alpha(strength)
     return Image.fromarray(np.rint((1.0 - alpha) * grey + alpha * _ramp(strength)).clip(0, 255).astype(np.uint8))
 
@@ -233,31 +275,24 @@ def _alpha(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return opacity
 
 
-def _panel(picture: Image.Image, label: str, numbers: str, peak: float | None) -> Image.Image:
-    """A picture with its label, its numbers and the ramp's legend below, on white, margins included."""
-    width = max(picture.width, PANEL_SIDES[0])
-    height = picture.height + 3 * (_TEXT + 6) + 3 * _MARGIN
-    panel = Image.new("RGB", (width + 2 * _MARGIN, height), "white")
+def _panel(picture: Image.Image, name: list[str], most: int, mask: Tensor | None, letters: Type) -> Image.Image:
+    """A picture, its name in up to `most` lines, the mask's numbers and the ramp's legend below, on white."""
+    width, line = max(picture.width, PANEL_SIDES[0]), letters.line
+    panel = Image.new("RGB", (width + 2 * _MARGIN, picture.height + (most + 2) * line + 3 * _MARGIN), "white")
     panel.paste(picture, (_MARGIN, _MARGIN))
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(_TEXT)
     top = picture.height + 2 * _MARGIN - 4
-    draw.text((_MARGIN, top), _fitting(label, width, draw, font), "black", font)
-    draw.text((_MARGIN, top + _TEXT + 5), numbers, (80, 80, 80), font)
-    if peak is not None:
-        steps = np.linspace(0.0, 1.0, width - 110)[None, :, None]
-        alpha = _alpha(steps)
-        bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(_BAR, axis=0)
-        left, top = _MARGIN + 30, top + 2 * (_TEXT + 5) + 6
-        panel.paste(Image.fromarray(bar), (left, top))
-        draw.text((_MARGIN, top - 6), "0 %", (80, 80, 80), font)
-        draw.text((left + bar.shape[1] + 8, top - 6), f"{100 * peak:.1f} %", (80, 80, 80), font)
+    letters.draw(panel, (_MARGIN, top), name, "black")
+    if mask is None:
+        return panel
+    mean, peak = (f"{100 * float(value):.1f} %" for value in (mask.mean(), mask.max()))
+    top += len(name) * line
+    letters.draw(panel, (_MARGIN, top), [f"mean {mean}, peak {peak}", "0 %"], _GREY)
+    left = _MARGIN + letters.width("0 %") + 8
+    right = _MARGIN + width - letters.width(peak) - 8
+    letters.draw(panel, (right + 8, top + line), [peak], _GREY)
+    steps = np.linspace(0.0, 1.0, right - left)[None, :, None]
+    alpha = _alpha(steps)
+    thick = letters.size // 2
+    bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(thick, axis=0)
+    panel.paste(Image.fromarray(bar), (left, top + line + (line - thick) // 2))
     return panel
-
-
-def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> str:
-    """`text` on one line, cut with an ellipsis where it would leave the panel."""
-    line = " ".join(text.split())
-    shown = line
-    while shown and draw.textlength(shown if shown == line else shown + "...", font) > width:
-        shown = shown[:-1]
-    return shown if shown == line else shown + "..."

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ledits_min.weights.header import quoted
@@ -32,8 +32,9 @@ def warnings_as_lines() -> Iterator[list[str]]:
     said: list[str] = []
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        said.append(str(message))
-        say(f"warning: {message}")
+        if str(message) not in said:  # a sweep would say it for every cell
+            said.append(str(message))
+            say(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -41,16 +42,34 @@ def warnings_as_lines() -> Iterator[list[str]]:
         yield said
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says on a terminal what takes its time, until it is done; anywhere else nothing."""
+    from tqdm import tqdm
+
+    silent = None if sys.stderr is not None else True  # None: wherever it is no terminal
+    with tqdm(desc=f"{what} ...", bar_format="{desc}", file=sys.stderr, leave=False, disable=silent):
+        yield
+
+
 def notice(args: argparse.Namespace, text: str) -> None:
-    args.said.append(text)
-    say(text)
+    if text not in args.said:
+        args.said.append(text)
+        say(text)
 
 
 def say(text: str) -> None:
     """One line on stderr, whatever the text holds."""
     if sys.stderr is not None:
         line = "".join(character if character.isprintable() else " " for character in text)
-        print(f"ledits: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        with _beside_the_bar():
+            print(f"ledits: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+def _beside_the_bar() -> AbstractContextManager[object]:
+    """Takes a progress bar off the terminal for as long as a line is printed; there is one only once tqdm is there."""
+    tqdm = sys.modules.get("tqdm")
+    return nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(sys.stderr)
 
 
 def tell(text: str) -> None:

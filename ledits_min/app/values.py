@@ -13,6 +13,9 @@ _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})
 _WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
 _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?", re.ASCII)
 
+Parse = Callable[[str], float]
+P2P_KEYS = ("cross", "self")
+
 
 def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
     """The fields of a `Concept` from "sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1".
@@ -25,12 +28,12 @@ def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
         words, tail = text, ""
     for pair in tail.split(",") if tail else []:
         key, equals, value = (part.strip() for part in pair.partition("="))
-        if key not in _CONCEPT_KEYS or not equals:
+        if key not in CONCEPT_KEYS or not equals:
             raise argparse.ArgumentTypeError(
-                f"{quoted(pair.strip() or tail, 60)} is no concept option; they are {', '.join(_CONCEPT_KEYS)} "
+                f"{quoted(pair.strip() or tail, 60)} is no concept option; they are {', '.join(CONCEPT_KEYS)} "
                 "(a text with = after its last colon needs options behind it, as in 'E: m=1:scale=7')"
             )
-        name, convert = _CONCEPT_KEYS[key]
+        name, convert = CONCEPT_KEYS[key]
         if name in fields:
             raise argparse.ArgumentTypeError(f"{key} is given twice in {quoted(text, 80)}; give it once")
         try:
@@ -47,7 +50,7 @@ def parse_p2p(text: str) -> dict[str, float]:
     fields: dict[str, float] = {}
     for pair in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in pair.partition("="))
-        if key not in ("cross", "self") or not equals or key in fields:
+        if key not in P2P_KEYS or not equals or key in fields:
             raise argparse.ArgumentTypeError(
                 f"{quoted(pair.strip() or text, 60)} is not cross=N or self=N, each once (a picture comes before --p2p)"
             )
@@ -63,6 +66,18 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not path:
         raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no file; write it before the colon")
     return path, parse_number(scale)
+
+
+def parse_list(parse: Parse) -> Callable[[str], tuple[float, ...]]:
+    """The reader of one or more values with commas between them, from the reader of one."""
+
+    def parse_all(text: str) -> tuple[float, ...]:
+        values = tuple(parse(item.strip()) for item in text.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"a value is given twice in {quoted(text, 80)}; give each once")
+        return values
+
+    return parse_all
 
 
 def parse_number(text: str) -> float:
@@ -91,7 +106,7 @@ def parse_prompt(text: str) -> str:
     return text
 
 
-_CONCEPT_KEYS: dict[str, tuple[str, Callable[[str], float]]] = {
+CONCEPT_KEYS: dict[str, tuple[str, Parse]] = {
     "scale": ("guidance_scale", parse_number),
     "threshold": ("threshold", parse_number),
     "warmup": ("warmup_steps", parse_whole),

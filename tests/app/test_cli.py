@@ -232,6 +232,18 @@ def test_the_masks_picture_is_large_enough_to_read() -> None:
     assert inside.sum(axis=-1).min() > outside.sum(axis=-1).max()  # lighter: it reads without colour
 
 
+def test_the_masks_read_without_telling_red_from_green() -> None:
+    """As a deuteranope sees it [Machado et al. 2009]: over any grey, stronger is lighter, and yellow."""
+    seen = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    ramp = torch.linspace(0.0, 1.0, 256).expand(16, 256)
+    for grey in (0, 80, 160, 255):
+        covered = np.asarray(outputs.overlay(Image.new("RGB", (256, 16), (grey, grey, grey)), ramp))[8] / 255.0
+        colours = np.clip(covered**2.2 @ seen.T, 0.0, 1.0)
+        lightness = colours @ [0.2126, 0.7152, 0.0722]
+        assert np.diff(lightness[::16]).min() > 0.0 and lightness[-1] > lightness[0] + 0.3
+        assert (colours[64:, 0] - colours[64:, 2]).min() > 0.02  # yellow, at a quarter of the peak
+
+
 @pytest.mark.parametrize("concepts", [1, 3, 9])
 def test_the_masks_picture_holds_every_panel(concepts: int) -> None:
     masks = [torch.rand(8, 16) for _ in range(concepts)]
