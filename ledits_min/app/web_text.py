@@ -23,7 +23,7 @@ def as_command(made: Edit, given: Mapping[str, Any]) -> str:
     options += [("--guidance-scale", change.guidance_scale)]
     words = ["ledits edit", _path(made.picture.source)]
     words += [_option(name, value) for name, value in options if value not in (None, "")]
-    words += ["--ema"] if given.get("ema") else []
+    words += [f"--{flag}" for flag in ("ema", "compile") if given.get(flag)]
     return _wrapped([*words, f"-o {_path(_output(made))}"])
 
 
