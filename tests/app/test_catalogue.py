@@ -227,7 +227,7 @@ TYPING = ("option: q.png", "option: no *", "option: unknown *", "option: invert 
 @cache
 def rows() -> dict[str, str]:
     """Name of every row -> its file."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(HERE.glob("test_bad_*.py")):
         spec = importlib.util.spec_from_file_location(f"ledits_min_catalogue_{path.stem}", path)
         assert spec is not None and spec.loader is not None
@@ -240,7 +240,7 @@ def rows() -> dict[str, str]:
 @cache
 def places(file: str) -> dict[str, str]:
     """Name of every test in a file -> its place, which may be in a class."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.parse((TESTS / file).read_text()).body:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
         owner = f"{node.name}::" if isinstance(node, ast.ClassDef) else ""

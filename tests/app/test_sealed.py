@@ -43,7 +43,7 @@ def provoked():
     return [event for event, _ in seen]
 
 codes = [main(argv) for argv in json.loads(sys.argv[2])]
-print(json.dumps({"codes": codes, "seen": seen, "provoked": provoked()}))
+print(json.dumps({"codes": codes, "seen": list(seen), "provoked": provoked()}))
 """
 
 
