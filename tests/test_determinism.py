@@ -81,9 +81,9 @@ def test_the_noise_of_a_seed_is_the_same_for_every_dtype_and_batch(num_steps: in
 
     wanted = noise("float32", (0,), 0)
     assert 0.9 < float(wanted.std()) < 1.1
-    others = {4: [("float16", (0,), 0), ("bfloat16", (0,), 0)], 10: [("bfloat16", (0,), 0), ("float32", (0, 1, 2), 0)]}
-    for other in others[num_steps]:
-        torch.testing.assert_close(noise(*other), wanted, rtol=0.0, atol=2e-6)
+    few = (("float16", (0,)), ("bfloat16", (0,)))  # float16 is slow on a CPU
+    for dtype, pictures in few if num_steps == 4 else (("bfloat16", (0,)), ("float32", (0, 1, 2))):
+        torch.testing.assert_close(noise(dtype, pictures, 0), wanted, rtol=0.0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", AGAINST_FLOAT32)
