@@ -394,12 +394,11 @@ def test_out_of_memory_in_each_phase(
     assert line.startswith(f"ledits: error: {says}"), line
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "calls"), [("concepts", 1 + 3), ("prompt to prompt", 1 + 3 + 3 + 2)])
 def test_out_of_memory_at_each_call_of_the_unet(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str, calls: int
 ) -> None:
-    """From that call on for good, so that smaller batches do not help: one inverts, one is each of three steps."""
-    calls = 4
+    """From that call on for good, so that smaller batches do not help. One call inverts, the others are three steps."""
     for call in range(calls + 1):
         with monkeypatch.context() as patch:
             failing(patch, UNet, "forward", OUT_OF_MEMORY[0], call)
