@@ -40,28 +40,29 @@ def build_networks(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     SDXL's autoencoder overflows float16, so it is float32 unless its config says `force_upcast: false`. InputError
     where the weights alone are more than the device's memory.
     """
-    check_room(checkpoint, device, dtype)
+    second = checkpoint.text_2_config
+    vae_dtype = torch.float32 if second is not None and checkpoint.vae_config.force_upcast else dtype
+    check_room(checkpoint, device, dtype, vae_dtype)
 
     def encoder(config: TextConfig, state: dict[str, Tensor], tokenizer: Path | None) -> TextEncoder:
         model = _placed(lambda: build_text_model(config), state, device, dtype)
         return TextEncoder(load_tokenizer(tokenizer, config), model, penultimate=second is not None)
 
-    second = checkpoint.text_2_config
     text: TextEncoder | TextEncoderPair
     text = first = encoder(checkpoint.text_config, checkpoint.text, checkpoint.tokenizer)
     if second is not None:
         pooling = encoder(second, checkpoint.text_2, checkpoint.tokenizer_2)
         text = TextEncoderPair(first, pooling, checkpoint.zeros_for_empty_prompt)
-    vae_dtype = torch.float32 if second is not None and checkpoint.vae_config.force_upcast else dtype
     unet = _placed(lambda: UNet(checkpoint.unet_config), checkpoint.unet, device, dtype)
     vae = _placed(lambda: VAE(checkpoint.vae_config), checkpoint.vae, device, vae_dtype)
     return Networks(unet, vae, text)
 
 
-def check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
     """InputError where the weights cannot fit: known from their shapes, before any is read."""
-    states = (checkpoint.unet, checkpoint.vae, checkpoint.text, checkpoint.text_2)
+    states = (checkpoint.unet, checkpoint.text, checkpoint.text_2)
     wanted = dtype.itemsize * sum(tensor.numel() for state in states for tensor in state.values())
+    wanted += vae_dtype.itemsize * sum(tensor.numel() for tensor in checkpoint.vae.values())
     there = total_memory(device)
     if wanted > there:
         narrower = "--dtype bfloat16 halves it" if dtype.itemsize == 4 else "a smaller model is needed"

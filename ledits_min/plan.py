@@ -162,17 +162,19 @@ def capacity(costs: Costs, room: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run will do; `encodes` and `decodes` count pictures."""
+    """Everything a run will do; `encodes` and `decodes` count pictures, `text` the bytes of the text encoders."""
 
     phases: tuple[Phase, ...]
     costs: Costs
     encodes: int
     decodes: int
+    text: int = 0
 
     @property
     def memory(self) -> int:
         """Bytes at the peak, about."""
-        return self.costs.weights + self.costs.working(max(phase.largest_batch for phase in self.phases))
+        working = self.costs.working(max(phase.largest_batch for phase in self.phases))
+        return self.costs.weights + self.text + working
 
     @property
     def flop(self) -> int:

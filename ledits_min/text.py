@@ -61,6 +61,11 @@ class TextEncoder:
                 "use the tokenizer that belongs to it"
             )
 
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return sum(weight.nbytes for weight in self.model.parameters())
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         nn.Module.to(self.model, device=device, dtype=dtype)
 
@@ -125,6 +130,10 @@ class TextEncoderPair:
     def __init__(self, first: TextEncoder, second: TextEncoder, zeros_for_empty: bool) -> None:
         self.first, self.second, self.zeros_for_empty = first, second, zeros_for_empty
         self.tokenizer, self.length = first.tokenizer, first.length
+
+    @property
+    def weights(self) -> int:
+        return self.first.weights + self.second.weights
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.first.to(device, dtype)

@@ -70,17 +70,19 @@ def test_a_run_repeats_to_the_last_bit(dtype: str) -> None:
     assert result.trace == repeated.trace
 
 
-def test_the_noise_of_a_seed_is_the_same_for_every_dtype_and_batch() -> None:
+@pytest.mark.parametrize("num_steps", [4, 10])
+def test_the_noise_of_a_seed_is_the_same_for_every_dtype_and_batch(num_steps: int) -> None:
     """x_T - sqrt(alpha_bar) x_0 is the noise, whatever network encoded the picture."""
 
     def noise(dtype: str, pictures: tuple[int, ...], i: int) -> torch.Tensor:
-        inversion = edited(dtype, pictures)[0]
-        alpha_bar = float(edited(dtype, pictures)[1].trace[0]["alpha_bar"])
+        inversion, result = edited(dtype, pictures, num_steps)
+        alpha_bar = float(result.trace[0]["alpha_bar"])
         return (inversion.x_T[i] - alpha_bar**0.5 * inversion.latents[i]) / (1.0 - alpha_bar) ** 0.5
 
     wanted = noise("float32", (0,), 0)
     assert 0.9 < float(wanted.std()) < 1.1
-    for dtype, pictures in (("bfloat16", (0,)), ("float32", (0, 1, 2))):
+    few = (("float16", (0,)), ("bfloat16", (0,)))  # float16 is slow on a CPU
+    for dtype, pictures in few if num_steps == 4 else (("bfloat16", (0,)), ("float32", (0, 1, 2))):
         torch.testing.assert_close(noise(dtype, pictures, 0), wanted, rtol=0.0, atol=2e-6)
 
 

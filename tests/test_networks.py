@@ -11,7 +11,7 @@ import torch
 
 from ledits_min import InputError, networks
 from ledits_min.config import TextConfig
-from ledits_min.networks import build_networks
+from ledits_min.networks import build_networks, resolve_dtype
 from ledits_min.text import TextEncoder, build_text_model, load_tokenizer
 from ledits_min.weights.load import load_checkpoint
 
@@ -32,6 +32,29 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(
     assert checkpoint.unet, "it was given to a network"
     monkeypatch.setattr(networks, "total_memory", lambda device: wanted * numbers)
     assert next(build_networks(checkpoint, device, dtype).unet.parameters()).dtype == dtype
+
+
+@pytest.mark.parametrize(("capabilities", "wanted"), [
+    ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_tile": True}, torch.bfloat16),
+])  # fmt: skip
+def test_a_cpu_is_never_given_float16_unasked(
+    capabilities: dict[str, bool], wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_dtype("auto", torch.device("cpu")) == wanted
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize("length", [10**30, None, 5])
+def test_a_prompt_has_the_text_encoders_length_whatever_the_tokenizer_says(tmp_path: Path, length: int | None) -> None:
+    shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    config = TextConfig.from_json(json.loads((TINY / "text_encoder/config.json").read_text()), "config.json")
+    encoder = TextEncoder(load_tokenizer(tmp_path / "tokenizer", config), build_text_model(config))
+    assert encoder.tokenizer.model_max_length == config.max_position_embeddings
+    assert encoder.encode(["a portrait"]).tokens.shape[1] == config.max_position_embeddings
 
 
 def test_unknown_words_are_named_where_a_tokenizer_does_not_split(tmp_path: Path) -> None:

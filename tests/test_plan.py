@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from ledits_min import LEdits
+from ledits_min.app.explain import plan_edit, without_weights
 from ledits_min.config import SD15_UNET, SD15_VAE, EditDefaults, UNetConfig
 from ledits_min.cost import unet_cost, vae_costs
 from ledits_min.plan import Model, Plan, capacity, editing_phase, inversion_phase, split_evenly
 from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.text import TextEncoderPair
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 
@@ -149,6 +155,38 @@ def test_memory_is_about_what_the_networks_take() -> None:
         for cost, measured in ((unet_cost(config, 32, 32), evaluating), (encode, encoding), (decode, decoding))
     ]
     assert all(0.7 < ratio < 1.4 for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["tiny", "SD 1.x", "SD 2.x", "SDXL"])
+def test_the_peak_that_is_promised(checkpoints: ModuleType, tmp_path: Path, family: str, dtype: str) -> None:
+    """Weights to the byte, text encoders and SDXL's float32 autoencoder included; the rest within a factor."""
+    model = "tiny" if family == "tiny" else str(tmp_path / "model")
+    if family != "tiny":
+        checkpoints.write_family_folder(tmp_path / "model", family)
+    start: dict[str, Any] = {"num_steps": 3, "skip": 1}
+    edit = {"target": "", "guidance_scale": 7.5, "negative": "", "momentum_scale": 0.0, "output_size": "model"}
+    concepts, side = [Concept("hat", warmup_steps=0)], 256
+    shapes, device = without_weights(model, "cpu", dtype)
+    latents = (side // shapes.vae.config.factor,) * 2
+    plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, False, concepts, edit, device)
+
+    ledits = LEdits.from_pretrained(model, device="cpu", dtype=dtype)
+    assert ledits.runner.model == shapes.runner.model
+    text = ledits.text
+    encoders = [text.first.model, text.second.model] if isinstance(text, TextEncoderPair) else [text.model]
+    weights = sum(w.nbytes for network in (ledits.unet, ledits.vae, *encoders) for w in network.parameters())
+    assert plan.costs.weights + plan.text == weights
+    if dtype == "bfloat16":
+        assert (ledits.runner.model.width, ledits.runner.model.vae_width) == (2, 4 if family == "SDXL" else 2)
+
+    def run() -> None:
+        inversion = ledits.invert(torch.zeros(side, side, 3).byte().numpy(), progress=False, size=side, **start)
+        ledits.edit(inversion, concepts=concepts, progress=False, **edit)
+
+    ratio = (plan.memory - weights) / measured_peak(run)
+    print(f"{family}, {dtype}: besides the weights, {ratio:.2f} of the memory that was used had been planned")
+    assert 0.6 < ratio < 1.6
 
 
 def test_capacity_follows_the_room_there_is() -> None:

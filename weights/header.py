@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import struct
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def read_header(path: str | Path) -> Header:
             raise InputError(f"{source} is a folder; a .safetensors file is wanted here")
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{source} is not a regular file; a .safetensors file is wanted here")
+        if sys.byteorder != "little":  # as the weights lie in the file, and are mapped from it
+            raise InputError(f"{source} is little-endian, this machine is {sys.byteorder}-endian; use another machine")
         with open(path, "rb") as file:
             raw = file.read(512)
             length = _header_length(raw, status.st_size, source)

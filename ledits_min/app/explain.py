@@ -72,4 +72,5 @@ def plan_edit(
     )  # fmt: skip
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
     decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
-    return Plan((editing,) if inverted else (inverting, editing), costs, 0 if inverted else 1, decodes)
+    phases = (editing,) if inverted else (inverting, editing)
+    return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 import shutil
@@ -136,6 +138,10 @@ def checkpoint_rows() -> list[Row]:
         row("depth", "depth.*5 channels", resized(first, (320, 5, 3, 3))),
         row("flux", "Flux", lambda listing: {"double_blocks.0.img_attn.qkv.weight": ("F16", (8, 8))}),
         row("sd 3", "SD 3", lambda listing: sd3),
+        row("pixart", "PixArt", lambda listing: {"t_block.1.weight": ("F16", (8, 8))}),
+        row("wan", "Wan", lambda listing: {f"{unet}head.modulation": ("F16", (1, 8))}),
+        row("svd", "video model", lambda listing: listing.update({f"{unet}a.time_stack.b": ("F16", (8, 8))})),
+        row("ip-adapter", "IP-Adapter", lambda listing: {"image_proj.proj.weight": ("F16", (8, 8))}),
         row("controlnet", "ControlNet", lambda listing: {"control_model.input_hint_block.0.weight": ("F16", (8, 8))}),
         row("textual inversion", "textual inversion", lambda listing: {"emb_params": ("F32", (2, 768))}),
         row("vae only", "vae only.*--vae", only("first_stage_model.")),
@@ -157,6 +163,9 @@ def checkpoint_rows() -> list[Row]:
             make=lambda w: (w.place / "m.safetensors").symlink_to("gone")),
         bad("checkpoint: below a file", "edit p.png --model p.png/m.safetensors", "p.png/m.safetensors"),
         bad("checkpoint: vae below a file", "edit p.png --vae p.png/v.safetensors", "p.png/v.safetensors"),
+        bad("checkpoint: folder named as a file", "edit p.png --model m.safetensors", "unet/",
+            make=lambda w: os.mkdir(w.place / "m.safetensors")),
+        bad("checkpoint: vae is an empty folder", "edit p.png --vae m", "m'", make=lambda w: os.mkdir(w.place / "m")),
         bad("checkpoint: device", "edit p.png --model /dev/zero", "not a regular file"),
         bad("checkpoint: null byte", ["edit", "p.png", "--model", "a\0b"], "path"),
         bad("checkpoint: missing vae", "edit p.png --vae none.safetensors", "none.safetensors"),
@@ -198,6 +207,16 @@ def folder_rows() -> list[Row]:
 
         return change
 
+    def far_inside(folder: Path) -> None:
+        """The end token's row, which every prompt reads, lies behind the first 64 KiB."""
+        path = folder / "text_encoder/model.safetensors"
+        state = load_file(path)
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        assert state[name].shape[0] == 49408 and state[name][:49000].nbytes > 65536
+        state[name][49000:] = torch.nan
+        path.unlink()
+        save_file(state, path)
+
     def damaged_tokenizer(folder: Path) -> None:
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer/tokenizer.json").write_text("{}")
@@ -238,6 +257,7 @@ def folder_rows() -> list[Row]:
         row("zero snr", "rescale_betas_zero_snr", config(scheduler, rescale_betas_zero_snr=True)),
         row("truncated weights", "cut short", replaced(f"unet/{weights}", tensors({"a": entry()})[:-8])),
         row("nan in weights", "NaN", scaled(f"unet/{weights}", "conv_in.bias", float("nan"))),
+        row("nan far inside", "not finite at step 0 .* use a checkpoint that is not damaged", far_inside, code=1),
         row("weights that overflow", "not finite", scaled(f"unet/{weights}", "conv_out.weight", 3e38), code=1),
         row("xl without its second text encoder", "text_encoder_2", lambda folder: os.mkdir(folder / "text_encoder_2")),
         row("tokenizer damaged", "tokenizer", damaged_tokenizer),
@@ -263,6 +283,28 @@ ROWS = header_rows() + checkpoint_rows() + folder_rows()
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
 def test_ends_in_one_line(row: Row, refused: Callable[[Row], None]) -> None:
     refused(row)
+
+
+@pytest.mark.parametrize("command", [
+    "edit p.png --model x.safetensors", "edit p.png --vae x.safetensors", "inspect x.safetensors", "edit x.safetensors",
+    "edit x.png", "edit p.png --model model",
+])  # fmt: skip
+def test_a_file_without_the_right_to_read(
+    refused: Callable[[Row], None], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """root may read anything, so `open` says what it says to others."""
+    plain = builtins.open
+
+    def denied(file: Any, *more: Any, **named: Any) -> Any:
+        if Path(file).name in ("x.safetensors", "x.png", "diffusion_pytorch_model.safetensors"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return plain(file, *more, **named)
+
+    monkeypatch.setattr(builtins, "open", denied)
+    whole = command.endswith("model")
+    files = {} if whole else {"x.safetensors": tensors({"a": entry()}), "x.png": b"\x89PNG"}
+    make = (lambda w: w.folder()) if whole else None
+    refused(bad("checkpoint: unreadable", command, "Permission denied", files, make=make))
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.get("process")], ids=lambda row: row["name"])

@@ -1,19 +1,31 @@
-"""Killed, interrupted, out of room, two at once: the file that was there or the new one, whole, and one clear line."""
+"""Killed, interrupted, out of room, out of memory, not a number, two at once: every file whole, and one clear line."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from ledits_min import archive, pipeline
 from ledits_min.app.cli import main
+from ledits_min.config import EditDefaults
+from ledits_min.plan import editing_phase, inversion_phase
+from ledits_min.sega import Concept
+from ledits_min.text import TextEncoder
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
 
 SAMPLE = Path(__file__).resolve().parents[2] / "weights/tiny/samples/portrait1.png"
 FAST = ["--steps", "10", "--skip", "3"]
@@ -210,23 +222,30 @@ def test_interrupted_while_it_imports(tmp_path: Path, number: int) -> None:
     assert os.listdir(tmp_path) == ["p.png"]
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """A real one: a file system in memory that is too small for the inversion, in a name space of its own."""
+@pytest.mark.parametrize(("room", "name", "options"), [
+    ("4k", "o.png", ["-o", "disk/o.png"]),
+    ("16k", "i.safetensors", ["-o", "disk/o.png", "--save-inversion", "disk/i.safetensors"]),
+    ("4k", "r.json", ["-o", "o.png", "--report", "disk/r.json", "--steps", "40"]),
+    ("4k", "m.png", ["-o", "o.png", "--masks", "disk/m.png"]),
+], ids=["picture", "inversion", "report", "masks"])  # fmt: skip
+def test_a_full_disk_is_one_line(tmp_path: Path, room: str, name: str, options: list[str]) -> None:
+    """A real one: a file system in memory that is too small for a file, in a name space of its own."""
     shutil.copy(SAMPLE, tmp_path / "p.png")
     (tmp_path / "disk").mkdir()
-    mount = "mount -t tmpfs -o size=16k none disk"
+    mount = f"mount -t tmpfs -o size={room} none disk"
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*own, mount], cwd=tmp_path, check=False).returncode:
         pytest.skip("a small tmpfs cannot be mounted here; the test below stands in for it")
-    argv = ["edit", "p.png", "--add", "hat", *FAST, "-o", "disk/o.png", "--save-inversion", "disk/i.safetensors"]
+    argv = ["edit", "p.png", "--add", "hat", *FAST, *options]
     run = f'{mount} && "$@"; code=$?; echo "left: $(ls -A disk)"; exit $code'
     command = [*own, run, "sh", sys.executable, "-m", "ledits_min.app.cli", *argv]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 1, finished.stderr
     assert finished.stderr.startswith("ledits: error: the disk is full ('")
-    assert "disk/i.safetensors')" in finished.stderr
+    assert f"disk/{name}')" in finished.stderr
     assert finished.stderr.count("\n") == 1
     assert finished.stdout == "left: \n"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "p.png"]
 
 
 @pytest.mark.parametrize("step", ["pathlib.Path.touch", "pathlib.Path.write_bytes", "os.fsync", "os.replace"])
@@ -302,3 +321,154 @@ def test_two_commands_side_by_side_write_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
     Image.open(tmp_path / "a.png").load()
     assert len(os.listdir(tmp_path)) == 7
+
+
+# --- in the middle of the work ---------------------------------------------------------------------------------------
+
+SHORT = ["--steps", "4", "--skip", "1", "--source", "a portrait", "--dtype", "float32", "--overwrite"]
+WAYS = {
+    "concepts": ["--target", "short hair", "--add", "hat:warmup=0", "--remove", "beard:warmup=1"],
+    "prompt to prompt": ["--target", "a smile", "--p2p"],
+}
+OUT_OF_MEMORY = (
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A portrait, and an earlier result that nothing may harm."""
+    shutil.copy(SAMPLE, tmp_path / "p.png")
+    (tmp_path / "o.png").write_bytes(b"precious")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit_says(capsys: pytest.CaptureFixture[str], code: int, *more: str) -> list[str]:
+    """Run the edit; what it said, its last line being the only error, and nothing written, where it failed."""
+    written = ["-o", "o.png", "--save-inversion", "i.safetensors", "--report", "r.json"]
+    assert main(["edit", "p.png", *SHORT, *written, *more]) == code
+    lines = capsys.readouterr().err.splitlines()
+    if code:
+        assert [line.startswith("ledits: error: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
+        assert all(line.startswith("ledits: ") for line in lines), lines
+        assert sorted(os.listdir(".")) == ["o.png", "p.png"] and Path("o.png").read_bytes() == b"precious"
+    return lines
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, calls: int = 0) -> None:
+    """What `owner` calls `name` works for so many `calls`, and raises from then on."""
+    plain, left = getattr(owner, name), [calls]
+
+    def failed(*positional: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return plain(*positional, **named)
+
+    monkeypatch.setattr(owner, name, failed)
+
+
+OF_A_PICTURE = "out of memory with one picture of 128 x 128 pixels"
+PHASES: dict[str, tuple[Any, str, str]] = {
+    "loading": (pipeline, "build_networks", "out of memory"),
+    "encoding texts": (TextEncoder, "encode", "out of memory"),
+    "encoding": (VAE, "encode", f"encoding: {OF_A_PICTURE}"),
+    "inverting": (UNet, "forward", f"inverting: {OF_A_PICTURE}"),
+    "decoding": (VAE, "decode", f"decoding: {OF_A_PICTURE}"),
+    "laying the change": (pipeline, "lay_change", "out of memory"),
+    "saving": (archive, "save", "out of memory"),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("phase", PHASES)
+def test_out_of_memory_in_each_phase(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, phase: str, error: BaseException
+) -> None:
+    owner, name, says = PHASES[phase]
+    failing(monkeypatch, owner, name, error)
+    line = edit_says(capsys, 1, *WAYS["concepts"])[-1]
+    assert line.startswith(f"ledits: error: {says}"), line
+
+
+@pytest.mark.parametrize(("way", "calls"), [("concepts", 1 + 3), ("prompt to prompt", 1 + 3 + 3 + 2)])
+def test_out_of_memory_at_each_call_of_the_unet(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str, calls: int
+) -> None:
+    """From that call on for good, so that smaller batches do not help. One call inverts, the others are three steps."""
+    for call in range(calls + 1):
+        with monkeypatch.context() as patch:
+            failing(patch, UNet, "forward", OUT_OF_MEMORY[0], call)
+            line = edit_says(capsys, int(call < calls), *WAYS[way])[-1:]
+        phase = "editing" if call else "inverting"
+        assert call == calls or line[0].startswith(f"ledits: error: {phase}: {OF_A_PICTURE}"), line
+
+
+def test_not_a_number_at_every_step_and_branch(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of one evaluation, in every evaluation of an edit in turn; the line names each of them once."""
+    terms = [Concept("hat", warmup_steps=0), Concept("beard", warmup_steps=1)]
+    inverting = inversion_phase(3, "a portrait", 3.5, 1, 64, 4)
+    live = [term.resolve(EditDefaults()) for term in terms]
+    editing = editing_phase("editing", 3, "", "short hair", 7.0, live, 0.0, 1, 64)
+    wanted = [(phase.name, text, step) for phase in (inverting, editing) for step, text in phase.rows]
+    found = []
+    for number in range(len(wanted)):
+        with monkeypatch.context() as patch:
+            poison(patch, number)
+            line = edit_says(capsys, 1, *WAYS["concepts"])[-1]
+        match = re.match(r"ledits: error: (\w+): the prediction for '(.*)' holds values that .* at step (\d) \(t", line)
+        assert match is not None, line
+        found.append((match[1], match[2], int(match[3])))
+    assert found == wanted and len(wanted) == 6 + 3 + 3 + 3 + 2
+
+
+def test_not_a_number_in_half_precision_is_repaired(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault happens once, as an overflow that float32 does not share; what is written is a picture, not black."""
+    for number in range(0, 17, 3):
+        with monkeypatch.context() as patch:
+            poison(patch, number)
+            said = "\n".join(edit_says(capsys, 0, *WAYS["concepts"], "--dtype", "bfloat16"))
+        assert said.count("in bfloat16; once more in float32") == 1, said
+        assert np.asarray(Image.open("o.png")).mean() > 20
+
+
+def test_not_a_number_with_prompt_to_prompt(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step evaluates the empty prompt, the target, and the source for its attention maps alone: nobody reads more."""
+    edit_says(capsys, 0, *WAYS["prompt to prompt"])
+    clean = (place / "o.png").read_bytes()
+    harmless = 0
+    for number in range(6, 15):
+        for name in ("i.safetensors", "r.json"):
+            (place / name).unlink(missing_ok=True)
+        (place / "o.png").write_bytes(b"precious")
+        with monkeypatch.context() as patch:
+            poison(patch, number)
+            code = main(["edit", "p.png", *SHORT, *WAYS["prompt to prompt"], "-o", "o.png"])
+        line, written = capsys.readouterr().err, (place / "o.png").read_bytes()
+        harmless += code == 0
+        assert (code, written) in ((1, b"precious"), (0, clean))
+        assert code == 0 or re.fullmatch(r"ledits: error: .*not finite.*\n", line), line
+    assert harmless <= 3
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """One value of the `number`-th evaluation of the UNet."""
+    plain, done = UNet.forward, [0]
+
+    def forward(self: UNet, x_t: Tensor, *more: Any, **named: Any) -> Tensor:
+        eps: Tensor = plain(self, x_t, *more, **named)
+        if 0 <= number - done[0] < len(eps):
+            eps[number - done[0], 0, 0, 0] = torch.nan
+        done[0] += len(eps)
+        return eps
+
+    monkeypatch.setattr(UNet, "forward", forward)

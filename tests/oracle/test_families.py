@@ -117,17 +117,23 @@ def test_attention_is_float32_where_the_config_asks(upcast: bool) -> None:
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+READ_AS = {torch.float64: torch.float32, torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16}
+
+
+@pytest.mark.parametrize("family", ["SD 1.x", *FAMILIES])
 @pytest.mark.parametrize("dialect", ["folder", "ldm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, *READ_AS], ids=str)
 def test_every_dialect_and_dtype_is_read_whole(
     checkpoints: ModuleType, tmp_path: Path, family: str, dialect: str, dtype: torch.dtype
 ) -> None:
+    """Every value of every part; what no layer computes in is cast to what holds it, and that is said."""
     found = load_reduced(checkpoints, tmp_path, family, dialect, dtype=dtype)
     wanted = checkpoints.family_states(family)
     assert (found.text_2_config is None) == (family != "SDXL")
+    kind = READ_AS.get(dtype, dtype)
     for part, state in wanted.items():
-        assert_equal(getattr(found, part), {name: tensor.to(dtype) for name, tensor in state.items()})
+        assert_equal(getattr(found, part), {name: tensor.to(dtype).to(kind) for name, tensor in state.items()})
+    assert sum("are cast to" in note for note in found.notes) == (len(wanted) if dtype in READ_AS else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

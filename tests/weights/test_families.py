@@ -46,6 +46,23 @@ def hollow(checkpoints: ModuleType, listings: dict[str, Listing], tmp_path: Path
     return write
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("family", ["SD 1.x", "SD 2.x", "SDXL"])
+def test_parts_of_another_checkpoint_and_precision(
+    checkpoints: ModuleType, tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    """vae= and text_encoder= bring their own values in their own precision; the UNet is not touched."""
+    states = checkpoints.write_family_folder(tmp_path / "a", family)
+    others = checkpoints.write_family_folder(tmp_path / "b", family, dtype=dtype, seed=1)
+    found = load_checkpoint(tmp_path / "a", vae=tmp_path / "b", text_encoder=tmp_path / "b")
+    for part in states:
+        state = states["unet"] if part == "unet" else others[part]
+        stored = torch.float32 if part == "unet" else dtype
+        for name, tensor in getattr(found, part).items():
+            assert torch.equal(tensor.double(), state[name].to(stored).float().double()), name
+    assert sum("taken from" in note for note in found.notes) == len(states) - 1
+
+
 @pytest.mark.parametrize(("family", "parts"), [(SD20, 3), (SDXL, 4)], ids=["SD 2.x", "SDXL"])
 def test_a_whole_single_file_loads(hollow: Callable[..., Path], family: Family, parts: int) -> None:
     """Through the public door, at full size; the zeros take no disk."""

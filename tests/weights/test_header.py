@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -184,6 +185,14 @@ def test_refuses_what_is_no_file(make: Callable[[Path], Path], reason: str, tmp_
     with pytest.raises(InputError, match=reason) as caught:
         read_header(make(tmp_path))
     assert str(caught.value).isprintable()
+
+
+def test_a_machine_that_reads_numbers_the_other_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({"a": np.ones(3, dtype=np.float32)}))
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(InputError, match="is little-endian, this machine is big-endian"):
+        read_header(path)
 
 
 def test_a_name_of_any_bytes_makes_one_printable_line(tmp_path: Path) -> None:

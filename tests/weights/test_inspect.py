@@ -220,6 +220,17 @@ GENERATED: dict[str, tuple[Any, str, str, str]] = {
         "refused",
         "supported are",
     ),
+    **{
+        family: (lambda sd, name=name: {name: ("BF16", (64, 64))}, family, "refused", "not supported; supported are")
+        for family, name in (
+            ("PixArt", "t_block.1.weight"),
+            ("Hunyuan-DiT", "mlp_t5.0.weight"),
+            ("AuraFlow", "model.double_layers.0.attn.w1q.weight"),
+            ("Lumina", f"{UNET}cap_embedder.1.weight"),
+            ("Qwen-Image", "transformer_blocks.0.img_mod.1.weight"),
+            ("Wan", f"{UNET}head.modulation"),
+        )
+    },
     "saved inversion": (
         lambda sd: {"residuals": ("F32", (3, 1, 4, 8, 8)), "x_T": ("F32", (1, 4, 8, 8))},
         "saved inversion",
@@ -290,6 +301,46 @@ def test_every_published_listing(checkpoints: ModuleType, layouts: dict[str, Any
             for part in report.parts:
                 whole = (WHOLE_UNETS[report.family],) if part.name == "unet" else WHOLE[part.name]
                 assert part.parameters in whole, name
+
+
+# What lacks a part loads with the parts that its report asks for, and a part loads where its report sends it.
+SUPPLIED = {
+    "sd15_diffusers_unet_f32": {"vae": "vae_ldm_prefixed", "text_encoder": "sd15_hf_text_encoder_f32_pid"},
+    "sd15_ldm_no_vae": {"vae": "sd15_diffusers_vae_old_f32"},
+    "sd15_ldm_unet_only_prefixed": {
+        "vae": "diffusers_vae_fp16_ambiguous",
+        "text_encoder": "hf_text_encoder_flat_v5_f32",
+    },
+    "sd21_diffusers_unet_f32": {"vae": "vae_ldm_prefixed", "text_encoder": "sd21_hf_text_encoder_f32_pid"},
+    "sdxl_diffusers_unet_f16": {"vae": "sdxl_vae_ldm_bare", "text_encoder": "sdxl_base_1_0_sgm"},
+}
+RECEIVES = {"SD 1.x or SDXL": "sd15_ldm_emaonly", "SD 2.x": "sd21_ldm_ema_pruned", "SDXL": "sdxl_base_1_0_sgm"}
+
+
+def test_what_a_report_asks_for_is_what_is_missing(
+    checkpoints: ModuleType, layouts: dict[str, Any], tmp_path: Path
+) -> None:
+    def hollow(name: str) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        if not path.exists():
+            checkpoints.write_hollow(path, layouts[name]["keys"], layouts[name].get("metadata"))
+        return path
+
+    assert {name for name, (_, verdict) in PUBLISHED.items() if verdict == "incomplete"} == set(SUPPLIED)
+    for name, (family, verdict) in PUBLISHED.items():
+        report, path = inspect(hollow(name)), hollow(name)
+        if verdict == "incomplete":
+            asked = {option for option in ("vae", "text_encoder") if f"--{option.replace('_', '-')}" in report.reason}
+            assert asked == set(SUPPLIED[name]), name
+            whole = inspect(path, **{option: hollow(part) for option, part in SUPPLIED[name].items()})
+            assert (whole.verdict, whole.missing) == ("loads", ()), name
+            assert "missing" not in str(whole) and str(report).count("missing   ") == len(report.missing)
+        elif verdict == "part":
+            option = "vae" if "--vae" in report.reason else "text_encoder"
+            receiver = hollow(RECEIVES.get(family, "sd15_ldm_no_vae"))
+            assert inspect(receiver, **{option: path}).verdict == "loads", name
+        elif family == "LoRA":
+            assert "--lora" in report.reason and inspect(hollow("sd15_ldm_emaonly"), lora=path).verdict == "loads", name
 
 
 def test_numbers_and_notes(checkpoints: ModuleType, sd15: Listing, tmp_path: Path) -> None:
