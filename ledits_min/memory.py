@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -30,7 +32,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return _machine_memory("SC_AVPHYS_PAGES")
+    try:  # Linux counts what its caches would give back
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else _machine_memory("SC_AVPHYS_PAGES")
 
 
 def _machine_memory(name: str) -> int:
