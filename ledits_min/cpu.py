@@ -14,22 +14,37 @@ from torch import Tensor, nn
 
 SCORES = 2**24  # bytes of attention scores at a time: what the last cache holds
 FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
+KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
 ROWS = 1024  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
 
 
-def slices_attention(q: Tensor, k: Tensor) -> bool:
-    """Whether `attention` here beats torch's own.
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def serves_attention(q: Tensor, k: Tensor) -> bool:
+    """Whether `attention` here beats torch's own."""
+    return q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] >= FEW_SCORES and not _is_recorded(q)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`ops.attention` in bfloat16, in the form that this CPU is fast in.
 
     torch's fused attention keeps the scores in float32, and has no fast product for that on a CPU that multiplies
     bfloat16 in vectors but not in tiles (AMX).
     """
-    if _is_recorded(q) or q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] < FEW_SCORES:
-        return False
-    return multiplies_bfloat16_in_vectors()
+    if multiplies_bfloat16_in_vectors():
+        return attention_in_slices(q, k, v)
+    rest = -k.shape[2] % KEYS
+    if not rest:
+        return F.scaled_dot_product_attention(q, k, v)
+    bias = torch.zeros(k.shape[2] + rest, dtype=q.dtype)
+    bias[-rest:] = -torch.inf
+    k, v = F.pad(k, (0, 0, 0, rest)), F.pad(v, (0, 0, 0, rest))
+    return F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), 1, q.shape[2], -1))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`ops.attention` in slices of queries; the scores are rounded like everything between two layers."""
+def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In slices of queries, by plain products; the scores are rounded like everything between two layers."""
     batch, heads, queries, width = q.shape
     length = k.shape[2]
     size = min(queries, max(1, SCORES // (heads * length * q.element_size())))
@@ -44,16 +59,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended
 
 
+# --- feed-forward, sums, convolutions -------------------------------------------------------------------------------
+
+
 def slices_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
     """Whether `feed_forward` here beats the layers one after the other."""
-    return not _is_recorded(tokens, layer.weight) and tokens.shape[:-1].numel() > ROWS
+    return not _is_recorded(tokens, layer.weight) and tokens.shape[:-1].numel() >= ROWS
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
     """`ops.feed_forward` in slices of tokens: what is eight times as wide as they are is never there as a whole."""
     flat = tokens.flatten(0, -2)
     result = torch.empty_like(flat)
-    unit = _fused_unit if fuses(flat) else _unit
+    unit = _fused_unit if fuses(flat, narrow.weight) else _unit
     for part, out in zip(flat.split(ROWS), result.split(ROWS), strict=True):
         unit(part, norm(part), widen, narrow, out)
     return result.view_as(tokens)
@@ -73,17 +91,73 @@ def _fused_unit(tokens: Tensor, normed: Tensor, widen: nn.Linear, narrow: nn.Lin
     out.copy_(linear.binary(inner, tokens, narrow.weight, narrow.bias, "add"))
 
 
-def fuses(tokens: Tensor) -> bool:
+def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
+    """`ops.add_linear` as one operation."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(tokens, residual, layer.weight, layer.bias, "add")
+    return result
+
+
+def add_conv3x3(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.add_conv3x3` as one operation."""
+    if is_mostly_weights(hidden):
+        rows, flat = _neighbourhoods(hidden), residual.permute(0, 2, 3, 1).flatten(0, 2)
+        return _as_map(torch.ops.mkldnn._linear_pointwise.binary(rows, flat, _matrix(layer), layer.bias, "add"), hidden)
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+        hidden, residual, layer.weight, layer.bias, [1, 1], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+    )
+    return result
+
+
+def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.conv3x3` where `is_mostly_weights`: as one product of a matrix."""
+    return _as_map(F.linear(_neighbourhoods(hidden), _matrix(layer), layer.bias), hidden)
+
+
+def is_mostly_weights(hidden: Tensor) -> bool:
+    """Whether a map (B, C, h, w) has fewer positions than channels.
+
+    The layer's weights are then more than all that it computes on, and torch's convolution, which rearranges them at
+    every call, takes longer for that than for its work. Products of matrices take them as they lie.
+    """
+    batch, channels, height, width = hidden.shape
+    return batch * height * width < channels and hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+def _neighbourhoods(hidden: Tensor) -> Tensor:
+    """Every position's 3 x 3 neighbours, zeros beyond the border: channels-last (B, C, h, w) -> (B h w, 9 C)."""
+    batch, channels, height, width = hidden.shape
+    padded = F.pad(hidden.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    image, row, column, _ = padded.stride()
+    windows = padded.as_strided((batch, height, width, 3, 3, channels), (image, row, column, row, column, 1))
+    return windows.reshape(-1, 9 * channels)
+
+
+def _matrix(layer: nn.Conv2d) -> Tensor:
+    """The weights (O, C, 3, 3) as (O, 9 C), in the order of `_neighbourhoods`; no copy where they are channels-last."""
+    return layer.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _as_map(rows: Tensor, like: Tensor) -> Tensor:
+    """(B h w, O) -> channels-last (B, O, h, w)."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+# --- what there is --------------------------------------------------------------------------------------------------
+
+
+def fuses(*tensors: Tensor) -> bool:
     """Whether oneDNN's fused products take these: what torch.compile calls, so not promised to stay."""
-    return tokens.dtype == torch.bfloat16 and has_fused_products()
+    return tensors[0].dtype == torch.bfloat16 and not _is_recorded(*tensors) and has_fused_products()
 
 
 @cache
 def has_fused_products() -> bool:
     """Whether this torch brings them and this CPU computes in bfloat16."""
-    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    overloads = [] if operation is None else operation.overloads()
-    return "binary" in overloads and torch.backends.mkldnn.is_available() and computes_in_bfloat16()
+    names = ("_linear_pointwise", "_convolution_pointwise")
+    operations = [getattr(torch.ops.mkldnn, name, None) for name in names]
+    there = all(operation is not None and "binary" in operation.overloads() for operation in operations)
+    return there and torch.backends.mkldnn.is_available() and computes_in_bfloat16()
 
 
 def computes_in_bfloat16() -> bool:

@@ -93,7 +93,7 @@ def geglu(projected: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d)."""
-    if q.device.type == "cpu" and cpu.slices_attention(q, k):
+    if q.device.type == "cpu" and cpu.serves_attention(q, k):
         return cpu.attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -103,6 +103,30 @@ def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: n
     if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.slices_feed_forward(tokens, narrow):
         return cpu.feed_forward(tokens, norm, widen, narrow)
     result: Tensor = tokens + narrow(geglu(widen(norm(tokens))))
+    return result
+
+
+def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
+    """residual + layer(tokens)."""
+    if tokens.device.type == "cpu" and cpu.fuses(tokens, layer.weight):
+        return cpu.add_linear(residual, tokens, layer)
+    result: Tensor = residual + layer(tokens)
+    return result
+
+
+def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(hidden), a convolution of 3 x 3 that keeps the size."""
+    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight) and cpu.is_mostly_weights(hidden):
+        return cpu.conv3x3(hidden, layer)
+    result: Tensor = layer(hidden)
+    return result
+
+
+def add_conv3x3(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """residual + layer(hidden), likewise."""
+    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
+        return cpu.add_conv3x3(residual, hidden, layer)
+    result: Tensor = residual + layer(hidden)
     return result
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
+from ledits_min.ops import add_conv3x3, add_linear, conv3x3, feed_forward, group_norm_silu
 from ledits_min.ops import attention as plain_attention
-from ledits_min.ops import feed_forward, group_norm_silu
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 KeysValues = Mapping["Attention", tuple[Tensor, Tensor]]  # what a text is to every cross-attention
@@ -262,9 +262,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = self.conv1(group_norm_silu(hidden, self.norm1))
-        hidden = self.conv2(group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time))))
-        return residual + hidden
+        hidden = conv3x3(group_norm_silu(hidden, self.norm1), self.conv1)
+        hidden = group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time)))
+        return add_conv3x3(residual, hidden, self.conv2)
 
 
 class Transformer(nn.Module):
@@ -316,14 +316,14 @@ class TransformerBlock(nn.Module):
         if control is not None:
             on_self, on_text = control.self_attention, control.cross_attention
         normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed, on_self)
-        tokens = tokens + self.attn2(self.norm2(tokens), conditioning.context, on_text)
+        tokens = self.attn1(tokens, normed, normed, on_self)
+        tokens = self.attn2(tokens, self.norm2(tokens), conditioning.context, on_text)
         result: Tensor = self.ff(tokens, self.norm3)
         return result
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D).
+    """residual + softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D).
 
     With `upcast` it is computed in float32: SD 2.1's q k^T overflows float16.
     """
@@ -337,14 +337,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, tokens: Tensor, context: Tensor | KeysValues, attend: Attend) -> Tensor:
+    def forward(self, residual: Tensor, tokens: Tensor, context: Tensor | KeysValues, attend: Attend) -> Tensor:
         q = self.split_heads(self.to_q(tokens))
         k, v = self.project(context) if isinstance(context, Tensor) else context[self]
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
         attended = attend(q, k, v).to(tokens.dtype)
-        result: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
-        return result
+        last = self.to_out[0]
+        assert isinstance(last, nn.Linear)
+        return add_linear(residual, attended.transpose(1, 2).flatten(2), last)
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context (B, L, D), (B, heads, L, C / heads) each."""

@@ -23,13 +23,55 @@ def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, m
     monkeypatch.setattr(cpu, "SCORES", scores)
     monkeypatch.setattr(cpu, "FEW_SCORES", 0)
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
-    assert cpu.slices_attention(q, k) and not cpu.slices_attention(q.float(), k.float())
+    assert cpu.serves_attention(q, k) and not cpu.serves_attention(q.float(), k.float())
     exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     found = ops.attention(q, k, v)
     assert found.shape == exact.shape
     assert error(found, exact) < 1e-2
     assert torch.equal(found, ops.attention(q, k, v))
     assert error(ops.attention(q.float(), k.float(), v.float()), exact) < 1e-5
+
+
+@pytest.mark.parametrize("keys", [1, 15, 16, 77, 80, 154])
+def test_attention_over_any_number_of_keys(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that only fill up the row have no share, whatever the scores are."""
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: False)
+    q, k, v = (torch.randn(2, n, 3, 40).bfloat16().transpose(1, 2) for n in (70, keys, keys))
+    q = q - 3.0 * k.mean(dim=2, keepdim=True)  # most scores are far below those of a key of zeros
+    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert error(ops.attention(q, k, v), exact) < 1e-2
+
+
+fused = pytest.mark.skipif(not cpu.has_fused_products(), reason="this CPU or torch has no fused products in bfloat16")
+
+
+@fused
+@pytest.mark.parametrize("shape", [(1, 96, 8, 8), (3, 40, 3, 5), (2, 64, 1, 1), (1, 16, 7, 9)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_convolutions(shape: tuple[int, int, int, int], channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = nn.Conv2d(shape[1], 24, 3, padding=1).bfloat16().to(memory_format=layout)  # type: ignore[call-overload]
+    hidden = torch.randn(shape).bfloat16().contiguous(memory_format=layout)
+    residual = torch.randn(shape[0], 24, *shape[2:]).bfloat16().contiguous(memory_format=layout)
+    found, summed = ops.conv3x3(hidden, layer), ops.add_conv3x3(residual, hidden, layer)
+    exact = layer.double()(hidden.double())
+    assert error(found, exact) < 5e-3 and error(summed, exact + residual) < 5e-3
+    for result in (found, summed):
+        assert result.dtype == torch.bfloat16 and result.is_contiguous(memory_format=layout)
+    few = shape[0] * shape[2] * shape[3] < shape[1]
+    assert cpu.is_mostly_weights(hidden) == (few and hidden.is_contiguous(memory_format=torch.channels_last))
+
+
+@fused
+@torch.no_grad()
+def test_a_linear_layer_and_a_sum() -> None:
+    tokens, residual = torch.randn(2, 9, 24).bfloat16(), torch.randn(2, 9, 40).bfloat16()
+    layer = nn.Linear(24, 40).bfloat16()
+    found = ops.add_linear(residual, tokens, layer)
+    exact = residual + layer.double()(tokens.double())
+    assert found.shape == exact.shape and error(found, exact) < 5e-3
 
 
 def layers(width: int, dtype: torch.dtype) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear]:

@@ -88,7 +88,7 @@ def test_a_half_precision_output_would_spoil_the_mask(unet: UNet) -> None:
     """The difference of two branches, rounded to bfloat16 each, takes few values: ties swell the 5 % mask."""
     x_t, t, context = inputs(2)
     unet.to(torch.bfloat16)
-    branches = [unet(x_t, t, context), unet(x_t, t, context + 0.02)]
+    branches = [unet(x_t, t, context), unet(x_t, t, context + 0.01)]
     ours = percentile_mask(branches[1] - branches[0], 0.95).float().mean()
     rounded = [branch.bfloat16().float() for branch in branches]
     theirs = percentile_mask(rounded[1] - rounded[0], 0.95).float().mean()
@@ -112,4 +112,5 @@ def test_torch_compile_sees_one_graph(unet: UNet, dtype: torch.dtype) -> None:
     compiled = torch.compile(unet.forward, backend="eager", dynamic=False, fullgraph=True)
     x_t, t, context = inputs(2, 64, 32)
     asked = x_t, unet.embed(t), unet.project(context)
-    torch.testing.assert_close(compiled(*asked), unet(*asked))
+    plain = unet(*asked)
+    assert (compiled(*asked) - plain).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * plain.norm()
