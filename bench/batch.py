@@ -1,7 +1,7 @@
 """`ledits batch` on many portraits, some of them poisoned: killed and resumed, and what it gains.
 
-    python bench/batch.py kills         killed twice with SIGKILL and resumed, against an undisturbed run
-    python bench/batch.py throughput    against the same jobs one by one in a loop, and Ray with 1 and 2 workers
+    python -m bench.batch kills         killed twice with SIGKILL and resumed, against an undisturbed run
+    python -m bench.batch throughput    against the same jobs one by one in a loop, and Ray with 1 and 2 workers
 
 Each writes its part of bench/results/batch.json.
 """
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import runpy
 import signal
 import struct
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench.conditions import conditions
 from ledits_min.weights.train_tiny.portraits import draw, sample_portrait
 
 RESULTS = Path(__file__).parent / "results" / "batch.json"
@@ -230,7 +230,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         found = {"kills": kills, "throughput": throughput}[arguments.part](Path(folder), arguments)
-    conditions = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["conditions"]
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     load = [round(value, 2) for value in os.getloadavg()]
     kept[arguments.part] = {**found, "conditions": {**conditions(), "load_average": load}}
