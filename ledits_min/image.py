@@ -82,20 +82,26 @@ def open_image(
         kind = type(source).__name__
         raise InputError(f"image is {kind}; a path, a PIL image or a uint8 array (H, W, 3) is wanted")
     name = quoted(os.fspath(source))
-    with warnings.catch_warnings(), _open_file(Path(source), name) as file:
-        warnings.simplefilter("ignore")  # what matters of Pillow's warnings is refused or noted below
-        try:
-            image = Image.open(file, formats=list(FORMATS))
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        except UnidentifiedImageError:
-            raise InputError(_why_no_picture(file, Path(source), name)) from None
-        except Image.DecompressionBombError:
-            raise InputError(f"{name} is far above {MAX_PIXELS / 1e6:.0f} megapixels; scale it down") from None
-        except _DAMAGED as error:
-            raise _damaged(name, error) from error
+    with _opened(Path(source), name) as (image, frames):
         if frames > 1:
             notices.append(f"{name} has {frames} frames or pages; the first is used")
         return _read(image, name, notices)
+
+
+def upright_size(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) that `open_image` would give the file, without decoding it wherever the header tells.
+
+    InputError as from `open_image`, as far as the header shows.
+    """
+    name = quoted(os.fspath(source))
+    with _opened(Path(source), name) as (image, _):
+        _check_size(image.size, name)
+        behind = image.format == "PNG" and "exif" not in image.info and b"eXIf" in Path(source).read_bytes()
+        if image.format != "TIFF" and not behind:  # a TIFF turns as Pillow decodes it; a PNG may tell behind its pixels
+            turned = image.format != "PNG" or "exif" in image.info
+            width, height = image.size
+            return (height, width) if turned and _orientation(image) in range(5, 9) else (width, height)
+    return open_image(source).size
 
 
 def fit_size(picture: tuple[int, int], size: int | tuple[int, int] | None, native: int, factor: int) -> tuple[int, int]:
@@ -208,6 +214,23 @@ def atomic_write(path: str | Path, content: bytes | Callable[[Path], object]) ->
         raise
 
 
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[tuple[Image.Image, int]]:
+    """The picture, not yet decoded, and how many frames or pages it has."""
+    with warnings.catch_warnings(), _open_file(path, name) as file:
+        warnings.simplefilter("ignore")  # what matters of Pillow's warnings is refused or noted by the caller
+        try:
+            image = Image.open(file, formats=list(FORMATS))
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        except UnidentifiedImageError:
+            raise InputError(_why_no_picture(file, path, name)) from None
+        except Image.DecompressionBombError:
+            raise InputError(f"{name} is far above {MAX_PIXELS / 1e6:.0f} megapixels; scale it down") from None
+        except _DAMAGED as error:
+            raise _damaged(name, error) from error
+        yield image, frames
+
+
 def _open_file(path: Path, name: str) -> io.BufferedReader:
     """The file opened, once it is known to be a regular one that is not empty."""
     try:
@@ -272,7 +295,7 @@ def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
     """Decode `image`, which may still be lazy; upright 8-bit sRGB with nothing else attached."""
     _check_size(image.size, name)  # before decoding: a small file can promise gigabytes
     try:
-        with _quiet_stderr() if image.format == "TIFF" else nullcontext():
+        with quiet_stderr() if image.format == "TIFF" else nullcontext():
             image.load()
         rgb = _upright(image, _to_srgb(image, name, notices), name, notices)
     except InputError:
@@ -284,8 +307,8 @@ def _read(image: Image.Image, name: str, notices: list[str]) -> Image.Image:
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """libtiff tells its troubles to the terminal by itself; what matters of them comes as an exception too."""
+def quiet_stderr() -> Iterator[None]:
+    """Silence for libraries that tell their troubles to the terminal by themselves, and raise what matters as well."""
     try:
         stderr = os.dup(2)
     except OSError:  # closed: nothing to keep quiet
@@ -357,15 +380,23 @@ def _apply_profile(image: Image.Image, name: str, notices: list[str]) -> Image.I
 
 def _upright(source: Image.Image, rgb: Image.Image, name: str, notices: list[str]) -> Image.Image:
     """`rgb` turned the way the EXIF data of `source` says."""
-    try:
-        orientation = source.getexif().get(0x0112, 1)
-    except _DAMAGED:
+    orientation = _orientation(source)
+    if orientation is None:
         notices.append(f"{name} has damaged EXIF data; it is taken as upright")
         return rgb
     bare = Image.Exif()
     bare[0x0112] = orientation
     rgb.info = {"exif": bare.tobytes()} if orientation in range(2, 9) else {}
     return ImageOps.exif_transpose(rgb) if rgb.info else rgb
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's, 1 where it says nothing; None where the data are damaged."""
+    try:
+        orientation: int = image.getexif().get(0x0112, 1)
+    except _DAMAGED:
+        return None
+    return orientation
 
 
 def _by(size: int | tuple[int, int] | None, longer: float) -> str:

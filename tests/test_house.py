@@ -77,6 +77,7 @@ RESERVED = {
     "playwright": ("tests/app/test_web.py", "bench/web.py"),
     "resvg_py": ("weights/train_tiny/", "tests/", "bench/"),
     "pickle": (),
+    "ray": ("ledits_min/app/batch_ray.py",),
 }
 # What a distribution is imported as, where the names differ; tokenizers and huggingface_hub come with transformers.
 IMPORT_NAMES = {
@@ -86,6 +87,9 @@ IMPORT_NAMES = {
     "scikit-image": {"skimage"},
     "transformers": {"transformers", "tokenizers", "huggingface_hub"},
 }
+
+# Files of the package that only run with an extra.
+WITH_EXTRA = {"weights/train_tiny/": "train", "ledits_min/app/web": "web", "ledits_min/app/batch_ray.py": "batch"}
 
 TOP_LEVEL = {
     ".ci", ".git", ".github", ".gitattributes", ".gitignore", ".pre-commit-config.yaml",
@@ -275,19 +279,18 @@ def declared(*extras: str) -> set[str]:
     ("prefixes", "extras"),
     [
         (("ledits_min/", "kernels/", "weights/"), ()),
-        (("weights/train_tiny/",), ("train",)),
-        (("ledits_min/app/web",), ("web",)),
+        *(((prefix,), (extra,)) for prefix, extra in WITH_EXTRA.items()),
         (("tests/",), ("test", "train")),
         (("bench/",), ("bench",)),
     ],
-    ids=["run time", "train", "web", "test", "bench"],
+    ids=["run time", *WITH_EXTRA.values(), "test", "bench"],
 )
 def test_every_import_is_a_declared_dependency(prefixes: tuple[str, ...], extras: tuple[str, ...]) -> None:
     allowed = declared(*extras) | set(sys.stdlib_module_names) | {"ledits_min", "tests", "bench"}
     wrong = [
         f"{file}:{line} imports {name}"
         for file in sources()
-        if file.startswith(prefixes) and (extras or not file.startswith(("weights/train_tiny/", "ledits_min/app/web")))
+        if file.startswith(prefixes) and (extras or not file.startswith(tuple(WITH_EXTRA)))
         for line, name in imports(file)
         if name.split(".")[0] not in allowed
     ]

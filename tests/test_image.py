@@ -30,6 +30,7 @@ from ledits_min.image import (
     save_image,
     to_images,
     to_tensor,
+    upright_size,
 )
 
 
@@ -63,6 +64,31 @@ def test_lossless_files_come_back_exactly(tmp_path: Path, file_format: str) -> N
     assert notices == []
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_upright_size_is_known_before_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x.bin"
+    path.write_bytes(encoded(noise_picture(), file_format, exif=exif))
+    wanted = open_image(path).size
+    if file_format != "TIFF":  # that is turned while it is decoded
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert upright_size(path) == wanted == ((24, 40) if orientation == 6 else (40, 24))
+
+
+def test_the_size_of_a_png_whose_orientation_stands_behind_its_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    png = encoded(noise_picture(), "PNG")
+    (tmp_path / "x.png").write_bytes(png[:-12] + chunk + png[-12:])
+    assert upright_size(tmp_path / "x.png") == open_image(tmp_path / "x.png").size == (24, 40)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_turned_upright_once(tmp_path: Path, orientation: int) -> None:
     picture = noise_picture()
@@ -72,6 +98,7 @@ def test_a_picture_is_turned_upright_once(tmp_path: Path, orientation: int) -> N
     lying = picture if undo is None else picture.transpose(undo)
     found, _ = opened(tmp_path / "x.png", encoded(lying, "PNG", exif=exif))
     assert found.tobytes() == picture.tobytes()
+    assert upright_size(tmp_path / "x.png") == picture.size
     save_image(found, tmp_path / "again.jpg")
     assert Image.open(tmp_path / "again.jpg").getexif().get(0x0112) is None
 

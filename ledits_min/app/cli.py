@@ -6,8 +6,6 @@ Exit codes: 0 done, 2 bad input, 1 went wrong while running, 130 Ctrl-C, 143 SIG
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import sys
 import threading
@@ -18,9 +16,8 @@ from typing import NoReturn
 
 from ledits_min.app.commands import COMMANDS
 from ledits_min.app.options import build_parser
-from ledits_min.app.terminal import say, warnings_as_lines
-from ledits_min.config import InputError, RunError
-from ledits_min.weights.header import quoted
+from ledits_min.app.terminal import one_line, say, warnings_as_lines
+from ledits_min.config import InputError
 
 
 class _Terminated(BaseException):
@@ -49,25 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and the line for a person."""
-    text = str(error)
     if isinstance(error, InputError):
-        return 2, text
-    if isinstance(error, RunError):
-        return 1, text
+        return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, _Terminated):
         return 143, "terminated"
-    # torch's own error is known by its name only, since torch may never have been imported.
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
-    if isinstance(error, MemoryError) or out_of_memory:
-        return 1, "out of memory; try a smaller --size, --dtype bfloat16, or --device cpu"
-    if isinstance(error, OSError):
-        where = "" if error.filename is None else f" ({quoted(os.fsdecode(error.filename))})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return 1, f"the disk is full{where}; free some space and run it again"
-        return 1, f"{error.strerror or text}{where}"
-    return 1, f"{type(error).__name__}: {text or 'no message'} (a fault of this program; --debug shows where)"
+    return 1, one_line(error)
 
 
 @contextmanager

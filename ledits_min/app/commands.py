@@ -21,9 +21,10 @@ from ledits_min.app.inputs import (
     open_picture,
     parts,
 )
+from ledits_min.app.jobs import read_jobs
 from ledits_min.app.options import check_ranges
 from ledits_min.app.terminal import Clock, tell, tell_written
-from ledits_min.config import InputError
+from ledits_min.config import InputError, check_whole
 from ledits_min.weights.header import quoted
 
 if TYPE_CHECKING:
@@ -159,6 +160,23 @@ def run_invert(args: argparse.Namespace) -> None:
     tell_written(clock, [args.output])
 
 
+def run_batch(args: argparse.Namespace) -> None:
+    check_ranges(args)
+    check_whole("--batch-size", args.batch_size, 1, 1024)
+    check_whole("--workers", args.workers, 1, 4096, optional=True)
+    if args.workers is not None and args.engine != "ray":
+        raise InputError("--workers belongs to --engine ray; the local engine is one process")
+    jobs = read_jobs(Path(args.jobs), args)
+    from ledits_min.app.batch import LocalEngine, run
+
+    if args.engine == "ray":
+        from ledits_min.app.batch_ray import RayEngine
+
+        run(jobs, args, RayEngine)
+    else:
+        run(jobs, args, LocalEngine)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     from ledits_min.app import demo, outputs
     from ledits_min.image import save_image
@@ -203,6 +221,7 @@ def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> 
 
 COMMANDS = {
     "edit": run_edit,
+    "batch": run_batch,
     "invert": run_invert,
     "sweep": run_sweep,
     "web": run_web,

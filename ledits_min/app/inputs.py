@@ -123,6 +123,8 @@ def invert_picture(
     progress: bool = True,
     callback: Callback | None = None,
 ) -> Inversion:
+    from ledits_min.app.outputs import worked_at
+
     size = args.size
     longer = max(size) if isinstance(size, tuple) else size or 0
     if longer > 1.5 * ledits.native_size:
@@ -142,9 +144,9 @@ def invert_picture(
         progress=progress,
         callback=callback,
     )
-    factor = ledits.vae.config.factor
-    height, width = (factor * side for side in inversion.latents.shape[-2:])
+    width, height = worked_at(ledits, inversion)
     if size is not None and size not in (max(width, height), (width, height)):
         asked = " x ".join(map(str, size)) if isinstance(size, tuple) else size
+        factor = ledits.vae.config.factor
         notice(args, f"--size {asked}: this model works in steps of {factor} pixels; {width} x {height} is used")
     return inversion

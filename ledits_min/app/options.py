@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from ledits_min import __version__
@@ -81,6 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_size(group)
     group.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
+    batch = add_command(commands, "batch", "edit many pictures, from a table or a folder; can be killed and resumed")
+    batch.add_argument("jobs", metavar="JOBS", help="a .jsonl or .csv file, a row a job, or a folder of pictures")
+    batch.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write to")
+    add_edit_options(batch)
+    add_inversion_options(batch)
+    add_model_options(batch)
+    group = batch.add_argument_group("the run")
+    add_output_size(group)
+    group.add_argument("--batch-size", type=parse_whole, default=8, metavar="N",
+                       help="edited together, where jobs differ in picture and seed alone (default: 8)")  # fmt: skip
+    group.add_argument("--engine", choices=("local", "ray"), default="local", help="this process, or Ray's workers")
+    group.add_argument("--workers", type=parse_whole, metavar="N",
+                       help="of --engine ray (default: one a GPU, else one a CPU)")  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace pictures that are no output of a batch")
+
     invert = add_command(commands, "invert", "find the noise maps of a picture, to edit it many times")
     invert.add_argument("image", metavar="IMAGE", help="a picture")
     invert.add_argument("-o", "--output", required=True, metavar="F.safetensors", help="the file to write")
@@ -106,17 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    """The ranges of the public interface, before anything is loaded."""
+def check_ranges(args: argparse.Namespace, named: Callable[[str], str] | None = None) -> None:
+    """The ranges of the public interface, before anything is loaded; `named` is how a message calls an option."""
+    named = named or (lambda name: f"--{name.replace('_', '-')}")
     given = vars(args).get
     for name, high in _NUMBERS.items():
-        check_number(f"--{name.replace('_', '-')}", given(name), 0.0, high, optional=True)
+        check_number(named(name), given(name), 0.0, high, optional=True)
     steps = given("steps")
-    check_whole("--steps", steps, 1, 500, optional=True)
-    check_whole("--skip", given("skip"), 0, 499 if steps is None else steps - 1, optional=True)
-    check_whole("--seed", given("seed"), 0, 2**63 - 1, optional=True)
+    check_whole(named("steps"), steps, 1, 500, optional=True)
+    check_whole(named("skip"), given("skip"), 0, 499 if steps is None else steps - 1, optional=True)
+    check_whole(named("seed"), given("seed"), 0, 2**63 - 1, optional=True)
     for name in ("warmup", "cooldown"):
-        check_whole(f"--{name}", given(name), 0, 100_000, optional=True)
+        check_whole(named(name), given(name), 0, 100_000, optional=True)
 
 
 def add_edit_options(parser: argparse.ArgumentParser, action: ValueAction = "store") -> None:

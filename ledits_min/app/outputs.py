@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
-from ledits_min.archive import Inversion
+from ledits_min.archive import Inversion, InversionSettings
 from ledits_min.config import InputError
 from ledits_min.image import OUTPUT_SIDES
 from ledits_min.p2p import PromptToPrompt
@@ -96,14 +96,26 @@ def settings(
     edit: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats."""
-    made = inversion.settings
-    height, width = (side * ledits.vae.config.factor for side in inversion.latents.shape[-2:])
+    return planned_settings(
+        ledits, inversion.settings, worked_at(ledits, inversion), concepts, attention, edit
+    )  # fmt: skip
+
+
+def planned_settings(
+    ledits: LEdits,
+    made: InversionSettings,
+    size: tuple[int, int],
+    concepts: Sequence[Concept],
+    attention: PromptToPrompt | None,
+    edit: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The same before there is an inversion; size (width, height) is what the model will work at."""
     return {
         "ledits_min": __version__,
         "model": ledits.fingerprint,
         "dtype": str(ledits.dtype).removeprefix("torch."),
         "prediction_type": made.schedule.prediction_type,
-        "size": [width, height],
+        "size": list(size),
         "num_steps": made.num_steps,
         "skip": made.skip,
         "eta": made.eta,
@@ -128,6 +140,12 @@ def common(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(other == value for other in values):
             shared[name] = value
     return shared
+
+
+def worked_at(ledits: LEdits, inversion: Inversion) -> tuple[int, int]:
+    """(width, height) in pixels of an inversion's latents."""
+    height, width = (ledits.vae.config.factor * side for side in inversion.latents.shape[-2:])
+    return width, height
 
 
 def parameters_line(values: Mapping[str, Any]) -> str:

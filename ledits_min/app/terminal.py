@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from ledits_min.config import InputError, RunError
 from ledits_min.weights.header import quoted
 
 
@@ -50,6 +52,27 @@ def waiting(what: str) -> Iterator[None]:
     silent = None if sys.stderr is not None else True  # None: wherever it is no terminal
     with tqdm(desc=f"{what} ...", bar_format="{desc}", file=sys.stderr, leave=False, disable=silent):
         yield
+
+
+def one_line(error: BaseException) -> str:
+    """Why it went wrong, in one line for a person."""
+    text = str(error)
+    if isinstance(error, InputError | RunError):
+        return text
+    # torch's own error is known by its name only, since torch may never have been imported.
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or out_of_memory:
+        return "out of memory; try a smaller --size, --dtype bfloat16, or --device cpu"
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f" ({quoted(os.fsdecode(error.filename))})"
+        if disk_is_full(error):
+            return f"the disk is full{where}; free some space and run it again"
+        return f"{error.strerror or text}{where}"
+    return f"{type(error).__name__}: {text or 'no message'} (a fault of this program; --debug shows where)"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def notice(args: argparse.Namespace, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from ledits_min.app.cli import main
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
 
 SAMPLE = Path(__file__).resolve().parents[2] / "weights/tiny/samples/portrait1.png"
+BENCH = Path(__file__).resolve().parents[2] / "bench/batch.py"
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,11 @@ def refused_process(workshop: Workshop) -> Callable[[dict[str, Any]], None]:
         assert snapshot(workshop.place) == before
 
     return check
+
+
+@pytest.fixture(scope="session")
+def poisoned_table() -> Callable[[Path, int, int], dict[str, str]]:
+    """bench/batch.py's writer of portraits and their table, some of them poisoned; bench/ is not importable by name."""
+    pytest.importorskip("dicebear", reason="the [train] extra is not installed")
+    written: Callable[[Path, int, int], dict[str, str]] = runpy.run_path(str(BENCH))["write_table"]
+    return written
