@@ -15,7 +15,7 @@ from torch import Tensor, nn
 SCORES = 2**24  # bytes of attention scores at a time: what the last cache holds
 FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
-ROWS = 1024  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
+ROWS = 4096  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -62,9 +62,11 @@ def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- feed-forward, sums, convolutions -------------------------------------------------------------------------------
 
 
-def slices_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
+def serves_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
     """Whether `feed_forward` here beats the layers one after the other."""
-    return not _is_recorded(tokens, layer.weight) and tokens.shape[:-1].numel() >= ROWS
+    if _is_recorded(tokens, layer.weight):
+        return False
+    return tokens.shape[:-1].numel() > ROWS or fuses(tokens, layer.weight)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
@@ -97,13 +99,13 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     return result
 
 
-def add_conv3x3(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
-    """`ops.add_conv3x3` as one operation."""
-    if is_mostly_weights(hidden):
+def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.add_conv` as one operation."""
+    if layer.kernel_size == (3, 3) and is_mostly_weights(hidden):
         rows, flat = _neighbourhoods(hidden), residual.permute(0, 2, 3, 1).flatten(0, 2)
         return _as_map(torch.ops.mkldnn._linear_pointwise.binary(rows, flat, _matrix(layer), layer.bias, "add"), hidden)
     result: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-        hidden, residual, layer.weight, layer.bias, [1, 1], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+        hidden, residual, layer.weight, layer.bias, layer.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
     )
     return result
 

@@ -65,6 +65,8 @@ def has_triton() -> bool:
 def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, silu: bool = True) -> Tensor:
     """silu(norm(hidden + add)): hidden (B, C, h, w), add (B, C) at every position; without `silu` the norm alone.
 
+    With `add`, hidden may be written over.
+
     The kernel is for channels-last memory. NCHW stays with torch, whose own kernel is made for it: by this rule under
     `auto`, with a warning where LEDITS_KERNELS=triton asked for a kernel.
     """
@@ -76,7 +78,7 @@ def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = Non
         if os.environ.get("LEDITS_KERNELS") == "triton":
             warnings.warn("group_norm_silu: torch takes over, because a map is not channels-last", stacklevel=2)
     if add is not None:
-        hidden = hidden + add[:, :, None, None]
+        hidden = hidden.add_(add[:, :, None, None])
     normed: Tensor = norm(hidden)
     return F.silu(normed, inplace=True) if silu else normed  # the norm's own result: nobody else has it
 
@@ -100,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
     """tokens + narrow(geglu(widen(norm(tokens)))), tokens (B, N, C)."""
-    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.slices_feed_forward(tokens, narrow):
+    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.serves_feed_forward(tokens, narrow):
         return cpu.feed_forward(tokens, norm, widen, narrow)
     result: Tensor = tokens + narrow(geglu(widen(norm(tokens))))
     return result
@@ -122,10 +124,10 @@ def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     return result
 
 
-def add_conv3x3(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
-    """residual + layer(hidden), likewise."""
+def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """residual + layer(hidden), a convolution that keeps the size."""
     if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
-        return cpu.add_conv3x3(residual, hidden, layer)
+        return cpu.add_conv(residual, hidden, layer)
     result: Tensor = residual + layer(hidden)
     return result
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.ops import add_conv3x3, add_linear, conv3x3, feed_forward, group_norm_silu
+from ledits_min.ops import add_conv, add_linear, conv3x3, feed_forward, group_norm_silu
 from ledits_min.ops import attention as plain_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -264,7 +264,7 @@ class ResnetBlock(nn.Module):
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
         hidden = conv3x3(group_norm_silu(hidden, self.norm1), self.conv1)
         hidden = group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time)))
-        return add_conv3x3(residual, hidden, self.conv2)
+        return add_conv(residual, hidden, self.conv2)
 
 
 class Transformer(nn.Module):
@@ -289,11 +289,11 @@ class Transformer(nn.Module):
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
-        if self.linear_projection:
+        if isinstance(self.proj_out, nn.Linear):
             tokens = self.proj_out(tokens)
         hidden = tokens.transpose(1, 2).unflatten(2, (height, width))
-        if not self.linear_projection:
-            hidden = self.proj_out(hidden)
+        if isinstance(self.proj_out, nn.Conv2d):
+            return add_conv(residual, hidden, self.proj_out)
         return residual + hidden
 
 

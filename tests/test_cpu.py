@@ -55,7 +55,7 @@ def test_convolutions(shape: tuple[int, int, int, int], channels_last: bool) -> 
     layer = nn.Conv2d(shape[1], 24, 3, padding=1).bfloat16().to(memory_format=layout)  # type: ignore[call-overload]
     hidden = torch.randn(shape).bfloat16().contiguous(memory_format=layout)
     residual = torch.randn(shape[0], 24, *shape[2:]).bfloat16().contiguous(memory_format=layout)
-    found, summed = ops.conv3x3(hidden, layer), ops.add_conv3x3(residual, hidden, layer)
+    found, summed = ops.conv3x3(hidden, layer), ops.add_conv(residual, hidden, layer)
     exact = layer.double()(hidden.double())
     assert error(found, exact) < 5e-3 and error(summed, exact + residual) < 5e-3
     for result in (found, summed):
@@ -95,7 +95,7 @@ def test_the_feed_forward_in_slices(
     monkeypatch.setattr(cpu, "has_fused_products", lambda: fused)
     x = torch.randn(tokens).to(dtype)
     norm, widen, narrow = layers(width, dtype)
-    assert cpu.slices_feed_forward(x, narrow)
+    assert cpu.serves_feed_forward(x, narrow)
     found = ops.feed_forward(x, norm, widen, narrow)
     for layer in (norm, widen, narrow):
         layer.double()
