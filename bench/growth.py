@@ -24,7 +24,6 @@ from diffusers import logging
 
 from bench.conditions import Memory, conditions
 from bench.peer_diffusers import DTYPES, SIDES, Side, build_ours, build_theirs, make_job, run_ours, run_peer
-from ledits_min.memory import keep_freed_memory
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,8 +52,6 @@ def options() -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Of one side, for every dial: value, seconds, evaluations and peak memory."""
     device, ours = torch.device(args.device), args.side == "ours"
-    if ours:
-        keep_freed_memory()
     logging.set_verbosity_error()
     networks: Any = (build_ours if ours else build_theirs)(args.quick, device)
     run: Callable[..., Side] = run_ours if ours else run_peer

@@ -3,9 +3,9 @@
 The peer inverts every step, one by one and those it will skip too, evaluates 2 + K branches at every editing step, and
 takes torch.quantile for the masks. Both sides have the same random weights, contexts, picture and noise, the same
 dtype (unless --peer-dtype says otherwise), channels-last memory and torch's scaled_dot_product_attention. They take
-turns, each in processes of its own, so that each has its own peak memory and its own allocator: ours the one of the
-`ledits` command. Their latents are compared before any time is printed: those of a few steps in float32, where they
-must agree to rounding, and those that were timed. Where they disagree, nothing is printed but that.
+turns, each in processes of its own, so that each has its own peak memory. Their latents are compared before any time is
+printed: those of a few steps in float32, where they must agree to rounding, and those that were timed. Where they
+disagree, nothing is printed but that.
 
     python -m bench.peer_diffusers --dtype bf16 --size 512 --steps 20 --skip 7
     python -m bench.peer_diffusers --peer-dtype fp32
@@ -40,7 +40,6 @@ from ledits_min.edit import levels
 from ledits_min.engine import Network
 from ledits_min.image import open_image, to_tensor
 from ledits_min.inversion import draw_noise
-from ledits_min.memory import keep_freed_memory
 from ledits_min.ops import EditPlan
 from ledits_min.runner import Runner
 from ledits_min.schedule import Schedule, make_schedule
@@ -315,8 +314,6 @@ def run_side(args: argparse.Namespace) -> None:
     """One side's share, left in two files: its latents, and what they took."""
     device = torch.device(args.device)
     ours = args.side == "ours"
-    if ours:
-        keep_freed_memory()
     logging.set_verbosity_error()  # it warns of casting networks, which is meant
     networks: Any = build_ours(args.quick, device) if ours else build_theirs(args.quick, device)
     run: Callable[[Any, Job], Side] = run_ours if ours else run_peer

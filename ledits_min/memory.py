@@ -1,15 +1,12 @@
-"""How much memory a device has, whether an error says that there was not enough, and how a CPU's is kept at hand."""
+"""How much memory a device has, and whether an error says that there was not enough of it."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from pathlib import Path
 
 import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -45,16 +42,3 @@ def _machine_memory(name: str) -> int:
         return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 8 * 2**30
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next layer; False where it is not glibc's.
-
-    Otherwise it gives large blocks back to the system, which fills every page with zeros before it hands it out again.
-    It changes the whole process, so the `ledits` command does it and the package does not.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -81,9 +81,7 @@ def load_model(args: argparse.Namespace) -> LEdits:
     survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
     with waiting(f"loading {quoted(args.model, 60)}"):
         from ledits_min import LEdits
-        from ledits_min.memory import keep_freed_memory
 
-        keep_freed_memory()
         ledits = LEdits.from_pretrained(
             args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
         )  # fmt: skip

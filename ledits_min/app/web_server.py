@@ -48,9 +48,7 @@ def serve(args: argparse.Namespace) -> None:
         from ledits_min.app.web import STYLE, Page
         from ledits_min.app.web_layout import SAMPLES
         from ledits_min.app.web_session import Models, warnings_to_visitors
-        from ledits_min.memory import keep_freed_memory
 
-        keep_freed_memory()
         models = Models(args.models, args.device, args.dtype, compile=args.compile, **parts(args))
         with warnings_to_visitors():
             page = Page(models, Path(place))
