@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import attention, group_norm_silu
+from ledits_min.ops import add_conv, attention, group_norm_silu
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -164,8 +164,7 @@ class ResnetBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
         hidden = self.conv1(group_norm_silu(hidden, self.norm1))
-        hidden = self.conv2(group_norm_silu(hidden, self.norm2))
-        return residual + hidden
+        return add_conv(residual, group_norm_silu(hidden, self.norm2), self.conv2)
 
 
 class Attention(nn.Module):

@@ -87,7 +87,8 @@ class RayEngine:
         context.max_errored_blocks = -1  # a batch that kills every worker it meets ends alone
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         dtype = str(self.ledits.dtype).removeprefix("torch.")
-        model = {"model": self.args.model, "device": self.device, "dtype": dtype, **parts(self.args)}
+        model = {"model": self.args.model, "device": self.device, "dtype": dtype, "compile": self.args.compile}
+        model |= parts(self.args)
         # A block a batch: what is handed out, lost and handed out again is one batch.
         table = ray.data.from_items([{"batch": i} for i in range(len(batches))], override_num_blocks=len(batches))
         with warnings.catch_warnings():
