@@ -358,15 +358,44 @@ def benchmark_text(stem: str, found: Json) -> list[str]:
         extra = {key: value for key, value in line.items() if key not in ("seconds", "rounds", "conditions")}
         noted = ", ".join(f"{key} {json.dumps(value)}" for key, value in extra.items())
         rows.append([name, f"{seconds['median']:g}", f"{seconds['min']:g} .. {seconds['max']:g}", noted])
-    places = {json.dumps(line.get("conditions", {}), sort_keys=True) for line in found.values()}
-    about = " / ".join(sorted(place.replace('"', "").strip("{}") for place in places))
-    return [f"## {stem}.json", "", about, "", *table(["what", "median, s", "range, s", "noted"], rows)]
+    return [f"## {stem}.json", "", places_text(found), "", *table(["what", "median, s", "range, s", "noted"], rows)]
 
 
 def tuning_text(stem: str, found: Json) -> list[str]:
     rows = [[f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in line.values()] for line in found["rows"]]
     note = f"{found['note']} " if found.get("note") else ""
     return [f"## {stem}.json", "", f"{note}`{found['command']}`", "", *table(list(found["rows"][0]), rows)]
+
+
+def places_text(found: Json) -> str:
+    """The conditions that the entries of a file were measured under, each said once."""
+    places = {json.dumps(line.get("conditions", {}), sort_keys=True) for line in found.values()}
+    return " / ".join(sorted(place.replace('"', "").strip("{}") for place in places))
+
+
+def peers_text(stem: str, found: Json) -> list[str]:
+    """Whole edits, ours beside the published loop on diffusers."""
+    rows = []
+    for name, line in found.items():
+        sides = [line[side] for side in ("ours", "peer")]
+        seconds = [f"{sum(side['seconds'].values()):.1f}" for side in sides]
+        rows.append([
+            name, *seconds, f"{line['ratio']:g}", *(str(side["evaluations"]) for side in sides),
+            *(f"{side['peak_memory_GB']:g}" for side in sides), f"{sides[0]['flop_utilisation']:.0%}",
+        ])  # fmt: skip
+    header = ["edit", "ours, s", "peer, s", "ratio", "evaluations", "peer's", "GB", "peer's", "of the matmul rate"]
+    return [f"## {stem}.json", "", places_text(found), "", *table(header, rows)]
+
+
+def alone_text(stem: str, found: Json) -> list[str]:
+    """The UNet alone, every side's seconds and what they are to ours."""
+    rows = []
+    for name, line in found.items():
+        for batch, sides in line.items():
+            if batch != "conditions":
+                told = (f"{side} {s['seconds']:g} ({s['to_ours']:g})" for side, s in sides.items())
+                rows.append([name, batch, ", ".join(told)])
+    return [f"## {stem}.json", "", places_text(found), "", *table(["", "", "seconds (to ours)"], rows)]
 
 
 def kind_of(found: Any) -> str:
@@ -378,6 +407,10 @@ def kind_of(found: Any) -> str:
     lines = found.values()
     if found and all(isinstance(line, dict) and "median" in line.get("seconds", {}) for line in lines):
         return "benchmark"
+    if found and all(isinstance(line, dict) and {"ours", "peer", "ratio"} <= line.keys() for line in lines):
+        return "peers"
+    if found and all(isinstance(line, dict) and any(key.startswith("batch ") for key in line) for line in lines):
+        return "alone"
     return "other"
 
 
@@ -408,6 +441,12 @@ def report(folder: Path, tiny: Path) -> str:
     for stem, found in files.items():
         if kind_of(found) == "benchmark":
             lines += benchmark_text(stem, found)
+    for stem, found in files.items():
+        if kind_of(found) in ("peers", "alone"):
+            lines += (peers_text if kind_of(found) == "peers" else alone_text)(stem, found)
+    if (folder / "growth.png").is_file():
+        lines += ["## growth.json", "", f"![How an edit's time grows]({folder.name}/growth.png)", ""]
+        files.pop("growth", None)
     others = [stem for stem, found in files.items() if kind_of(found) == "other"]
     lines += [f"Not shown above: {', '.join(f'{stem}.json' for stem in others)}.", ""] if others else []
     return "\n".join(lines)
