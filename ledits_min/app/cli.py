@@ -57,12 +57,15 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM both end a run through every `finally`."""
+    """Ctrl-C and SIGTERM both end a run through every `finally`; a run that one of them ends hears no other."""
+    ended = False
     ends: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
 
     def stop(number: int, _: object) -> NoReturn:
+        nonlocal ended
+        ended = True
         for each in ends:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up, nor the last words
         raise ends[number]
 
     if threading.current_thread() is not threading.main_thread():
@@ -75,7 +78,7 @@ def _signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for each, handler in before.items():
+        for each, handler in before.items() if not ended else ():
             signal.signal(each, handler or signal.SIG_DFL)
 
 
