@@ -150,7 +150,8 @@ def _as_map(rows: Tensor, like: Tensor) -> Tensor:
 
 def fuses(*tensors: Tensor) -> bool:
     """Whether oneDNN's fused products take these: what torch.compile calls, so not promised to stay."""
-    return tensors[0].dtype == torch.bfloat16 and not _is_recorded(*tensors) and has_fused_products()
+    all_narrow = all(tensor.dtype == torch.bfloat16 for tensor in tensors)  # under autocast weights are not
+    return all_narrow and not _is_recorded(*tensors) and has_fused_products()
 
 
 @cache

@@ -37,16 +37,18 @@ def test_outputs_and_errors_are_those_of_the_local_engine(
     pytest.importorskip("ray", reason="the [batch] extra is not installed")
     poisoned = poisoned_table(tmp_path, 12, 2)
     table = [str(tmp_path / "jobs.jsonl"), "--steps", "5", "--batch-size", "3"]
-    assert main(["batch", *table, "-o", str(tmp_path / "local")]) == 1
+    command = [sys.executable, "-m", "ledits_min.app.cli", "batch", *table]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["OMP_NUM_THREADS"] = "1"  # Ray's workers have one thread a slot, and another number rounds differently
+    local = subprocess.run([*command, "-o", tmp_path / "local"], env=environment, capture_output=True, check=False)
+    assert local.returncode == 1, local.stderr
 
     hooks, folder, mark = tmp_path / "hooks", tmp_path / "ray", tmp_path / "killed"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(KILLER.format(victim="006.png", mark=str(mark)))
     path = os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")]))
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, "-m", "ledits_min.app.cli", "batch", *table, "-o", str(folder)]
-    command += ["--engine", "ray", "--workers", "1"]
+    environment["PYTHONPATH"] = path
+    command += ["-o", str(folder), "--engine", "ray", "--workers", "1"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 1, finished.stderr
     assert mark.exists()  # the killer did its work

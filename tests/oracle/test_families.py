@@ -110,7 +110,7 @@ def test_attention_is_float32_where_the_config_asks(upcast: bool) -> None:
 
     tokens = torch.randn(1, 6, 8).half()
     with torch.no_grad():
-        assert attention(tokens, tokens, attend).dtype == torch.float16
+        assert attention(tokens, tokens, tokens, attend).dtype == torch.float16
     assert seen == [torch.float32 if upcast else torch.float16] * 3
 
 
