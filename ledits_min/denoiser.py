@@ -47,7 +47,7 @@ class Denoiser:
     def __call__(self, x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
         """x_t (n, C, h, w); steps, texts and images int64 (n,) on its device -> eps float32 (n, C, h, w)."""
         context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
-        time = self.time[texts, images if self.time.shape[1] > 1 else torch.zeros_like(images), steps]
+        time = self.time[texts, images % self.time.shape[1], steps]
         prediction: Tensor = self.unet(x_t, time, context).contiguous()
         if self.predicts_v:
             return eps_from_v(prediction, x_t, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
