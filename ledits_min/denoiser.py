@@ -1,4 +1,4 @@
-"""The UNet as the loops see it: it predicts eps, and is told of texts and timesteps by their numbers."""
+"""The UNet as the loops see it: it predicts eps. The engine's tells texts and timesteps by their numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ledits_min.inversion import eps_from_v
+from ledits_min.p2p import ControlledEpsModel
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context
-from ledits_min.unet import UNet
+from ledits_min.unet import AttentionControl, UNet
 
 
 class Denoiser:
@@ -52,3 +53,18 @@ class Denoiser:
         if self.predicts_v:
             return eps_from_v(prediction, x_t, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
         return prediction
+
+
+def plain_eps_model(unet: UNet, schedule: Schedule, prediction_type: str) -> ControlledEpsModel:
+    """The UNet as the maths sees it: it predicts eps, in float32, for one text and a batch of latents."""
+    alphas_cumprod = schedule.alphas_cumprod.to(unet.conv_in.weight.device, torch.float32)
+
+    def eps_model(x_t: Tensor, t: Tensor, context: Context, attention: AttentionControl | None = None) -> Tensor:
+        batch = len(x_t)
+        added = None if context.added is None else context.added.expand(batch, -1)
+        prediction: Tensor = unet(x_t, t, context.tokens.expand(batch, -1, -1), added, attention)
+        if prediction_type == "v_prediction":
+            return eps_from_v(prediction, x_t, alphas_cumprod[t].view(-1, 1, 1, 1))
+        return prediction
+
+    return eps_model

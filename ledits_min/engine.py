@@ -1,7 +1,8 @@
 """The loops of `edit`, made fast, and tested equal to them. Nobody has to read this to learn LEDITS.
 
-The inversion runs in batches over t, an editing step asks about all its texts and pictures at once, both as their
-`plan.Phase` says. Retries live here: smaller batches where memory runs out, float32 where half precision overflows.
+The inversion runs in batches over t, an editing step asks about all its texts and pictures at once, or both share their
+calls, as the `plan.Phase` says. Retries live here: smaller batches where memory runs out, float32 where half precision
+overflows.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from ledits_min import ops
 from ledits_min.config import RunError
 from ledits_min.edit import Step, levels
-from ledits_min.guidance import edited_eps
+from ledits_min.guidance import edited_eps, guided_texts
 from ledits_min.memory import is_out_of_memory, total_memory
 from ledits_min.ops import EditPlan, EditState
-from ledits_min.plan import Costs, Phase, capacity, split_evenly
+from ledits_min.plan import Costs, Phase, Row, capacity, split_evenly
 from ledits_min.schedule import Schedule
 from ledits_min.tiling import in_tiles
 from ledits_min.vae import VAE
@@ -88,17 +89,84 @@ def edit(
     gamma and masks too, which costs the guidance once more.
     """
     evaluate = Evaluator(network, phase, timesteps, x_t.device, progress)
+
+    def branches(i: int, x_t: Tensor) -> Tensor:
+        return evaluate(x_t.expand(len(phase.groups[i]), *x_t.shape))
+
+    state, finite = _denoise(plan, x_t, residuals, timesteps, branches, on_step, observed)
+    evaluate.check(finite)
+    return state
+
+
+def invert_and_edit(
+    network: Network,
+    phase: Phase,
+    plan: EditPlan,
+    x_0: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    skip: int,
+    source: str,
+    source_guidance_scale: float,
+    on_step: Callable[[Step], None] | None = None,
+    observed: bool = True,
+    progress: Callable[[int], object] = lambda evaluations: None,
+) -> tuple[Tensor, Tensor, EditState]:
+    """`invert`, then `edit`, in the same calls of the network: x_T, the residuals, and the last state.
+
+    `phase` is of `plan.one_pass_phase`, `eta` in `plan.levels`; the rest is as in those two.
+    """
+    x, timesteps = ops.trajectory(x_0, noise, schedule.alpha_bar_t[skip:]), schedule.timesteps[skip:]
+    residuals = torch.empty_like(x[1:])
+    source_texts = guided_texts("", source, source_guidance_scale)
+    evaluate = Evaluator(network, phase, timesteps, x_0.device, progress)
+    of_source: dict[Row, Tensor] = {}  # the inversion's predictions
+    inverted = 0  # steps whose residuals are there
+
+    def branches(i: int, x_t: Tensor) -> Tensor:
+        nonlocal inverted
+        rows, cut = phase.groups[i], len(phase.groups[i]) - phase.ahead[i]
+        eps = evaluate(torch.stack([x_t] * cut + [x[step] for step, _ in rows[cut:]])) if rows else x[:0]
+        of_source.update(zip(rows[cut:], eps[cut:], strict=True))
+        ahead = len(of_source) // len(source_texts)
+        if ahead > inverted:
+            new = range(inverted, ahead)
+            both = torch.stack([torch.stack([of_source[step, text] for step in new]) for text in source_texts])
+            residuals[inverted:ahead] = ops.residuals(
+                x[inverted : ahead + 1], both, plan.levels[inverted:ahead], source, source_guidance_scale
+            )
+            inverted = ahead
+        own = dict(zip(rows[:cut], eps[:cut], strict=True))
+        return torch.stack([own[i, text] if (i, text) in own else of_source[i, text] for text in plan.texts(i)])
+
+    state, finite = _denoise(plan, x[0], residuals, timesteps, branches, on_step, observed)
+    evaluate.check(finite)
+    return x[0], residuals, state
+
+
+def _denoise(
+    plan: EditPlan,
+    x_t: Tensor,
+    residuals: Tensor,
+    timesteps: Tensor,
+    branches: Callable[[int, Tensor], Tensor],
+    on_step: Callable[[Step], None] | None,
+    observed: bool,
+) -> tuple[EditState, Tensor]:
+    """The last state, and for every step whether the latents behind it are finite.
+
+    branches(i, x_t) predicts for `plan.texts(i)`; when it returns, residuals[i] is there.
+    """
     state = ops.start(plan, x_t)
     finite = torch.ones(len(residuals), dtype=torch.bool, device=x_t.device)
-    for i, rows in enumerate(phase.groups):
-        branches = evaluate(state.x_t.expand(len(rows), *x_t.shape))
-        seen = observe(plan, state, branches, i) if on_step and observed else ({}, None, [])
-        ops.sega_step(plan, state, branches, residuals, i)
+    for i in range(len(residuals)):
+        eps = branches(i, state.x_t)
+        seen = observe(plan, state, eps, i) if on_step and observed else ({}, None, [])
+        ops.sega_step(plan, state, eps, residuals, i)
         finite[i] = state.x_t.isfinite().all()
         if on_step:
             on_step(Step(i, int(timesteps[i]), *seen, state.x_t.clone()))
-    evaluate.check(finite)
-    return state
+    return state, finite
 
 
 def observe(

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min import edit as algorithm
-from ledits_min import p2p
 from ledits_min.archive import Inversion, InversionSettings, check_settings
-from ledits_min.config import EditDefaults, InputError, RunError, ScheduleConfig, check_number, check_whole
-from ledits_min.image import fit_size, lay_change, open_image, to_images, to_tensor
-from ledits_min.inversion import draw_noise, eps_from_v
+from ledits_min.beside import check_attention, edit_beside, source_row
+from ledits_min.config import EditDefaults, InputError, ScheduleConfig, check_number, check_whole
+from ledits_min.edit import levels
+from ledits_min.image import fit_size, lay_change, to_images
+from ledits_min.inversion import draw_noise
 from ledits_min.networks import build_networks, resolve_device, resolve_dtype
 from ledits_min.ops import EditPlan
-from ledits_min.progress import Callback, Progress, progress_bar, tell
-from ledits_min.record import Recorder
-from ledits_min.request import Guidance, Start, check_noise, check_prompt, check_seeds
-from ledits_min.runner import Runner
+from ledits_min.p2p import PromptToPrompt, check_prompts
+from ledits_min.prepare import ImageLike, Prepared, encode_pictures, open_pictures, told_contexts
+from ledits_min.progress import Callback
+from ledits_min.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
+from ledits_min.runner import Edited, Runner
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
-from ledits_min.unet import AttentionControl, UNet, sinusoids
+from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 from ledits_min.weights.load import Checkpoint, load_checkpoint
 from ledits_min.weights.lora import LoraSource
-
-ImageLike = Image.Image | str | Path | np.ndarray[Any, Any]
-
-EMBEDDED_MIN_PSNR = 25.0  # below it a picture is outside what the embedded model's VAE has learned
 
 
 @dataclass(frozen=True)
@@ -196,22 +191,38 @@ class LEdits:
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
+        ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
+        settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
+        contexts = self._contexts(["", source], ready.sizes, ready.x_0)
+        x_T, residuals = self.runner.invert(
+            contexts, ready.x_0, ready.noise, schedule, settings.skip, eta, source, settings.source_guidance_scale,
+            progress, callback,
+        )  # fmt: skip
+        return ready.inversion(x_T, residuals)
+
+    def _prepare(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        source: str,
+        source_guidance_scale: float | None,
+        num_steps: int | None,
+        skip: int | None,
+        eta: float,
+        seed: int | Sequence[int],
+        noise: Tensor | None,
+        size: int | tuple[int, int] | None,
+    ) -> Prepared:
+        """Everything that an inversion starts from, checked."""
         self._check_open()
-        pictures = self._open(image)
+        pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
-        num_steps, skip, scale = settings.num_steps, settings.skip, settings.source_guidance_scale
-        schedule = make_schedule(self.schedule, num_steps)
-        x_0 = self._encode(pictures, size)
-        contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
+        steps = settings.num_steps - settings.skip
+        x_0 = encode_pictures(self.runner, pictures, size, self.native_size, self.embedded)
         if noise is None:
-            noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
-        check_noise(noise, (num_steps - skip, *x_0.shape))
-        x_T, residuals = self.runner.invert(
-            contexts, x_0, noise.to(x_0), schedule, skip, eta, source, scale, progress, callback
-        )  # fmt: skip
-        originals = tuple(torch.from_numpy(np.array(picture)) for picture in pictures)
-        return Inversion(x_T.cpu(), residuals.cpu(), x_0.cpu(), originals, settings)
+            noise = draw_noise(seeds, steps, tuple(x_0.shape[1:]))
+        check_noise(noise, (steps, *x_0.shape))
+        return Prepared(pictures, settings, x_0, noise.to(x_0))
 
     def inversion_settings(
         self,
@@ -244,7 +255,7 @@ class LEdits:
         progress: bool = True,
         trace: bool = False,
         output_size: str = "input",
-        attention: p2p.PromptToPrompt | None = None,
+        attention: PromptToPrompt | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
@@ -265,16 +276,74 @@ class LEdits:
                 "or invert again"
             )
         check_settings(settings, "inversion")
-        if output_size not in ("input", "model"):
-            raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        guidance = Guidance.of(target, scale, negative, concepts, momentum_scale, momentum_beta, self.defaults)
+        check_output_size(output_size)
+        check_attention(attention)
+        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         schedule = make_schedule(settings.schedule, settings.num_steps)
         start = Start(inversion.x_T, inversion.residuals, schedule, settings.skip, settings.eta)
         sizes = inversion.original_sizes
-        row = None if attention is None else self._source_row(attention, inversion, target, negative)
-        latents, masks, steps = self._denoise("editing", start, guidance, sizes, row, progress, trace, callback)
-        return Result(self._pictures(inversion, latents, output_size), latents.cpu(), masks, steps)
+        if attention is None:
+            edited = self._denoise("editing", start, guidance, sizes, progress, trace, callback)
+        else:
+            check_prompts(settings.source, target, negative)
+            edited = self._denoise_beside(attention, start, guidance, settings, sizes, progress, trace, callback)
+        return self._result(edited, inversion, guidance, output_size)
+
+    @torch.no_grad()
+    def invert_and_edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        source: str = "",
+        source_guidance_scale: float | None = None,
+        num_steps: int | None = None,
+        skip: int | None = None,
+        eta: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        size: int | tuple[int, int] | None = None,
+        *,
+        target: str = "",
+        guidance_scale: float | None = None,
+        negative: str = "",
+        concepts: Sequence[Concept] = (),
+        momentum_scale: float = 0.0,
+        momentum_beta: float = 0.6,
+        progress: bool = True,
+        trace: bool = False,
+        output_size: str = "input",
+        attention: PromptToPrompt | None = None,
+        callback: Callback | None = None,
+    ) -> tuple[Inversion, Result]:
+        """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
+
+        Arguments as there. Both share the UNet's calls, and what both would ask it is asked once: as long as the edit
+        retraces the inversion it costs nothing. Batches have other sizes than in two calls, which rounds differently.
+        Prompt-to-Prompt, in its plain loop, shares nothing: with `attention` one runs after the other.
+        """
+        check_output_size(output_size)
+        check_attention(attention)
+        if attention is not None:
+            check_prompts(source, target, negative)
+            inversion = self.invert(
+                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback
+            )
+            return inversion, self.edit(
+                inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
+                progress, trace, output_size, attention, callback,
+            )  # fmt: skip
+        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
+        ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
+        settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
+        guidance.warn_of_idle(len(ready.noise), stacklevel=3)
+        texts = ["", source, *guidance.texts]
+        contexts = self._contexts(texts, ready.sizes, ready.x_0)
+        plan = _edit_plan(guidance, schedule, settings.skip, eta)
+        x_T, residuals, edited = self.runner.invert_and_edit(
+            contexts, plan, ready.x_0, ready.noise, schedule, settings.skip, eta, source,
+            settings.source_guidance_scale, progress, trace, callback,
+        )  # fmt: skip
+        inversion = ready.inversion(x_T, residuals)
+        return inversion, self._result(edited, inversion, guidance, output_size)
 
     @torch.no_grad()
     def generate(
@@ -301,9 +370,7 @@ class LEdits:
         default.
         """
         self._check_open()
-        guidance = Guidance.of(
-            prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta, self.defaults
-        )  # fmt: skip
+        guidance = self._guidance(prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
@@ -315,10 +382,20 @@ class LEdits:
         noise = draw_noise(seeds, num_steps + 1, shape)
         residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
         start = Start(noise[0], residuals, schedule, 0, eta)
-        latents, masks, steps = self._denoise(
-            "generating", start, guidance, [(width, height)], None, progress, trace, callback
-        )  # fmt: skip
-        return Result(to_images(self.runner.decode(latents)), latents.cpu(), masks, steps)
+        edited = self._denoise("generating", start, guidance, [(width, height)], progress, trace, callback)
+        return self._result(edited, None, guidance, "model")
+
+    def _guidance(
+        self,
+        target: str,
+        guidance_scale: float | None,
+        negative: str,
+        concepts: Sequence[Concept],
+        momentum_scale: float,
+        momentum_beta: float,
+    ) -> Guidance:
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        return Guidance.of(target, scale, negative, concepts, momentum_scale, momentum_beta, self.defaults)
 
     def _denoise(
         self,
@@ -326,64 +403,36 @@ class LEdits:
         start: Start,
         guidance: Guidance,
         sizes: Sequence[tuple[int, int]],
-        row: p2p.SourceRow | None,
         progress: bool,
         trace: bool,
         callback: Callback | None,
-    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
-        """The latents on the device, one mask a concept, and the trace; RunError for a result that is not finite."""
-        guidance.warn_of_idle(len(start.residuals), stacklevel=3)
-        contexts = self._contexts(guidance.texts, sizes, start.x_T)
-        start = replace(start, x_T=start.x_T.to(self.device), residuals=start.residuals.to(self.device))
-        if row is None:
-            schedule, sigmas = start.schedule, start.schedule.sigmas(start.eta)
-            levels = [algorithm.levels(schedule, sigmas, step) for step in range(start.skip, schedule.num_steps)]
-            plan = EditPlan(
-                levels, guidance.live, guidance.target, guidance.guidance_scale, guidance.negative,
-                guidance.momentum_scale, guidance.momentum_beta,
-            )  # fmt: skip
-            latents, covered, steps = self.runner.edit(
-                phase, contexts, plan, start.x_T, start.residuals, schedule, start.skip, start.eta,
-                progress, trace, callback,
-            )  # fmt: skip
-        else:
-            latents, covered, steps = self._denoise_beside(
-                row, phase, start, guidance, contexts, progress, trace, callback
-            )  # fmt: skip
-        found = iter(covered)
-        nothing = torch.zeros_like(start.x_T[:, 0]).cpu()
-        masks = [nothing if term.is_noop(base=guidance.negative) else next(found) for term in guidance.terms]
-        return latents, masks, steps
+    ) -> Edited:
+        guidance.warn_of_idle(len(start.residuals), stacklevel=4)
+        contexts, start = self._contexts(guidance.texts, sizes, start.x_T), start.to(self.device)
+        plan = _edit_plan(guidance, start.schedule, start.skip, start.eta)
+        return self.runner.edit(phase, contexts, plan, start, progress, trace, callback)
 
     def _denoise_beside(
         self,
-        row: p2p.SourceRow,
-        phase: str,
+        attention: PromptToPrompt,
         start: Start,
         guidance: Guidance,
-        contexts: dict[str, Context],
+        settings: InversionSettings,
+        sizes: Sequence[tuple[int, int]],
         progress: bool,
         trace: bool,
         callback: Callback | None,
-    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
-        """`_denoise` with Prompt-to-Prompt's source row beside the edit, in the plain loop."""
-        schedule, total = start.schedule, len(start.residuals)
-        recorder = Recorder(guidance.live, guidance.negative, guidance.target, schedule, start.skip, start.eta, trace)
-        with progress_bar(phase, total, "step", progress) as bar, self.runner.memory_named(phase, start.x_T):
-
-            def on_step(step: algorithm.Step) -> None:
-                recorder.record(step)
-                bar.update()
-                entry = recorder.trace[-1] if trace else None
-                tell(callback, Progress(phase, step.index + 1, total, step.x_prev.clone(), entry))
-
-            latents = p2p.edit(
-                self._eps_model(schedule), contexts, start.x_T, start.residuals, schedule, start.skip, start.eta,
-                guidance.target, guidance.guidance_scale, guidance.negative, guidance.live,
-                guidance.momentum_scale, guidance.momentum_beta, on_step, row=row,
-            )  # fmt: skip
-        _refuse_non_finite(torch.stack(recorder.finite), schedule, start.skip, phase)
-        return latents, recorder.masks(start.x_T), recorder.trace
+    ) -> Edited:
+        """`_denoise` with Prompt-to-Prompt's row for the source beside the edit."""
+        guidance.warn_of_idle(len(start.residuals), stacklevel=4)
+        texts = ["", settings.source, *guidance.texts]
+        contexts, start = self._contexts(texts, sizes, start.x_T), start.to(self.device)
+        row = source_row(
+            attention, self.text, contexts, settings.source, settings.source_guidance_scale, guidance.target,
+            settings.num_steps, start.x_T,
+        )  # fmt: skip
+        plan = _edit_plan(guidance, start.schedule, start.skip, start.eta)
+        return edit_beside(row, self.runner, contexts, plan, start, progress, trace, callback)
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
@@ -394,103 +443,29 @@ class LEdits:
         check_whole(f"skip (with {count} steps)", skip, 0, count - 1)
         return count, skip
 
-    def _open(self, image: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-        notices: list[str] = []
-        sources = list(image) if isinstance(image, list | tuple) else [image]
-        if not sources:
-            raise InputError("no image was given; pass one picture or a list of at least one")
-        pictures = [open_image(source, notices=notices) for source in sources]  # type: ignore[arg-type]
-        for notice in notices:
-            warnings.warn(notice, stacklevel=4)
-        return pictures
+    def _contexts(self, texts: Sequence[str], sizes: Sequence[tuple[int, int]], latents: Tensor) -> dict[str, Context]:
+        return told_contexts(self.text, self.unet.config, self.vae.config.factor, texts, sizes, latents)
 
-    def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> Tensor:
-        """Scaled latents of all pictures, float32 (B, C, h, w) on the device."""
-        sizes = {fit_size(picture.size, size, self.native_size, self.vae.config.factor) for picture in pictures}
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
-        tensor = to_tensor(pictures, sizes.pop()).to(self.device)
-        x_0 = self.runner.encode(tensor)
-        if self.embedded:
-            error = (self.runner.decode(x_0).clamp(-1.0, 1.0) - tensor).square().mean(dim=(1, 2, 3)).max()
-            psnr = 10.0 * float(torch.log10(4.0 / error))
-            if psnr < EMBEDDED_MIN_PSNR:
-                warnings.warn(
-                    f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
-                    f"({psnr:.0f} dB); for photographs pass a Stable Diffusion checkpoint with --model",
-                    stacklevel=4,
-                )
-        return x_0
-
-    def _contexts(
-        self, texts: Sequence[str], sizes: Sequence[tuple[int, int]], latents: Tensor
-    ) -> dict[str, Context]:
-        """What the UNet is told of each text; SDXL's is told the sizes too, a row an image where they differ.
-
-        added = [pooled text, waves of (H, W of the original; 0, 0: nothing cropped; H, W worked at)]
-        [2307.01952, section 2.2]; `sizes` (width, height) are those of the pictures' own pixels.
-        """
-        # One prompt a call: a prompt's embedding must not depend, to the last bit, on its neighbours.
-        contexts = {text: self.text.encode([text]) for text in dict.fromkeys(texts)}
-        waves = self.unet.config.addition_time_embed_dim
-        if not waves:
-            return contexts
-        worked_at = [side * self.vae.config.factor for side in latents.shape[-2:]]
-        told = sizes[:1] if len(set(sizes)) == 1 else sizes
-        numbers = torch.tensor([[height, width, 0, 0, *worked_at] for width, height in told], device=self.device)
-        features = sinusoids(numbers, waves).flatten(1)
-        return {text: context.told(features) for text, context in contexts.items()}
-
-    def _source_row(
-        self, attention: p2p.PromptToPrompt, inversion: Inversion, target: str, negative: str
-    ) -> p2p.SourceRow:
-        """The row that Prompt-to-Prompt predicts beside the edit's; InputError where there is no such pair."""
-        if not isinstance(attention, p2p.PromptToPrompt):
-            raise InputError(f"attention is {type(attention).__name__}; PromptToPrompt() or None is wanted")
-        settings, batch = inversion.settings, len(inversion.x_T)
-        p2p.check_prompts(settings.source, target, negative)
-        contexts = self._contexts(["", settings.source, target], inversion.original_sizes, inversion.x_T)
-        both = [contexts[settings.source], contexts[target]]
-        tokens = torch.cat([context.tokens for context in both])
-        added = [context.added for context in both if context.added is not None]
-        control = attention.control(
-            self.text.words(settings.source), self.text.words(target), tokens.shape[1],
-            settings.num_steps, inversion.x_T.to(self.device),
-        )  # fmt: skip
-        both_rows = Context(
-            tokens.repeat_interleave(batch, dim=0),
-            torch.cat([rows.expand(batch, -1) for rows in added]) if added else None,
-        )
-        return p2p.SourceRow(settings.source, settings.source_guidance_scale, contexts[""], both_rows, control)
-
-    def _eps_model(self, schedule: Schedule) -> p2p.ControlledEpsModel:
-        """The UNet as the maths sees it: it predicts eps, in float32, for one text and a batch of latents."""
-        alphas_cumprod = schedule.alphas_cumprod.to(self.device, torch.float32)
-
-        def eps_model(x_t: Tensor, t: Tensor, context: Context, attention: AttentionControl | None = None) -> Tensor:
-            batch = len(x_t)
-            added = None if context.added is None else context.added.expand(batch, -1)
-            prediction: Tensor = self.unet(x_t, t, context.tokens.expand(batch, -1, -1), added, attention)
-            if self.schedule.prediction_type == "v_prediction":
-                return eps_from_v(prediction, x_t, alphas_cumprod[t].view(-1, 1, 1, 1))
-            return prediction
-
-        return eps_model
-
-    def _pictures(self, inversion: Inversion, latents: Tensor, output_size: str) -> list[Image.Image]:
+    def _result(self, edited: Edited, inversion: Inversion | None, guidance: Guidance, output_size: str) -> Result:
+        """Pictures, and a mask for concepts that are idle too; without an inversion at the model's own size."""
+        latents, covered, trace = edited
+        found = iter(covered)
+        nothing = torch.zeros_like(latents[:, 0]).cpu()
+        masks = [nothing if term.is_noop(base=guidance.negative) else next(found) for term in guidance.terms]
         after = self.runner.decode(latents)
-        if output_size == "model":
-            return to_images(after)
-        before = self.runner.decode(inversion.latents.to(self.device))
-        originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
-        return [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
+        if inversion is None or output_size == "model":
+            images = to_images(after)
+        else:
+            before = self.runner.decode(inversion.latents.to(self.device))
+            originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
+            images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
+        return Result(images, latents.cpu(), masks, trace)
 
 
-def _refuse_non_finite(finite: Tensor, schedule: Schedule, skip: int, phase: str) -> None:
-    """RunError that names the first step whose result was not finite."""
-    bad = (~finite).nonzero()
-    if len(bad):
-        index = int(bad[0])
-        t = int(schedule.timesteps[skip + index])
-        raise RunError(f"{phase}: values that are not finite at step {index} (t = {t}); try --dtype float32")
+def _edit_plan(guidance: Guidance, schedule: Schedule, skip: int, eta: float) -> EditPlan:
+    sigmas = schedule.sigmas(eta)
+    table = [levels(schedule, sigmas, step) for step in range(skip, schedule.num_steps)]
+    return EditPlan(
+        table, guidance.live, guidance.target, guidance.guidance_scale, guidance.negative,
+        guidance.momentum_scale, guidance.momentum_beta,
+    )  # fmt: skip

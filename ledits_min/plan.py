@@ -6,6 +6,7 @@ steps, equal texts twice, concepts that are idle at a step. Rows that do not wai
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,6 +27,7 @@ class Phase:
     images    pictures that every row is evaluated for: an evaluation is one row of one picture
     capacity  evaluations that one call of the network may hold
     naive     evaluations of the published loop: skipped steps inverted too, two branches and one a concept to edit
+    ahead     where inversion and edit share the calls: how many rows at the end of each group are the inversion's
     """
 
     name: str
@@ -33,6 +35,7 @@ class Phase:
     images: int
     capacity: int
     naive: int
+    ahead: tuple[int, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -50,18 +53,32 @@ class Phase:
     @property
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """Evaluations in each call of the network, group by group."""
-        return tuple(split_evenly(len(group) * self.images, self.capacity) for group in self.groups)
+        sizes = [len(group) * self.images for group in self.groups]
+        return tuple(split_evenly(size, self.capacity) if size else () for size in sizes)
 
     @property
     def largest_batch(self) -> int:
         return max(size for sizes in self.batches for size in sizes)
 
-    def ranges(self) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-        """(first step, last step, texts) of consecutive steps that evaluate the same texts."""
-        steps = [(step, tuple(text for _, text in rows)) for step, rows in groupby(self.rows, lambda row: row[0])]
-        for texts, same in groupby(steps, lambda item: item[1]):
-            indices = [step for step, _ in same]
-            yield indices[0], indices[-1], texts
+    @property
+    def parts(self) -> dict[str, tuple[Row, ...]]:
+        """The rows by the loop that they belong to."""
+        if not self.ahead:
+            return {self.name: self.rows}
+        cuts = [len(group) - ahead for group, ahead in zip(self.groups, self.ahead, strict=True)]
+        cut = list(zip(self.groups, cuts, strict=True))
+        return {
+            "inverting": tuple(row for group, n in cut for row in group[n:]),
+            "editing": tuple(row for group, n in cut for row in group[:n]),
+        }
+
+
+def ranges(rows: Sequence[Row]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    """(first step, last step, texts) of consecutive steps that evaluate the same texts."""
+    steps = [(step, tuple(text for _, text in same)) for step, same in groupby(rows, lambda row: row[0])]
+    for texts, same in groupby(steps, lambda item: item[1]):
+        indices = [step for step, _ in same]
+        yield indices[0], indices[-1], texts
 
 
 def inversion_phase(
@@ -90,6 +107,45 @@ def editing_phase(
         for step in range(steps)
     )
     return Phase(name, groups, images, capacity, naive=(2 + len(terms)) * steps * images)
+
+
+def one_pass_phase(
+    steps: int,
+    source: str,
+    source_guidance_scale: float,
+    negative: str,
+    target: str,
+    guidance_scale: float,
+    terms: Sequence[ConceptTerm],
+    momentum_scale: float,
+    images: int,
+    capacity: int,
+    num_steps: int,
+) -> Phase:
+    """Inversion and edit in the same calls: a group a step, the edit's rows first.
+
+    An editing step needs the inversion of the same step and of none behind it. So the inversion runs as far ahead as
+    there is room in calls that are made anyway. As long as the edit retraces the inversion (no concept acts yet, and
+    both are guided alike) its predictions for the inversion's texts are the inversion's own, and not evaluated again.
+    """
+    inverting = inversion_phase(steps, source, source_guidance_scale, images, capacity, num_steps)
+    editing = editing_phase("", steps, negative, target, guidance_scale, terms, momentum_scale, images, capacity)
+    source_texts = guided_texts("", source, source_guidance_scale)
+    texts = guided_texts(negative, target, guidance_scale)
+    guided_alike = texts == source_texts and (len(texts) == 1 or guidance_scale == source_guidance_scale)
+    waiting, retraces = deque(inverting.rows), True
+    groups, ahead = [], []
+    for step, wanted in enumerate(editing.groups):
+        rows = [row for row in wanted if not (retraces and row[1] in source_texts)]
+        needed = sum(row[0] == step for row in waiting)
+        calls = -(-(len(rows) + needed) * images // capacity)
+        room = calls * capacity // images - len(rows)
+        now = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+        groups.append((*rows, *now))
+        ahead.append(len(now))
+        retraces = retraces and guided_alike and not any(term.acts(step) for term in terms)
+    naive = inverting.naive + editing.naive
+    return Phase("inverting and editing", tuple(groups), images, capacity, naive, tuple(ahead))
 
 
 def split_evenly(total: int, most: int) -> tuple[int, ...]:
@@ -193,8 +249,9 @@ class Plan:
                     "calls": sum(map(len, phase.batches)),
                     "largest_batch": phase.largest_batch,
                     "branches": [
-                        {"first_step": first, "last_step": last, "texts": list(texts)}
-                        for first, last, texts in phase.ranges()
+                        {"of": part, "first_step": first, "last_step": last, "texts": list(texts)}
+                        for part, rows in phase.parts.items()
+                        for first, last, texts in ranges(rows)
                     ],
                 }
                 for phase in self.phases
@@ -212,10 +269,12 @@ class Plan:
                 f"{phase.name}: {count(phase.evaluations, 'evaluation')} in {count(calls, 'call')} of at most "
                 f"{phase.largest_batch}, {tera:.3g} TFLOP (the published loop: {phase.naive})"
             )
-            for first, last, texts in phase.ranges():
-                steps = f"step {first}" if first == last else f"steps {first} to {last}"
-                named = ", ".join(f'"{text}"' for text in texts)
-                found.append(f"  {steps}: {count(len(texts), 'branch', 'branches')}, {named}")
+            for part, rows in phase.parts.items():
+                of = f"{part}, " if len(phase.parts) > 1 else ""
+                for first, last, texts in ranges(rows):
+                    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+                    named = ", ".join(f'"{text}"' for text in texts)
+                    found.append(f"  {of}{steps}: {count(len(texts), 'branch', 'branches')}, {named}")
         encodes, decodes = count(self.encodes, "encoding"), count(self.decodes, "decoding")
         encode, decode = giga(self.costs.encode.flop), giga(self.costs.decode.flop)
         found.append(f"VAE: {encodes} of {encode} GFLOP, {decodes} of {decode} GFLOP")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Start:
     schedule: Schedule
     skip: int
     eta: float
+
+    def to(self, device: torch.device) -> Start:
+        return replace(self, x_T=self.x_T.to(device), residuals=self.residuals.to(device))
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def check_prompt(name: str, text: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
     return text
+
+
+def check_output_size(output_size: str) -> None:
+    if output_size not in ("input", "model"):
+        raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
 
 
 def check_seeds(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:

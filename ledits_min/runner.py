@@ -16,9 +16,10 @@ from ledits_min.engine import Network
 from ledits_min.graphs import Graphed, use_graphs
 from ledits_min.memory import free_memory, is_out_of_memory
 from ledits_min.ops import EditPlan
-from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, size
+from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, one_pass_phase, size
 from ledits_min.progress import Callback, Progress, progress_bar, tell
 from ledits_min.record import Recorder
+from ledits_min.request import Start
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context
 from ledits_min.unet import UNet
@@ -26,6 +27,7 @@ from ledits_min.vae import VAE
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
+Edited = tuple[Tensor, list[Tensor], list[dict[str, Any]]]  # latents, one mask a term of the plan, the trace if wanted
 
 
 class Runner:
@@ -83,37 +85,56 @@ class Runner:
         name: str,
         contexts: Mapping[str, Context],
         plan: EditPlan,
-        x_T: Tensor,
-        residuals: Tensor,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
+        start: Start,
         progress: bool,
         trace: bool,
         callback: Callback | None = None,
-    ) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
-        """`edit.edit`: latents, one mask a term of the plan, and the trace where it is wanted."""
+    ) -> Edited:
+        """`edit.edit`."""
+        schedule, skip = start.schedule, start.skip
         phase = editing_phase(
-            name, len(residuals), plan.negative, plan.target, plan.guidance_scale, plan.terms, plan.momentum_scale,
-            len(x_T), self.batch_limit(x_T),
+            name, len(start.residuals), plan.negative, plan.target, plan.guidance_scale, plan.terms,
+            plan.momentum_scale, len(start.x_T), self.batch_limit(start.x_T),
         )  # fmt: skip
 
-        def loop(network: Network, advance: Advance) -> tuple[Tensor, list[Tensor], list[dict[str, Any]]]:
-            recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, skip, eta, trace)
-
-            def on_step(step: Step) -> None:
-                if trace:
-                    recorder.record(step)
-                entry = recorder.trace[-1] if trace else None
-                tell(callback, Progress(name, step.index + 1, len(residuals), step.x_prev, entry))
-
+        def loop(network: Network, advance: Advance) -> Edited:
+            recorder, on_step = _observer(name, plan, schedule, skip, start.eta, trace, callback)
             state = engine.edit(
-                network, phase, plan, x_T, residuals, schedule.timesteps[skip:],
-                on_step if trace or callback else None, trace, advance,
+                network, phase, plan, start.x_T, start.residuals, schedule.timesteps[skip:], on_step, trace, advance
             )  # fmt: skip
             return state.x_t, engine.mean_masks(plan, state), recorder.trace
 
-        return self.run(loop, phase, contexts, schedule, skip, x_T, progress)
+        return self.run(loop, phase, contexts, schedule, skip, start.x_T, progress)
+
+    def invert_and_edit(
+        self,
+        contexts: Mapping[str, Context],
+        plan: EditPlan,
+        x_0: Tensor,
+        noise: Tensor,
+        schedule: Schedule,
+        skip: int,
+        eta: float,
+        source: str,
+        source_guidance_scale: float,
+        progress: bool,
+        trace: bool,
+        callback: Callback | None = None,
+    ) -> tuple[Tensor, Tensor, Edited]:
+        """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
+        phase = one_pass_phase(
+            len(noise), source, source_guidance_scale, plan.negative, plan.target, plan.guidance_scale, plan.terms,
+            plan.momentum_scale, len(x_0), self.batch_limit(x_0), schedule.num_steps,
+        )  # fmt: skip
+
+        def loop(network: Network, advance: Advance) -> tuple[Tensor, Tensor, Edited]:
+            recorder, on_step = _observer(phase.name, plan, schedule, skip, eta, trace, callback)
+            x_T, residuals, state = engine.invert_and_edit(
+                network, phase, plan, x_0, noise, schedule, skip, source, source_guidance_scale, on_step, trace, advance
+            )  # fmt: skip
+            return x_T, residuals, (state.x_t, engine.mean_masks(plan, state), recorder.trace)
+
+        return self.run(loop, phase, contexts, schedule, skip, x_0, progress)
 
     def run(
         self,
@@ -167,3 +188,18 @@ class Runner:
             raise RunError(
                 f"{phase}: out of memory with one picture of {width} x {height} pixels; {size(free)} free, {way_out}"
             ) from None
+
+
+def _observer(
+    phase: str, plan: EditPlan, schedule: Schedule, skip: int, eta: float, trace: bool, callback: Callback | None
+) -> tuple[Recorder, Callable[[Step], None] | None]:
+    """Where the trace gathers, and what the loop hands its steps to; None where nobody wants them."""
+    recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, skip, eta, trace)
+
+    def on_step(step: Step) -> None:
+        if trace:
+            recorder.record(step)
+        entry = recorder.trace[-1] if trace else None
+        tell(callback, Progress(phase, step.index + 1, len(plan.levels), step.x_prev, entry))
+
+    return recorder, on_step if trace or callback else None

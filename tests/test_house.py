@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ledits_min", "kernels", "weights", "bench", "tests")
 
 MATHS = {"config", "schedule", "inversion", "sega", "guidance", "edit"}
-RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "graphs", "runner"}
+RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "graphs", "runner", "beside"}
 PARTS = MATHS | RUNNING | {"cpu", "ops", "unet", "vae", "text", "image", "archive", "record", "progress", "p2p"}
 
 # Module of ledits_min -> the modules of ledits_min it may import. "" is the package itself (LEdits, __version__...),
@@ -46,9 +46,22 @@ TABLE: dict[str, set[str]] = {
     "memory": set(),
     "tiling": set(),
     "engine": MATHS | {"ops", "plan", "memory", "tiling", "vae"},
-    "denoiser": {"schedule", "inversion", "text", "unet"},
+    "denoiser": {"schedule", "inversion", "p2p", "text", "unet"},
     "graphs": {"config", "memory"},
-    "runner": MATHS | RUNNING - {"runner"} | {"ops", "record", "progress", "text", "unet", "vae"},
+    "runner": MATHS | RUNNING - {"runner", "beside"} | {"ops", "record", "request", "progress", "text", "unet", "vae"},
+    "beside": {
+        "config",
+        "denoiser",
+        "edit",
+        "ops",
+        "p2p",
+        "progress",
+        "record",
+        "request",
+        "runner",
+        "schedule",
+        "text",
+    },
     "unet": {"config", "ops"},
     "vae": {"config", "ops"},
     "text": {"config", "weights.clip_bpe", "weights.header"},
@@ -56,8 +69,9 @@ TABLE: dict[str, set[str]] = {
     "image": {"config", "weights.header"},
     "archive": {"config", "image", "weights.header"},
     "networks": {"config", "cpu", "memory", "text", "unet", "vae", "weights.load"},
+    "prepare": {"archive", "config", "image", "runner", "text", "unet"},
     # The only file that knows all parts.
-    "pipeline": {""} | PARTS | {"networks", "request", "weights.load", "weights.lora"},
+    "pipeline": {""} | PARTS | {"networks", "prepare", "request", "weights.load", "weights.lora"},
     "app": set(),
     "app.*": {"", "app", "app.*", "pipeline", "networks"}
     | {"weights.load", "weights.inspect", "weights.survey", "weights.header"}

@@ -17,7 +17,7 @@ from ledits_min import LEdits
 from ledits_min.app.explain import plan_edit, without_weights
 from ledits_min.config import SD15_UNET, SD15_VAE, EditDefaults, UNetConfig
 from ledits_min.cost import unet_cost, vae_costs
-from ledits_min.plan import Model, Plan, capacity, editing_phase, inversion_phase, split_evenly
+from ledits_min.plan import Model, Plan, capacity, editing_phase, inversion_phase, ranges, split_evenly
 from ledits_min.sega import Concept, ConceptTerm
 from ledits_min.text import TextEncoderPair
 from ledits_min.unet import UNet
@@ -62,7 +62,7 @@ def test_the_papers_edit_takes_254_evaluations() -> None:
     assert inverting.naive + editing.naive == 100 + 64 * 4
     assert inverting.batches == ((8,) * 8,)
     assert editing.batches == ((1,), *((3,),) * 63)
-    assert list(editing.ranges()) == [(0, 0, ("",)), (1, 63, ("", "sunglasses", "smile"))]
+    assert list(ranges(editing.rows)) == [(0, 0, ("",)), (1, 63, ("", "sunglasses", "smile"))]
     costs = Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((64, 64))
     plan = Plan((inverting, editing), costs, 1, 1)
     assert plan.flop / 1e12 == pytest.approx(204 + 3.6, rel=0.01)
@@ -70,12 +70,12 @@ def test_the_papers_edit_takes_254_evaluations() -> None:
 
 def test_equal_texts_are_one_branch_and_idle_concepts_none() -> None:
     late = Concept("hat", warmup_steps=2, cooldown_steps=4)
-    ranges = list(editing_phase("editing", 6, "", "hat", 15.0, terms(late), 0.0, 1, 8).ranges())
-    assert ranges == [(0, 5, ("", "hat"))]
-    ranges = list(editing_phase("editing", 6, "", "", 15.0, terms(late), 0.0, 1, 8).ranges())
-    assert ranges == [(0, 1, ("",)), (2, 3, ("", "hat")), (4, 5, ("",))]
-    ranges = list(editing_phase("editing", 6, "", "", 15.0, terms(late), 0.3, 1, 8).ranges())
-    assert ranges == [(0, 3, ("", "hat")), (4, 5, ("",))]  # momentum gathers during the warm-up
+    found = list(ranges(editing_phase("editing", 6, "", "hat", 15.0, terms(late), 0.0, 1, 8).rows))
+    assert found == [(0, 5, ("", "hat"))]
+    found = list(ranges(editing_phase("editing", 6, "", "", 15.0, terms(late), 0.0, 1, 8).rows))
+    assert found == [(0, 1, ("",)), (2, 3, ("", "hat")), (4, 5, ("",))]
+    found = list(ranges(editing_phase("editing", 6, "", "", 15.0, terms(late), 0.3, 1, 8).rows))
+    assert found == [(0, 3, ("", "hat")), (4, 5, ("",))]  # momentum gathers during the warm-up
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])

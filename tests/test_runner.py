@@ -14,7 +14,7 @@ from torch import Tensor
 from ledits_min import Concept, Inversion, LEdits
 from ledits_min import edit as plain
 from ledits_min.config import SD15_UNET, RunError, ScheduleConfig
-from ledits_min.denoiser import Denoiser
+from ledits_min.denoiser import Denoiser, plain_eps_model
 from ledits_min.inversion import draw_noise, eps_from_v
 from ledits_min.schedule import make_schedule
 from ledits_min.text import Context
@@ -56,7 +56,7 @@ def test_equal_to_the_plain_loops(dtype: str) -> None:
     schedule = make_schedule(settings.schedule, settings.num_steps)
     contexts = {text: ledits.text.encode([text]) for text in ("", "a portrait", "sunglasses", "smile")}
     noise = draw_noise(settings.seeds, len(inversion.residuals), tuple(inversion.latents.shape[1:]))
-    eps_model = ledits._eps_model(schedule)
+    eps_model = plain_eps_model(ledits.unet, schedule, ledits.schedule.prediction_type)
     x_t, residuals = plain.invert(
         eps_model, contexts, inversion.latents, noise, schedule, 3, 1.0, "a portrait", settings.source_guidance_scale
     )
