@@ -248,17 +248,12 @@ class Editor:
 
     def _edit_together(self, members: Sequence[tuple[Task, Image.Image]]) -> list[Image.Image]:
         settings, seeds = members[0][0].settings, [task.settings["seeds"][0] for task, _ in members]
-        inversion = self.ledits.invert(
+        names = ("source", "source_guidance_scale", "num_steps", "skip", "eta", "target", "guidance_scale", "negative")
+        _, result = self.ledits.invert_and_edit(
             [picture for _, picture in members],
-            **{name: settings[name] for name in ("source", "source_guidance_scale", "num_steps", "skip", "eta")},
+            **{name: settings[name] for name in (*names, "momentum_scale", "momentum_beta", "output_size")},
             seed=seeds,
             size=tuple(settings["size"]),
-            progress=False,
-        )
-        edit = ("target", "guidance_scale", "negative", "momentum_scale", "momentum_beta", "output_size")
-        result = self.ledits.edit(
-            inversion,
-            **{name: settings[name] for name in edit},
             concepts=[Concept(**fields) for fields in settings["concepts"]],
             attention=self.attention,
             progress=False,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ledits_min.app.inputs import (
     check_outputs,
     check_prompt,
+    edit_picture,
     edit_settings,
     inversion_settings,
     invert_picture,
@@ -67,10 +68,9 @@ def run_edit(args: argparse.Namespace) -> None:
         check_prompt(ledits, text)  # now, not after minutes of inversion
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
-    inversion = made or invert_picture(args, ledits, picture)
-    clock.lap("invert")
     settings = edit_settings(args, ledits)
-    result = ledits.edit(inversion, concepts=concepts, trace=args.report is not None, attention=attention, **settings)
+    edit = {**settings, "concepts": concepts, "trace": args.report is not None, "attention": attention}
+    inversion, result = (made, ledits.edit(made, **edit)) if made else edit_picture(args, ledits, picture, **edit)
     clock.lap("edit")
 
     masks = [mask[0] for mask in result.masks]

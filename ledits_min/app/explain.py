@@ -9,7 +9,7 @@ import torch
 
 from ledits_min.engine import batch_limit
 from ledits_min.image import fit_size
-from ledits_min.plan import Plan, editing_phase, inversion_phase
+from ledits_min.plan import Plan, editing_phase, one_pass_phase
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,23 +54,22 @@ def plan_edit(
     edit: Mapping[str, Any],
     device: torch.device,
 ) -> Plan:
-    """The plan that `LEdits.invert` and `LEdits.edit` follow on `device` for one picture with latents (h, w).
+    """The plan that `LEdits.invert_and_edit` follows on `device` for one picture with latents (h, w).
 
     edit holds `LEdits.edit`'s target, guidance_scale, negative, momentum_scale and output_size. With `inverted` the
-    inversion is there already.
+    inversion is there already, and it is `LEdits.edit`'s.
     """
     terms = [concept.resolve(ledits.defaults) for concept in concepts]
     live = [term for term in terms if not term.is_noop(base=edit["negative"])]
     costs = ledits.runner.model.costs(latents)
     limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
-    editing = editing_phase(
-        "editing", steps, edit["negative"], edit["target"], edit["guidance_scale"], live, edit["momentum_scale"],
-        images=1, capacity=limit,
-    )  # fmt: skip
-    inverting = inversion_phase(
-        steps, settings.source, settings.source_guidance_scale, 1, limit, settings.num_steps
-    )  # fmt: skip
+    guidance = {name: edit[name] for name in ("negative", "target", "guidance_scale", "momentum_scale")}
+    guidance |= {"terms": live, "images": 1, "capacity": limit}
+    if inverted:
+        phase = editing_phase("editing", steps, **guidance)
+    else:
+        source, scale = settings.source, settings.source_guidance_scale
+        phase = one_pass_phase(steps, source, scale, **guidance, num_steps=settings.num_steps)
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
     decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
-    phases = (editing,) if inverted else (inverting, editing)
-    return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)
+    return Plan((phase,), costs, 0 if inverted else 1, decodes, ledits.text.weights)

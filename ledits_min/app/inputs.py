@@ -16,9 +16,8 @@ from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ledits_min import Inversion, LEdits
+    from ledits_min import Inversion, LEdits, Result
     from ledits_min.archive import InversionSettings
-    from ledits_min.progress import Callback
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -114,37 +113,48 @@ def inversion_settings(args: argparse.Namespace, ledits: LEdits) -> InversionSet
     return ledits.inversion_settings(args.source or "", args.source_guidance_scale, args.steps, args.skip, eta)
 
 
-def invert_picture(
-    args: argparse.Namespace,
-    ledits: LEdits,
-    picture: Image.Image,
-    progress: bool = True,
-    callback: Callback | None = None,
-) -> Inversion:
-    from ledits_min.app.outputs import worked_at
+def invert_picture(args: argparse.Namespace, ledits: LEdits, picture: Image.Image, **more: Any) -> Inversion:
+    """`more` holds further arguments of `LEdits.invert`."""
+    inversion = ledits.invert(picture, **_inversion_options(args, ledits), **more)
+    _tell_size(args, ledits, inversion)
+    return inversion
 
+
+def edit_picture(
+    args: argparse.Namespace, ledits: LEdits, picture: Image.Image, **edit: Any
+) -> tuple[Inversion, Result]:
+    """Inversion and edit in the same calls of the UNet; `edit` holds arguments of `LEdits.edit`."""
+    inversion, result = ledits.invert_and_edit(picture, **_inversion_options(args, ledits), **edit)
+    _tell_size(args, ledits, inversion)
+    return inversion, result
+
+
+def _inversion_options(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
+    """The arguments of `LEdits.invert` besides the picture."""
     size = args.size
     longer = max(size) if isinstance(size, tuple) else size or 0
     if longer > 1.5 * ledits.native_size:
         warnings.warn(
             f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes",
-            stacklevel=2,
+            stacklevel=3,
         )
-    inversion = ledits.invert(
-        picture,
-        source=args.source or "",
-        source_guidance_scale=args.source_guidance_scale,
-        num_steps=args.steps,
-        skip=args.skip,
-        eta=1.0 if args.eta is None else args.eta,
-        seed=args.seed or 0,
-        size=size,
-        progress=progress,
-        callback=callback,
-    )
-    width, height = worked_at(ledits, inversion)
+    return {
+        "source": args.source or "",
+        "source_guidance_scale": args.source_guidance_scale,
+        "num_steps": args.steps,
+        "skip": args.skip,
+        "eta": 1.0 if args.eta is None else args.eta,
+        "seed": args.seed or 0,
+        "size": size,
+    }
+
+
+def _tell_size(args: argparse.Namespace, ledits: LEdits, inversion: Inversion) -> None:
+    """Say so where the model works at another size than was asked for."""
+    from ledits_min.app.outputs import worked_at
+
+    size, (width, height) = args.size, worked_at(ledits, inversion)
     if size is not None and size not in (max(width, height), (width, height)):
         asked = " x ".join(map(str, size)) if isinstance(size, tuple) else size
         factor = ledits.vae.config.factor
         notice(args, f"--size {asked}: this model works in steps of {factor} pixels; {width} x {height} is used")
-    return inversion
