@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ledits_min.config import InputError
 from ledits_min.memory import is_out_of_memory
+from ledits_min.preparing import Preparation
 
 Call = Callable[..., Tensor]
 Replay = Callable[[], object]
@@ -54,9 +55,12 @@ class Graphed:
     """
 
     def __init__(
-        self, network: Call, record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda
+        self,
+        network: Call,
+        preparation: Preparation,
+        record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda,
     ) -> None:
-        self.network, self.record = network, record
+        self.network, self.preparation, self.record = network, preparation, record
         self.met: set[int] = set()
         self.tapes: dict[int, Tape | None] = {}  # None: it could not be recorded
 
@@ -66,7 +70,8 @@ class Graphed:
             self.met.add(size)
             return self.network(x_t, *numbers)
         if size not in self.tapes:
-            self.tapes[size] = self._recorded(x_t, numbers)
+            with self.preparation.timed("record"):
+                self.tapes[size] = self._recorded(x_t, numbers)
         tape = self.tapes[size]
         if tape is None:
             return self.network(x_t, *numbers)

@@ -17,7 +17,7 @@ from ledits_min.config import RunError
 class Progress:
     """Where a run stands.
 
-    phase    "inverting", "editing" or "generating"
+    phase    "inverting", "editing", "inverting and editing" (of `LEdits.invert_and_edit`) or "generating"
     done     of `total`: evaluations of the UNet while inverting, which runs all timesteps at once, else executed steps
     latents  x_t behind the step, float32 (B, C, h, w) on the device, the receiver's own copy; None while inverting
     trace    the step's entry in `Result.trace`, with trace=True

@@ -17,6 +17,7 @@ from ledits_min.graphs import Graphed, use_graphs
 from ledits_min.memory import free_memory, is_out_of_memory
 from ledits_min.ops import EditPlan
 from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, one_pass_phase, size
+from ledits_min.preparing import Preparation
 from ledits_min.progress import Callback, Progress, progress_bar, tell
 from ledits_min.record import Recorder
 from ledits_min.request import Start
@@ -31,11 +32,14 @@ Edited = tuple[Tensor, list[Tensor], list[dict[str, Any]]]  # latents, one mask 
 
 
 class Runner:
-    """`tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated."""
+    """`tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated,
+    `preparation` gathers what compiling and recording took.
+    """
 
     def __init__(self, unet: UNet, vae: VAE, prediction_type: str, tokens: int) -> None:
         self.unet, self.vae, self.prediction_type, self.tokens = unet, vae, prediction_type, tokens
         self.evaluations: dict[str, int] = {}
+        self.preparation = Preparation()
 
     @property
     def model(self) -> Model:
@@ -155,7 +159,7 @@ class Runner:
             before = self.evaluations[phase.name]
             network: Network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
             if use_graphs(latents.device):
-                network = Graphed(network)
+                network = Graphed(network, self.preparation)
             with progress_bar(phase.name, phase.evaluations, "evaluation", progress) as bar:
 
                 def advance(evaluations: int) -> None:
@@ -166,7 +170,7 @@ class Runner:
 
                 return loop(network, advance)
 
-        with self.memory_named(phase.name, latents):
+        with self.memory_named(phase.name, latents), self.preparation.watching_the_compiler():
             return engine.retried_in_float32(self.unet, attempt)
 
     @contextmanager

@@ -20,7 +20,7 @@ from ledits_min.config import EditDefaults, RunError, ScheduleConfig
 from ledits_min.edit import Step, levels
 from ledits_min.inversion import draw_noise
 from ledits_min.ops import EditPlan, EditState
-from ledits_min.plan import Phase, editing_phase, inversion_phase
+from ledits_min.plan import Phase, editing_phase, inversion_phase, one_pass_phase
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import Concept, ConceptTerm
 
@@ -77,6 +77,11 @@ class Run:
             self.images, self.capacity,
         )  # fmt: skip
 
+        self.one_pass = one_pass_phase(
+            self.steps, self.source, self.source_guidance_scale, self.negative, self.target, self.guidance_scale,
+            self.terms, self.momentum_scale, self.images, self.capacity, self.num_steps,
+        )  # fmt: skip
+
     def network(self, phase: Phase, spy: Callable[..., None] = lambda *seen: None) -> engine.Network:
         values = torch.tensor([CONTEXTS[text] for text in phase.texts], dtype=torch.float64)
         timesteps = self.schedule.timesteps[self.skip :]
@@ -105,6 +110,12 @@ class Run:
             self.schedule.timesteps[self.skip :], **more,
         )  # fmt: skip
 
+    def invert_and_edit(self, network: engine.Network | None = None, **more: Any) -> tuple[Tensor, Tensor, EditState]:
+        return engine.invert_and_edit(
+            network or self.network(self.one_pass), self.one_pass, self.plan, self.x_0, self.noise, self.schedule,
+            self.skip, self.source, self.source_guidance_scale, **more,
+        )  # fmt: skip
+
     def plainly(self, on_step: Callable[[Step], None] = lambda step: None) -> tuple[Tensor, Tensor, Tensor]:
         """x_T, residuals and the edited x_0 of the plain loops."""
         x_t, residuals = plain.invert(
@@ -126,8 +137,8 @@ class Run:
     images=st.integers(1, 3),
     capacity=st.integers(1, 40),
     source=st.sampled_from(["", "a cat"]),
-    target=st.sampled_from(["", "a dog", "hat"]),
-    guidance_scale=st.sampled_from([0.0, 1.0, 7.0]),
+    target=st.sampled_from(["", "a cat", "a dog", "hat"]),
+    guidance_scale=st.sampled_from([0.0, 1.0, 3.5, 7.0]),
     negative=st.sampled_from(["", "blurry"]),
     concepts=st.sampled_from([(), (HAT,), (HAT, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT)]),
     momentum_scale=st.sampled_from([0.0, 0.4]),
@@ -141,17 +152,26 @@ def test_equal_to_the_plain_loops(skip: int, num_steps: int, **more: Any) -> Non
     state = run.edit(*found)
     torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
 
-    for k, mask in enumerate(engine.mean_masks(run.plan, state)):
+    *of_inversion, together = run.invert_and_edit()
+    torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together.x_t, edited, rtol=1e-10, atol=1e-10)
+
+    for k in range(len(run.terms)):
         acted = [step.masks[k].float().mean(dim=1) for step in seen if step.masks[k] is not None]  # type: ignore[union-attr]
-        torch.testing.assert_close(mask, torch.stack(acted).mean(0) if acted else torch.zeros_like(mask))
+        for masks in (engine.mean_masks(run.plan, state), engine.mean_masks(run.plan, together)):
+            torch.testing.assert_close(masks[k], torch.stack(acted).mean(0) if acted else torch.zeros_like(masks[k]))
 
 
-def test_what_on_step_sees_is_what_the_plain_loop_shows() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_what_on_step_sees_is_what_the_plain_loop_shows(together: bool) -> None:
     run = Run(target="a dog", concepts=(HAT, BEARD), momentum_scale=0.3)
     plainly: list[Step] = []
     fast: list[Step] = []
     x_t, residuals, _ = run.plainly(plainly.append)
-    run.edit(x_t, residuals, on_step=fast.append)
+    if together:
+        run.invert_and_edit(on_step=fast.append)
+    else:
+        run.edit(x_t, residuals, on_step=fast.append)
     assert len(fast) == len(plainly) == 9
     for one, other in zip(fast, plainly, strict=True):
         assert (one.index, one.t, list(one.eps)) == (other.index, other.t, list(other.eps))
@@ -166,6 +186,8 @@ def test_reconstruction_is_exact(capacity: int) -> None:
     run = Run(num_steps=100, skip=36, dtype=torch.float32, capacity=capacity)
     state = run.edit(*run.invert())
     assert (state.x_t - run.x_0).abs().max() <= 1e-4
+    assert (run.invert_and_edit()[2].x_t - run.x_0).abs().max() <= 1e-4
+    assert run.one_pass.evaluations == run.inverting.evaluations  # it retraces, so the edit asks for nothing
 
 
 def test_calls_are_those_of_the_plan() -> None:
@@ -188,8 +210,11 @@ def test_calls_are_those_of_the_plan() -> None:
 
     check(run.inverting, run.invert)
     check(run.editing, partial(run.edit, x_t, residuals))
+    check(run.one_pass, run.invert_and_edit)
     assert run.inverting.evaluations == 9 * 2 * run.images
     assert run.editing.evaluations == (9 * 3 + 4) * run.images  # uncond, target, hat; beard in steps 2 to 5
+    # Where both start x_t is the same, and so is the prediction for the empty prompt.
+    assert run.one_pass.evaluations == run.inverting.evaluations + run.editing.evaluations - run.images
 
 
 def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +231,9 @@ def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(state.x_t, edited.x_t, rtol=1e-4, atol=1e-4)
     for one, other in zip(engine.mean_masks(run.plan, state), engine.mean_masks(run.plan, edited), strict=True):
         torch.testing.assert_close(one, other)
+    *of_inversion, together = run.invert_and_edit()
+    torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together.x_t, edited.x_t, rtol=1e-4, atol=1e-4)
 
 
 def failing(network: engine.Network, error: Exception, most: int) -> engine.Network:
@@ -221,7 +249,7 @@ def failing(network: engine.Network, error: Exception, most: int) -> engine.Netw
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 @pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.filterwarnings("ignore:.*out of memory with [23] evaluations")
+@pytest.mark.filterwarnings("ignore:.*out of memory with [2348] evaluations")
 def test_out_of_memory_splits_the_batch_and_goes_on(error: Exception, most: int) -> None:
     run = Run(capacity=16, target="a dog", concepts=(HAT,))
     x_t, residuals, edited = run.plainly()
@@ -230,6 +258,10 @@ def test_out_of_memory_splits_the_batch_and_goes_on(error: Exception, most: int)
     torch.testing.assert_close(found, (x_t, residuals), rtol=1e-12, atol=1e-12)
     with pytest.warns(UserWarning, match="editing: out of memory with 6 evaluations a call; going on with 3"):
         state = run.edit(*found, failing(run.network(run.editing), error, most))
+    torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
+    with pytest.warns(UserWarning, match="inverting and editing: out of memory with 16 evaluations a call; going on"):
+        *of_inversion, state = run.invert_and_edit(failing(run.network(run.one_pass), error, most))
+    torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
 
 
@@ -264,6 +296,10 @@ def test_values_that_are_not_finite_are_named_at_every_step_and_branch(value: fl
         at = rf"editing: the prediction for '{text}' .* step {step} \(t = {timesteps[step]}\)"
         with pytest.raises(RunError, match=at):
             run.edit(x_t, residuals, poisoned(run.network(run.editing), run.editing, step, text, value))
+    for step, text in set(run.one_pass.rows):
+        at = rf"inverting and editing: the prediction for '{text}' .* step {step} \(t = {timesteps[step]}\)"
+        with pytest.raises(RunError, match=at):
+            run.invert_and_edit(poisoned(run.network(run.one_pass), run.one_pass, step, text, value))
 
 
 def test_latents_that_overflow_are_named() -> None:

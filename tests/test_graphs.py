@@ -13,6 +13,7 @@ from torch import Tensor
 from ledits_min import Concept, LEdits, graphs
 from ledits_min.config import InputError
 from ledits_min.graphs import Graphed, Replay, use_graphs
+from ledits_min.preparing import Preparation
 
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
 
@@ -46,13 +47,15 @@ def test_a_size_is_plain_once_then_recorded_then_replayed() -> None:
         calls.append(len(x_t))
         return network(x_t, *numbers)
 
-    graphed, kept = Graphed(counted, tapes), []
+    preparation = Preparation()
+    graphed, kept = Graphed(counted, preparation, tapes), []
     for step, size in enumerate([3, 3, 2, 3, 2, 2, 1, 3]):
         x_t, steps, texts = torch.randn(size, 5), torch.full((size,), step), torch.arange(size)
         kept.append((graphed(x_t, steps, texts), network(x_t, steps, texts)))
     assert all(torch.equal(*pair) for pair in kept), "a result was written over, or an input not read again"
     assert (tapes.recorded, tapes.replayed) == (2, 5)
     assert calls.count(1) == 1
+    assert preparation.take()["record"] > 0.0
 
 
 @pytest.mark.parametrize(("error", "says"), [
@@ -63,7 +66,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(error: Exception,
     def failing(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         raise error
 
-    graphed = Graphed(network, failing)
+    graphed = Graphed(network, Preparation(), failing)
     numbers = torch.arange(3), torch.zeros(3, dtype=torch.int64)
     x_t = torch.randn(3, 4)
     assert torch.equal(graphed(x_t, *numbers), network(x_t, *numbers))
@@ -105,7 +108,9 @@ def test_an_edit_through_graphs_is_the_plain_one(device: str, monkeypatch: pytes
     if device == "cpu":
         tapes = Tapes()
         monkeypatch.setattr("ledits_min.runner.use_graphs", lambda device: True)
-        monkeypatch.setattr("ledits_min.runner.Graphed", lambda network: Graphed(network, tapes))
+        monkeypatch.setattr(
+            "ledits_min.runner.Graphed", lambda network, preparation: Graphed(network, preparation, tapes)
+        )
     assert torch.equal(edited(), plain)
     if device == "cpu":
         assert tapes.replayed > tapes.recorded > 0

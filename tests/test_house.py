@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ledits_min", "kernels", "weights", "bench", "tests")
 
 MATHS = {"config", "schedule", "inversion", "sega", "guidance", "edit"}
-RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "graphs", "runner", "beside"}
+RUNNING = {"cost", "plan", "memory", "tiling", "engine", "denoiser", "preparing", "graphs", "runner", "beside"}
 PARTS = MATHS | RUNNING | {"cpu", "ops", "unet", "vae", "text", "image", "archive", "record", "progress", "p2p"}
 
 # Module of ledits_min -> the modules of ledits_min it may import. "" is the package itself (LEdits, __version__...),
@@ -47,7 +47,8 @@ TABLE: dict[str, set[str]] = {
     "tiling": set(),
     "engine": MATHS | {"ops", "plan", "memory", "tiling", "vae"},
     "denoiser": {"schedule", "inversion", "p2p", "text", "unet"},
-    "graphs": {"config", "memory"},
+    "preparing": set(),
+    "graphs": {"config", "memory", "preparing"},
     "runner": MATHS | RUNNING - {"runner", "beside"} | {"ops", "record", "request", "progress", "text", "unet", "vae"},
     "beside": {
         "config",

@@ -17,7 +17,7 @@ from ledits_min import LEdits
 from ledits_min.app.explain import plan_edit, without_weights
 from ledits_min.config import SD15_UNET, SD15_VAE, EditDefaults, UNetConfig
 from ledits_min.cost import unet_cost, vae_costs
-from ledits_min.plan import Model, Plan, capacity, editing_phase, inversion_phase, ranges, split_evenly
+from ledits_min.plan import Model, Plan, capacity, editing_phase, inversion_phase, one_pass_phase, ranges, split_evenly
 from ledits_min.sega import Concept, ConceptTerm
 from ledits_min.text import TextEncoderPair
 from ledits_min.unet import UNet
@@ -76,6 +76,89 @@ def test_equal_texts_are_one_branch_and_idle_concepts_none() -> None:
     assert found == [(0, 1, ("",)), (2, 3, ("", "hat")), (4, 5, ("",))]
     found = list(ranges(editing_phase("editing", 6, "", "", 15.0, terms(late), 0.3, 1, 8).rows))
     assert found == [(0, 3, ("", "hat")), (4, 5, ("",))]  # momentum gathers during the warm-up
+
+
+def test_in_one_pass_calls_are_full_and_nothing_is_evaluated_twice() -> None:
+    """20 steps, skip 7, two concepts, empty prompts, room for four: the inversion fills up the edit's calls."""
+    concepts = terms(Concept("sunglasses"), Concept("smile"))
+    phase = one_pass_phase(13, "", 3.5, "", "", 15.0, concepts, 0.0, images=1, capacity=4, num_steps=20)
+    # Step 0 is the inversion's own; at step 1 x_t still is, so only the concepts are asked about.
+    assert phase.parts == {
+        "inverting": tuple((step, "") for step in range(13)),
+        "editing": (
+            *((1, text) for text in ("sunglasses", "smile")),
+            *((step, text) for step in range(2, 13) for text in ("", "sunglasses", "smile")),
+        ),
+    }
+    assert phase.evaluations == 13 + 2 + 11 * 3
+    assert phase.naive == 20 + 13 * 4
+    assert phase.batches == ((4,),) * 9 + ((3,),) * 4
+    assert [step for step, _ in phase.groups[0]] == [0, 1, 2, 3]
+
+
+WITH_PROMPTS = st.sampled_from(["", "a cat", "hat"])
+
+
+@given(
+    steps=st.integers(1, 9),
+    source=WITH_PROMPTS,
+    source_guidance_scale=st.sampled_from([0.0, 1.0, 3.5]),
+    negative=WITH_PROMPTS,
+    target=WITH_PROMPTS,
+    guidance_scale=st.sampled_from([0.0, 1.0, 3.5]),
+    live=st.sampled_from([(), (Concept("hat"),), (Concept("hat", warmup_steps=4), Concept("smile", warmup_steps=2))]),
+    momentum_scale=st.sampled_from([0.0, 0.3]),
+    images=st.integers(1, 5),
+    capacity=st.integers(1, 30),
+)
+def test_one_pass_is_both_phases_in_an_order_that_works(
+    steps: int,
+    source: str,
+    source_guidance_scale: float,
+    live: tuple[Concept, ...],
+    images: int,
+    capacity: int,
+    **edit: Any,
+) -> None:
+    edit |= {"terms": [term for term in terms(*live) if not term.is_noop(base=edit["negative"])]}
+    inverting = inversion_phase(steps, source, source_guidance_scale, images, capacity, steps)
+    editing = editing_phase("editing", steps, **edit, images=images, capacity=capacity)
+    phase = one_pass_phase(
+        steps, source, source_guidance_scale, **edit, images=images, capacity=capacity, num_steps=steps
+    )
+    assert phase.parts["inverting"] == inverting.rows
+    asked, left_out = phase.parts["editing"], [row for row in editing.rows if row not in phase.parts["editing"]]
+    assert sorted([*asked, *left_out]) == sorted(editing.rows)
+    assert set(left_out) <= set(inverting.rows)  # they are the inversion's
+    assert {step for step, _ in left_out} <= set(range(steps))
+    inverted: set[int] = set()
+    for step, (group, ahead) in enumerate(zip(phase.groups, phase.ahead, strict=True)):
+        inverted |= {row[0] for row in group[len(group) - ahead :]}
+        assert step in inverted  # its residual is there when the step is done
+        assert all(row[0] == step for row in group[: len(group) - ahead])
+    # Not a call more than the edit and what it waits for need, had it the room.
+    assert sum(map(len, phase.batches)) <= sum(map(len, inverting.batches)) + sum(map(len, editing.batches)) + steps
+
+
+@pytest.mark.parametrize(
+    ("more", "retraced"),
+    [
+        ({}, 5),
+        ({"terms": [Concept("hat", warmup_steps=3)]}, 4),  # its last step is the first in which the hat acts
+        ({"terms": [Concept("hat", warmup_steps=0)]}, 1),
+        ({"target": "a dog"}, 1),
+        ({"target": "a cat", "guidance_scale": 2.0}, 1),
+        ({"target": "a cat", "guidance_scale": 3.5, "source": "a cat"}, 5),
+        ({"target": "a cat", "guidance_scale": 3.0, "source": "a cat"}, 1),
+        ({"negative": "blurry"}, 1),
+    ],
+)
+def test_an_edit_that_retraces_the_inversion_asks_for_nothing_of_it(more: dict[str, Any], retraced: int) -> None:
+    edit = {"source": "", "negative": "", "target": "", "guidance_scale": 15.0, "terms": [], **more}
+    edit["terms"] = terms(*edit["terms"])
+    phase = one_pass_phase(5, **edit, source_guidance_scale=3.5, momentum_scale=0.0, images=1, capacity=8, num_steps=5)
+    again = {step for step, text in phase.parts["editing"] if text == ""}
+    assert again == set(range(retraced, 5))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
@@ -169,7 +252,7 @@ def test_the_peak_that_is_promised(checkpoints: ModuleType, tmp_path: Path, fami
     concepts, side = [Concept("hat", warmup_steps=0)], 256
     shapes, device = without_weights(model, "cpu", dtype)
     latents = (side // shapes.vae.config.factor,) * 2
-    plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, False, concepts, edit, device)
+    plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, False, False, concepts, edit, device)
 
     ledits = LEdits.from_pretrained(model, device="cpu", dtype=dtype)
     assert ledits.runner.model == shapes.runner.model
@@ -181,8 +264,8 @@ def test_the_peak_that_is_promised(checkpoints: ModuleType, tmp_path: Path, fami
         assert (ledits.runner.model.width, ledits.runner.model.vae_width) == (2, 4 if family == "SDXL" else 2)
 
     def run() -> None:
-        inversion = ledits.invert(torch.zeros(side, side, 3).byte().numpy(), progress=False, size=side, **start)
-        ledits.edit(inversion, concepts=concepts, progress=False, **edit)
+        black = torch.zeros(side, side, 3).byte().numpy()
+        ledits.invert_and_edit(black, size=side, concepts=concepts, progress=False, **start, **edit)
 
     ratio = (plan.memory - weights) / measured_peak(run)
     print(f"{family}, {dtype}: besides the weights, {ratio:.2f} of the memory that was used had been planned")
@@ -214,3 +297,12 @@ def test_a_plan_in_words() -> None:
     assert '  step 0: 1 branch, ""' in lines
     assert '  steps 1 to 8: 2 branches, "", "hat"' in lines
     assert lines[-1].endswith("at the peak")
+
+    together = one_pass_phase(9, "", 3.5, "", "", 15.0, terms(Concept("hat")), 0.0, 1, 4, 20)
+    lines = Plan((together,), Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((64, 64)), 1, 2).lines()
+    assert lines[1:5] == [
+        "inverting and editing: 24 evaluations in 9 calls of at most 4, 19.2 TFLOP (the published loop: 47)",
+        '  inverting, steps 0 to 8: 1 branch, ""',
+        '  editing, step 1: 1 branch, "hat"',
+        '  editing, steps 2 to 8: 2 branches, "", "hat"',
+    ]

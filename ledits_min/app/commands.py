@@ -70,8 +70,13 @@ def run_edit(args: argparse.Namespace) -> None:
     clock.lap("load")
     settings = edit_settings(args, ledits)
     edit = {**settings, "concepts": concepts, "trace": args.report is not None, "attention": attention}
-    inversion, result = (made, ledits.edit(made, **edit)) if made else edit_picture(args, ledits, picture, **edit)
-    clock.lap("edit")
+    if made is None and args.save_inversion is None:
+        inversion, result = edit_picture(args, ledits, picture, **edit)
+    else:  # what is saved must give the same picture again, to the last bit, so it is not made in the edit's batches
+        inversion = made or invert_picture(args, ledits, picture)
+        clock.lap("invert", ledits.runner.preparation.take())
+        result = ledits.edit(inversion, **edit)
+    clock.lap("edit", ledits.runner.preparation.take())
 
     masks = [mask[0] for mask in result.masks]
     values = outputs.settings(ledits, inversion, concepts, attention, settings)
@@ -82,8 +87,9 @@ def run_edit(args: argparse.Namespace) -> None:
     if args.report is not None:
         plan = None
         if attention is None:  # Prompt-to-Prompt keeps to the plain loop
+            apart = args.save_inversion is not None
             plan = plan_edit(
-                ledits, inversion.settings, latent_size(inversion), saved, concepts, settings, ledits.device
+                ledits, inversion.settings, latent_size(inversion), saved, apart, concepts, settings, ledits.device
             )
         evaluations = {"planned": plan and plan.to_json(), "evaluated": ledits.runner.evaluations}
         content = outputs.report(
@@ -109,8 +115,8 @@ def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     else:
         settings = inversion_settings(args, ledits)
         latents = fitted_size(ledits, open_picture(args), args.size)
-    edit = edit_settings(args, ledits)
-    for line in plan_edit(ledits, settings, latents, made is not None, concepts, edit, device).lines():
+    edit, apart = edit_settings(args, ledits), args.save_inversion is not None
+    for line in plan_edit(ledits, settings, latents, made is not None, apart, concepts, edit, device).lines():
         tell(line)
 
 
@@ -139,7 +145,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     clock.lap("load")
     side = sweep.cell_side(grid, picture)
     edited, inversions = sweep.run(grid, ledits, picture, made, side)
-    clock.lap("sweep")
+    clock.lap("sweep", ledits.runner.preparation.take())
 
     shared = outputs.common([one.settings for row in edited for one in row])
     sheet = sweep.draw(grid, edited, picture, side, outputs.parameters(shared))

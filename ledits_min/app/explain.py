@@ -9,7 +9,7 @@ import torch
 
 from ledits_min.engine import batch_limit
 from ledits_min.image import fit_size
-from ledits_min.plan import Plan, editing_phase, one_pass_phase
+from ledits_min.plan import Phase, Plan, editing_phase, inversion_phase, one_pass_phase
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +50,7 @@ def plan_edit(
     settings: InversionSettings,
     latents: tuple[int, int],
     inverted: bool,
+    apart: bool,
     concepts: Sequence[Concept],
     edit: Mapping[str, Any],
     device: torch.device,
@@ -57,7 +58,7 @@ def plan_edit(
     """The plan that `LEdits.invert_and_edit` follows on `device` for one picture with latents (h, w).
 
     edit holds `LEdits.edit`'s target, guidance_scale, negative, momentum_scale and output_size. With `inverted` the
-    inversion is there already, and it is `LEdits.edit`'s.
+    inversion is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
     """
     terms = [concept.resolve(ledits.defaults) for concept in concepts]
     live = [term for term in terms if not term.is_noop(base=edit["negative"])]
@@ -65,11 +66,14 @@ def plan_edit(
     limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
     guidance = {name: edit[name] for name in ("negative", "target", "guidance_scale", "momentum_scale")}
     guidance |= {"terms": live, "images": 1, "capacity": limit}
-    if inverted:
-        phase = editing_phase("editing", steps, **guidance)
+    source = steps, settings.source, settings.source_guidance_scale
+    phases: tuple[Phase, ...]
+    if inverted or apart:
+        inverting = inversion_phase(*source, 1, limit, settings.num_steps)
+        editing = editing_phase("editing", steps, **guidance)
+        phases = (editing,) if inverted else (inverting, editing)
     else:
-        source, scale = settings.source, settings.source_guidance_scale
-        phase = one_pass_phase(steps, source, scale, **guidance, num_steps=settings.num_steps)
+        phases = (one_pass_phase(*source, **guidance, num_steps=settings.num_steps),)
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
     decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
-    return Plan((phase,), costs, 0 if inverted else 1, decodes, ledits.text.weights)
+    return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)

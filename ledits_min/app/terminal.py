@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,8 +23,12 @@ class Clock:
         self.start = self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str, apart: Mapping[str, float] | None = None) -> None:
+        """`apart` holds seconds of this lap that are to be told under names of their own."""
         now = time.perf_counter()
+        for name, seconds in (apart or {}).items():
+            self.laps[name] = self.laps.get(name, 0.0) + seconds
+            self.last += seconds
         self.laps[phase], self.last = now - self.last, now
 
 

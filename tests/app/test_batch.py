@@ -148,14 +148,14 @@ def test_pictures_of_many_sizes(place: Path) -> None:
 
 def test_a_failure_inside_a_batch_is_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong with one picture among others, in the middle of the work."""
-    plain = LEdits.invert
+    plain = LEdits.invert_and_edit
 
     def fail(self: LEdits, image: Any, **options: Any) -> Any:
         if 4 in options["seed"]:
             raise ZeroDivisionError("four")
         return plain(self, image, **options)
 
-    monkeypatch.setattr(LEdits, "invert", fail)
+    monkeypatch.setattr(LEdits, "invert_and_edit", fail)
     write_table(place / "t.jsonl", [{"image": f"portrait{i}.png", "seed": i} for i in range(1, 7)])
     assert main(["batch", "t.jsonl", "-o", "out", "--add", "hat", *FAST]) == 1
     assert len(list(Path("out").glob("*.png"))) == 5

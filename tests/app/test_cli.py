@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_an_edit_writes_all_it_was_asked_for(place: Path, capsys: pytest.Capture
     assert [mask["text"] for mask in report["masks"]] == ["sunglasses", "hat"]
     assert all(0.0 < mask["mean"] <= mask["max"] <= 1.0 for mask in report["masks"])
     assert len(report["trace"]) == 7
-    assert set(report["seconds"]) == {"load", "invert", "edit"}
+    assert list(report["seconds"]) == ["load", "edit"]
 
 
 def test_an_edit_of_a_saved_inversion_is_the_same_file(place: Path) -> None:
@@ -132,9 +133,12 @@ def test_an_edit_of_a_saved_inversion_is_the_same_file(place: Path) -> None:
 def test_the_command_does_what_the_library_does(place: Path) -> None:
     assert main(["edit", "p.png", "--add", "beard:scale=4", *FAST, "--output-size", "model", "--dtype", "float32"]) == 0
     ledits = LEdits.from_pretrained("tiny", dtype="float32")
-    inversion = ledits.invert("p.png", num_steps=10, skip=3, progress=False)
-    result = ledits.edit(inversion, concepts=[Concept("beard", 4.0)], output_size="model", progress=False)
-    assert np.array_equal(np.asarray(Image.open("p.ledits.png")), np.asarray(result.images[0]))
+    options: dict[str, Any] = {"concepts": [Concept("beard", 4.0)], "output_size": "model", "progress": False}
+    inversion, result = ledits.invert_and_edit("p.png", num_steps=10, skip=3, **options)
+    found = np.asarray(Image.open("p.ledits.png"))
+    assert np.array_equal(found, np.asarray(result.images[0]))
+    again = np.asarray(ledits.edit(inversion, **options).images[0])
+    assert np.abs(found.astype(int) - again).max() <= 1  # other batches round differently
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def test_it_tells_and_does_not_run(
     monkeypatch.setattr("ledits_min.unet.UNet.forward", None)
     assert main([*EDIT, "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("inverting and editing: 14 evaluations in 4 calls of at most 8") for line in lines)
+    assert '  inverting, steps 0 to 3: 2 branches, "", "a portrait"' in lines
+    assert '  editing, steps 1 to 3: 2 branches, "", "hat"' in lines
+    assert main([*EDIT, "--explain", "--save-inversion", "x.safetensors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("inverting: 8 evaluations in 1 call of at most 8") for line in lines)
     assert any(line.startswith("editing: 7 evaluations in 4 calls of at most 2") for line in lines)
     assert '  steps 1 to 3: 2 branches, "", "hat"' in lines
@@ -42,6 +47,12 @@ def test_it_tells_and_does_not_run(
 
 def test_the_report_holds_the_plan_and_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report, saved = (tmp_path / name for name in ("x.png", "x.json", "x.safetensors"))
+    assert main([*EDIT, "-o", str(tmp_path / "z.png"), "--report", str(report)]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    (name,) = told["planned"]["phases"]
+    assert told["evaluated"] == {name: told["planned"]["phases"][name]["evaluations"]} == {"inverting and editing": 14}
+
+    report.unlink()
     assert main([*EDIT, "-o", str(out), "--report", str(report), "--save-inversion", str(saved)]) == 0
     told = json.loads(report.read_text())["evaluations"]
     planned = {phase: told["planned"]["phases"][phase]["evaluations"] for phase in ("inverting", "editing")}

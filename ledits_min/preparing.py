@@ -1,0 +1,54 @@
+"""Time that a run spends on compiling and recording: it happens inside the first calls, and is no part of the work."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Preparation:
+    """Seconds by kind, gathered until they are taken: "compile" by torch.compile, "record" of CUDA graphs."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def take(self) -> dict[str, float]:
+        """What has gathered since the last time."""
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[kind] += time.perf_counter() - started
+
+    @contextmanager
+    def watching_the_compiler(self) -> Iterator[None]:
+        """Times what torch.compile does meanwhile, where this torch tells (which it does not promise to)."""
+        try:
+            from torch._dynamo.callback import callback_handler as handler
+        except ImportError:
+            yield
+            return
+        started = 0.0
+
+        def start(*_: object) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def end(*_: object) -> None:
+            self._seconds["compile"] += time.perf_counter() - started
+
+        handler.register_start_callback(start)
+        handler.register_end_callback(end)
+        try:
+            yield
+        finally:
+            handler.remove_start_callback(start)
+            handler.remove_end_callback(end)
