@@ -1,4 +1,7 @@
-"""An edit made on the page, said as a command and as Python: both make the same picture again."""
+"""An edit made on the page, said as a command and as Python: both make the same picture again.
+
+Python does to the last bit. The command inverts and edits in one pass, where batches of other sizes round differently.
+"""
 
 from __future__ import annotations
 

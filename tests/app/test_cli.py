@@ -110,7 +110,7 @@ def test_an_edit_writes_all_it_was_asked_for(place: Path, capsys: pytest.Capture
     assert [mask["text"] for mask in report["masks"]] == ["sunglasses", "hat"]
     assert all(0.0 < mask["mean"] <= mask["max"] <= 1.0 for mask in report["masks"])
     assert len(report["trace"]) == 7
-    assert list(report["seconds"]) == ["load", "edit"]
+    assert list(report["seconds"]) == ["load", "invert", "edit"]
 
 
 def test_an_edit_of_a_saved_inversion_is_the_same_file(place: Path) -> None:

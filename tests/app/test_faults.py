@@ -21,7 +21,7 @@ from torch import Tensor
 from ledits_min import archive, pipeline
 from ledits_min.app.cli import main
 from ledits_min.config import EditDefaults
-from ledits_min.plan import one_pass_phase
+from ledits_min.plan import editing_phase, inversion_phase, one_pass_phase
 from ledits_min.sega import Concept
 from ledits_min.text import TextEncoder
 from ledits_min.unet import UNet
@@ -326,9 +326,12 @@ def test_two_commands_side_by_side_write_the_same_bytes(tmp_path: Path) -> None:
 # --- in the middle of the work ---------------------------------------------------------------------------------------
 
 SHORT = ["--steps", "4", "--skip", "1", "--source", "a portrait", "--dtype", "float32", "--overwrite"]
+CONCEPTS = ["--target", "short hair", "--add", "hat:warmup=0", "--remove", "beard:warmup=1"]
+KEPT = ["--save-inversion", "i.safetensors"]  # then inversion and edit run one after the other
 WAYS = {
-    "concepts": ["--target", "short hair", "--add", "hat:warmup=0", "--remove", "beard:warmup=1"],
-    "prompt to prompt": ["--target", "a smile", "--p2p"],
+    "in one pass": CONCEPTS,
+    "one after the other": [*CONCEPTS, *KEPT],
+    "prompt to prompt": ["--target", "a smile", "--p2p", *KEPT],
 }
 OUT_OF_MEMORY = (
     MemoryError(),
@@ -348,7 +351,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def edit_says(capsys: pytest.CaptureFixture[str], code: int, *more: str) -> list[str]:
     """Run the edit; what it said, its last line being the only error, and nothing written, where it failed."""
-    written = ["-o", "o.png", "--save-inversion", "i.safetensors", "--report", "r.json"]
+    written = ["-o", "o.png", "--report", "r.json"]
     assert main(["edit", "p.png", *SHORT, *written, *more]) == code
     lines = capsys.readouterr().err.splitlines()
     if code:
@@ -376,7 +379,7 @@ PHASES: dict[str, tuple[Any, str, str]] = {
     "loading": (pipeline, "build_networks", "out of memory"),
     "encoding texts": (TextEncoder, "encode", "out of memory"),
     "encoding": (VAE, "encode", f"encoding: {OF_A_PICTURE}"),
-    "inverting and editing": (UNet, "forward", f"inverting and editing: {OF_A_PICTURE}"),
+    "inverting": (UNet, "forward", f"inverting: {OF_A_PICTURE}"),
     "decoding": (VAE, "decode", f"decoding: {OF_A_PICTURE}"),
     "laying the change": (pipeline, "lay_change", "out of memory"),
     "saving": (archive, "save", "out of memory"),
@@ -390,41 +393,47 @@ def test_out_of_memory_in_each_phase(
 ) -> None:
     owner, name, says = PHASES[phase]
     failing(monkeypatch, owner, name, error)
-    line = edit_says(capsys, 1, *WAYS["concepts"])[-1]
+    line = edit_says(capsys, 1, *WAYS["one after the other"])[-1]
     assert line.startswith(f"ledits: error: {says}"), line
 
 
-@pytest.mark.parametrize(("way", "calls"), [("concepts", 3), ("prompt to prompt", 1 + 3 + 3 + 2)])
+@pytest.mark.parametrize(
+    ("way", "calls"), [("in one pass", 3), ("one after the other", 1 + 3), ("prompt to prompt", 1 + 3 + 3 + 2)]
+)
 def test_out_of_memory_at_each_call_of_the_unet(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str, calls: int
 ) -> None:
-    """From that call on for good, so that smaller batches do not help. A call a step, or one that inverts before."""
+    """From that call on for good, so that smaller batches do not help. Three steps; what inverts first is one call."""
     for call in range(calls + 1):
         with monkeypatch.context() as patch:
             failing(patch, UNet, "forward", OUT_OF_MEMORY[0], call)
             line = edit_says(capsys, int(call < calls), *WAYS[way])[-1:]
-        phase = "inverting and editing" if way == "concepts" else "editing" if call else "inverting"
+        phase = "inverting and editing" if way == "in one pass" else "editing" if call else "inverting"
         assert call == calls or line[0].startswith(f"ledits: error: {phase}: {OF_A_PICTURE}"), line
 
 
+@pytest.mark.parametrize("way", ["in one pass", "one after the other"])
 def test_not_a_number_at_every_step_and_branch(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """One number of one evaluation, in every evaluation of an edit in turn; the line names each of them once."""
-    terms = [Concept("hat", warmup_steps=0), Concept("beard", warmup_steps=1)]
-    live = [term.resolve(EditDefaults()) for term in terms]
-    phase = one_pass_phase(3, "a portrait", 3.5, "", "short hair", 7.0, live, 0.0, 1, 64, 4)
+    live = [term.resolve(EditDefaults()) for term in (Concept("hat", warmup_steps=0), Concept("beard", warmup_steps=1))]
+    source, edit = ("a portrait", 3.5), ("", "short hair", 7.0, live, 0.0, 1, 64)
+    phases = [one_pass_phase(3, *source, *edit, 4)]
+    if way == "one after the other":
+        phases = [inversion_phase(3, *source, 1, 64, 4), editing_phase("editing", 3, *edit)]
+    wanted = [(phase.name, step, text) for phase in phases for step, text in phase.rows]
     found = []
-    for number in range(phase.evaluations):
+    for number in range(len(wanted)):
         with monkeypatch.context() as patch:
             poison(patch, number)
-            line = edit_says(capsys, 1, *WAYS["concepts"])[-1]
-        match = re.match(
-            rf"ledits: error: {phase.name}: the prediction for '(.*)' holds values .* at step (\d) \(t", line
-        )
+            line = edit_says(capsys, 1, *WAYS[way])[-1]
+        says = r"ledits: error: ([a-z ]+): the prediction for '(.*)' holds values that .* at step (\d) \(t"
+        match = re.match(says, line)
         assert match is not None, line
-        found.append((int(match[2]), match[1]))
-    assert found == list(phase.rows) and len(found) == 6 + 2 + 3 + 3 + 2
+        found.append((match[1], int(match[3]), match[2]))
+    # Where the edit starts x_t is the inversion's, and so is what is predicted for the empty prompt.
+    assert found == wanted and len(wanted) == 6 + 3 + 3 + 3 + 2 - (way == "in one pass")
 
 
 def test_not_a_number_in_half_precision_is_repaired(
@@ -434,7 +443,7 @@ def test_not_a_number_in_half_precision_is_repaired(
     for number in range(0, 16, 3):
         with monkeypatch.context() as patch:
             poison(patch, number)
-            said = "\n".join(edit_says(capsys, 0, *WAYS["concepts"], "--dtype", "bfloat16"))
+            said = "\n".join(edit_says(capsys, 0, *CONCEPTS, "--dtype", "bfloat16"))
         assert said.count("in bfloat16; once more in float32") == 1, said
         assert np.asarray(Image.open("o.png")).mean() > 20
 
