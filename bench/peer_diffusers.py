@@ -53,8 +53,11 @@ T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results" / "peer.json"
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Relative. In half precision both sides are equally far from float32: masks move, and a random network is no denoiser.
-AGREE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+# Relative. After a few steps only rounding may tell the sides apart. After many, masks have moved: their edge lies
+# between two numbers that may be a rounding error apart (in float32 at 512 pixels two of 16,384 places swapped at the
+# third step, all others agreed to 3e-6), and a random network, no denoiser, carries it on.
+AGREE_EXACT = 1e-3
+AGREE = {"fp32": 0.1, "bf16": 0.5, "fp16": 0.1}
 TOKENS = 77
 SIDES = ("ours", "peer")
 QUICK_UNET = replace(SD15_UNET, block_out_channels=(64, 64, 128, 128), norm_num_groups=16)
@@ -394,11 +397,11 @@ def run_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 subprocess.run([*command, "--side", side, "--into", folder], check=True, cwd=Path(__file__).parents[1])
             latents = {side: load_file(Path(folder) / f"{side}.safetensors") for side in SIDES}
             found = {side: json.loads((Path(folder) / f"{side}.json").read_text()) for side in SIDES}
-        for name, dtype in (("exact", "fp32"), ("timed", args.dtype)):
+        for name, dtype, allowed in (("exact", "fp32", AGREE_EXACT), ("timed", args.dtype, AGREE[args.dtype])):
             mine, theirs = latents["ours"][name], latents["peer"][name]
             off = float((mine - theirs).norm() / theirs.norm())
-            print(f"{dtype}: edited latents differ by {off:.1e} ({AGREE[dtype]} allowed)", file=sys.stderr)
-            if not off <= AGREE[dtype]:
+            print(f"{dtype}: edited latents differ by {off:.1e} ({allowed} allowed)", file=sys.stderr)
+            if not off <= allowed:
                 raise SystemExit("the two sides disagree: no time is printed")
             found["ours"][f"{name}_latents_differ"] = off
         for side, numbers in found.items():
