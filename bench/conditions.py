@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ledits_min.cpu import computes_in_bfloat16, multiplies_bfloat16_in_vectors
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,6 +34,7 @@ def conditions() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": cores,
+        "bfloat16": "no" if not computes_in_bfloat16() else "vectors" if multiplies_bfloat16_in_vectors() else "tiles",
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),

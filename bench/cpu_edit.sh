@@ -18,5 +18,5 @@ measure unet_alone --batches 1,3,4,8
 measure growth
 measure unet_alone --batches 4 --compile --openvino
 measure peer_diffusers --compile
-python3 bench/report.py || failed=1
+python3 -m bench.report || failed=1
 exit "$failed"

@@ -1,6 +1,6 @@
 """Write RESULTS.md from everything in bench/results: generated text, no number by hand.
 
-python bench/report.py [RESULTS_FOLDER] [OUT.md]
+python -m bench.report [RESULTS_FOLDER] [OUT.md]
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from bench.report_speed import Json, alone_text, benchmark_text, growth_text, peers_text, table
 
 BENCH = Path(__file__).resolve().parent
 TINY = BENCH.parent / "weights" / "tiny"
@@ -37,8 +39,6 @@ The same edits on portraits of styles that nothing was trained on. The classifie
 before the edit stands beside its view after. Open Peeps by Pablo Stanley (CC0 1.0), ToonHead by Johan Melin and
 Personas by Draftbit (both CC BY 4.0), as remixed by DiceBear."""
 
-Json = dict[str, Any]
-
 
 def percent(value: float) -> str:
     return f"{100.0 * value:.1f} %"
@@ -55,14 +55,6 @@ def ratio(value: float) -> str:
 def spread(interval: Sequence[float], unit: float = 1.0, digits: int = 1) -> str:
     low, high = (f"{unit * bound:.{digits}f}" for bound in interval)
     return f"[{low}, {high}]"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
-
-
-# --- what was wanted, and whether it was reached ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -350,52 +342,10 @@ def training_text(log: Json) -> list[str]:
     return lines + table(["stage", "steps", "minutes", "threads"], rows)
 
 
-def benchmark_text(stem: str, found: Json) -> list[str]:
-    """A file of pytest-benchmark measurements: seconds, and whatever else each one noted."""
-    rows = []
-    for name, line in found.items():
-        seconds = line["seconds"]
-        extra = {key: value for key, value in line.items() if key not in ("seconds", "rounds", "conditions")}
-        noted = ", ".join(f"{key} {json.dumps(value)}" for key, value in extra.items())
-        rows.append([name, f"{seconds['median']:g}", f"{seconds['min']:g} .. {seconds['max']:g}", noted])
-    return [f"## {stem}.json", "", places_text(found), "", *table(["what", "median, s", "range, s", "noted"], rows)]
-
-
 def tuning_text(stem: str, found: Json) -> list[str]:
     rows = [[f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in line.values()] for line in found["rows"]]
     note = f"{found['note']} " if found.get("note") else ""
     return [f"## {stem}.json", "", f"{note}`{found['command']}`", "", *table(list(found["rows"][0]), rows)]
-
-
-def places_text(found: Json) -> str:
-    """The conditions that the entries of a file were measured under, each said once."""
-    places = {json.dumps(line.get("conditions", {}), sort_keys=True) for line in found.values()}
-    return " / ".join(sorted(place.replace('"', "").strip("{}") for place in places))
-
-
-def peers_text(stem: str, found: Json) -> list[str]:
-    """Whole edits, ours beside the published loop on diffusers."""
-    rows = []
-    for name, line in found.items():
-        sides = [line[side] for side in ("ours", "peer")]
-        seconds = [f"{sum(side['seconds'].values()):.1f}" for side in sides]
-        rows.append([
-            name, *seconds, f"{line['ratio']:g}", *(str(side["evaluations"]) for side in sides),
-            *(f"{side['peak_memory_GB']:g}" for side in sides), f"{sides[0]['flop_utilisation']:.0%}",
-        ])  # fmt: skip
-    header = ["edit", "ours, s", "peer, s", "ratio", "evaluations", "peer's", "GB", "peer's", "of the matmul rate"]
-    return [f"## {stem}.json", "", places_text(found), "", *table(header, rows)]
-
-
-def alone_text(stem: str, found: Json) -> list[str]:
-    """The UNet alone, every side's seconds and what they are to ours."""
-    rows = []
-    for name, line in found.items():
-        for batch, sides in line.items():
-            if batch != "conditions":
-                told = (f"{side} {s['seconds']:g} ({s['to_ours']:g})" for side, s in sides.items())
-                rows.append([name, batch, ", ".join(told)])
-    return [f"## {stem}.json", "", places_text(found), "", *table(["", "", "seconds (to ours)"], rows)]
 
 
 def kind_of(found: Any) -> str:
@@ -425,7 +375,7 @@ def pictures_text(folder: Path) -> list[str]:
 def report(folder: Path, tiny: Path) -> str:
     """RESULTS.md as text."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    lines = ["# Results", "", "Written by `python bench/report.py` from `bench/results/*.json`, never by hand.", ""]
+    lines = ["# Results", "", "Written by `python -m bench.report` from `bench/results/*.json`, never by hand.", ""]
     if study := files.pop("study", None):
         megabytes = sum(path.stat().st_size for path in tiny.rglob("*.safetensors")) / 1e6
         rows = [target.row() for target in targets(study, files, megabytes)]
@@ -444,9 +394,8 @@ def report(folder: Path, tiny: Path) -> str:
     for stem, found in files.items():
         if kind_of(found) in ("peers", "alone"):
             lines += (peers_text if kind_of(found) == "peers" else alone_text)(stem, found)
-    if (folder / "growth.png").is_file():
-        lines += ["## growth.json", "", f"![How an edit's time grows]({folder.name}/growth.png)", ""]
-        files.pop("growth", None)
+    if growth := files.pop("growth", None):
+        lines += growth_text(growth, f"{folder.name}/growth.png")
     others = [stem for stem, found in files.items() if kind_of(found) == "other"]
     lines += [f"Not shown above: {', '.join(f'{stem}.json' for stem in others)}.", ""] if others else []
     return "\n".join(lines)

@@ -131,8 +131,10 @@ def main() -> None:
     results = arguments.out / "quick" if arguments.quick else RESULTS
     write_json(results / "study.json", {"command": "python bench/study.py " + " ".join(sys.argv[1:]), **whole})
     text = results / "RESULTS.md" if arguments.quick else RESULTS.parent / "RESULTS.md"
-    for script, more in (("plots.py", []), ("sheets.py", []), ("report.py", [text])):
-        subprocess.run([sys.executable, Path(__file__).with_name(script), results, *more], check=True)
+    for script in ("plots.py", "sheets.py"):
+        subprocess.run([sys.executable, Path(__file__).with_name(script), results], check=True)
+    command = [sys.executable, "-m", "bench.report", results.absolute(), text.absolute()]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class LEdits:
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.defaults, self.fingerprint, self.notes, self.embedded = defaults, fingerprint, tuple(notes), embedded
+        self.compiled = False  # whether torch.compile runs the UNet, which rounds differently
         self.runner = Runner(unet, vae, schedule.prediction_type, text.length)
 
     @classmethod
@@ -102,6 +103,7 @@ class LEdits:
         ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, embedded=str(model) == "tiny")
         if compile:
             ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
+            ledits.compiled = True
         return ledits
 
     @classmethod

@@ -114,6 +114,7 @@ def planned_settings(
         "ledits_min": __version__,
         "model": ledits.fingerprint,
         "dtype": str(ledits.dtype).removeprefix("torch."),
+        "compiled": ledits.compiled,
         "prediction_type": made.schedule.prediction_type,
         "size": list(size),
         "num_steps": made.num_steps,

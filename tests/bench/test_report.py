@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ METHODS = ("LEDITS, workflow 1", "LEDITS, workflow 2", "DDPM inversion", "DDPM i
 GROUPS = ("addition", "removal, reversed", "removal, by phrase", "change")
 
 
-@pytest.fixture(scope="module")
-def report() -> Report:
-    """bench/ is not importable by name."""
-    return runpy.run_path(str(ROOT / "bench/report.py"))["report"]
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Report:
+    """bench/ can be imported from the root of the repository only."""
+    monkeypatch.syspath_prepend(ROOT)
+    found: Report = import_module("bench.report").report
+    return found
 
 
 def measured(success: float) -> dict[str, Any]:
@@ -153,3 +155,23 @@ def test_other_files_are_shown_by_their_shape(report: Report, tmp_path: Path) ->
     assert "## op.json" in text and "peak_MiB 7" in text
     assert "more steps: `python bench/tune.py`" in text and "| 14 | 0.9 |" in text
     assert "Not shown above: odd.json." in text
+
+
+def test_speed_is_shown_with_where_it_was_measured(report: Report, tmp_path: Path) -> None:
+    side = {"evaluations": 48, "seconds": {"edit": 20.0, "decode": 1.5}, "peak_memory_GB": 3.5, "flop_utilisation": 0.4}
+    peer = {
+        f"cpu {dtype}": {"ours": {**side, **more}, "peer": side, "ratio": 1.0, "conditions": {"cores": cores}}
+        for dtype, more, cores in (("bf16", {}, 2), ("fp32", {"second_edit_seconds": 15.2}, 4))
+    }
+    alone = {"cpu": {"batch 4": {"ours": {"seconds": 2.0, "to_ours": 1.0}}, "conditions": {"cores": 2}}}
+    point = {"value": 5, "seconds": 1.25, "evaluations": 9, "peak_GB": 2.0}
+    both = {name: {"steps": [point]} for name in ("ours", "peer")}
+    growth = {"base": {"steps": 10}, "dtype": "fp32", "device": "cpu", **both, "conditions": {"cores": 3}}
+    text = report(write(tmp_path / "results", peer=peer, unet_alone=alone, growth=growth), tmp_path)
+    assert "(a) cores: 2" in text and "(b) cores: 4" in text
+    assert line_of(text, "cpu bf16") == "| cpu bf16 | 21.5 | 21.5 | 1 | - | 48 | 48 | 3.5 | 3.5 | 40% | a |"
+    assert " 15.2 | " in line_of(text, "cpu fp32") and line_of(text, "cpu fp32").endswith("| b |")
+    assert line_of(text, "cpu | batch 4") == "| cpu | batch 4 | ours 2 (1) | a |"
+    assert "fp32, cpu, steps 10; cores: 3" in text and "(results/growth.png)" in text
+    assert line_of(text, "steps") == "| steps | 5 | 1.2 | 1.2 | 9 | 9 | 2 | 2 |"
+    assert "Not shown above" not in text
