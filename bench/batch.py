@@ -196,9 +196,9 @@ for line in (folder / "jobs.jsonl").read_text().splitlines():
     job = json.loads(line)
     words = job.get("add", [])
     concepts = [Concept(**parse_concept(text, False)) for text in ([words] if isinstance(words, str) else words)]
-    inversion = ledits.invert(folder / job["image"], num_steps=steps, skip=job.get("skip"), seed=job["seed"])
-    result = ledits.edit(inversion, target=job.get("target", ""), concepts=concepts,
-                         output_size=job.get("output_size", "input"))
+    _, result = ledits.invert_and_edit(
+        folder / job["image"], num_steps=steps, skip=job.get("skip"), seed=job["seed"], target=job.get("target", ""),
+        concepts=concepts, output_size=job.get("output_size", "input"))
     result.images[0].save(out / job["image"])
 """
 

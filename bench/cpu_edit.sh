@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole edit on a CPU that computes in bfloat16, against the published loop on diffusers, in one command.
-#   bench/cpu_edit.sh        writes bench/results/{peer,unet_alone,growth}.json and growth.png; 45 minutes on two cores
+#   bench/cpu_edit.sh        writes bench/results/{peer,unet_alone,growth}.json, growth.png and bench/RESULTS.md; 45 minutes or so
 # Nothing else should run meanwhile. Figures that matter most come first.
 set -uo pipefail
 [[ $# -eq 0 ]] || { echo "usage: bench/cpu_edit.sh" >&2; exit 2; }

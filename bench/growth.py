@@ -1,10 +1,11 @@
 """How an edit's time grows with steps, concepts, picture size and the number of pictures, ours and the peer's.
 
-One dial is turned at a time, the others stay where BASE has them; SD 1.5 at full size with random weights, as in
-`bench.peer_diffusers`, whose two sides these are. The peer takes one picture after the other. It leaves
+One dial is turned at a time, the others stay where BASE has them (or --size); SD 1.5 at full size with random weights,
+as in `bench.peer_diffusers`, whose two sides these are. The peer takes one picture after the other. It leaves
 results/growth.json, and a plot of it: results/growth.png.
 
     python -m bench.growth
+    python -m bench.growth --dtype fp32 --size 128
     python -m bench.growth --quick
 """
 
@@ -23,7 +24,17 @@ import torch
 from diffusers import logging
 
 from bench.conditions import Memory, conditions
-from bench.peer_diffusers import DTYPES, SIDES, Side, build_ours, build_theirs, make_job, run_ours, run_peer
+from bench.peer_diffusers import (
+    DTYPES,
+    SIDES,
+    Side,
+    build_ours,
+    build_theirs,
+    give_back_freed_memory,
+    make_job,
+    run_ours,
+    run_peer,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,6 +54,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=BASE["size"], help="pixels a side where that is not the dial")
     parser.add_argument("--quick", action="store_true", help="small networks, the first two points: does it run?")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -57,6 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     run: Callable[..., Side] = run_ours if ours else run_peer
     for network in networks:
         network.to(DTYPES[args.dtype])
+    give_back_freed_memory()  # of the float32 weights, which are no part of an edit
     width = networks[0].config.cross_attention_dim
 
     def point(setting: dict[str, int]) -> dict[str, float]:
@@ -67,11 +80,12 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         gigabytes = round(memory.peak / 1e9, 2)
         return {"seconds": round(sum(side.seconds.values()), 3), "evaluations": side.evaluations, "peak_GB": gigabytes}
 
-    point(BASE)  # a warm-up
+    base = {**BASE, "size": args.size}
+    point(base)  # a warm-up
     found: dict[str, list[dict[str, float]]] = {}
     for dial, (_, values) in DIALS.items():
         wanted = values[:2] if args.quick else values
-        found[dial] = [{"value": value, **point({**BASE, dial: value})} for value in wanted]
+        found[dial] = [{"value": value, **point({**base, dial: value})} for value in wanted]
     return found
 
 
@@ -103,7 +117,8 @@ def main() -> None:
         found[side] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found, indent=2))
     if not args.quick:
-        content = {"base": BASE, "dtype": args.dtype, "device": args.device, **found, "conditions": conditions()}
+        base = {**BASE, "size": args.size}
+        content = {"base": base, "dtype": args.dtype, "device": args.device, **found, "conditions": conditions()}
         (RESULTS / "growth.json").write_text(json.dumps(content, indent=2) + "\n")
         plot(found, RESULTS / "growth.png")
 

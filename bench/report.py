@@ -57,6 +57,9 @@ def spread(interval: Sequence[float], unit: float = 1.0, digits: int = 1) -> str
     return f"[{low}, {high}]"
 
 
+# --- what was wanted, and whether it was reached ----------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Target:
     """One line of the first table: a claim, the least (or most) that was wanted, and what was measured."""

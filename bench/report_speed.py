@@ -14,9 +14,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
-# --- what was wanted, and whether it was reached ----------------------------------------------------------------------
-
-
 def place_of(line: Json) -> str:
     """The conditions that an entry was measured under."""
     return json.dumps(line.get("conditions", {}), sort_keys=True).replace('"', "").strip("{}")

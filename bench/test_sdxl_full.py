@@ -41,7 +41,7 @@ start = {"source": "", "source_guidance_scale": 3.5, "num_steps": steps, "skip":
 edit = {"target": "", "guidance_scale": 7.5, "negative": "", "momentum_scale": 0.0, "output_size": "model"}
 shapes, device = without_weights(model, "cpu", "bfloat16")
 latents = (side // shapes.vae.config.factor,) * 2
-plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, False, concepts, edit, device)
+plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, concepts, edit, device, apart=True)
 rows, columns = np.mgrid[0:side, 0:side] / 90.0
 waves = [np.sin(columns), np.cos(rows), np.sin(rows + columns)]
 picture = ((np.stack(waves, axis=-1) + 1.0) * 127.5).astype(np.uint8)

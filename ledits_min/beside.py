@@ -61,7 +61,11 @@ def edit_beside(
     """`Runner.edit` with the source's row beside the edit."""
     phase, schedule, total = "editing", start.schedule, len(start.residuals)
     recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, start.skip, start.eta, trace)
-    with progress_bar(phase, total, "step", progress) as bar, runner.memory_named(phase, start.x_T):
+    with (
+        progress_bar(phase, total, "step", progress) as bar,
+        runner.memory_named(phase, start.x_T),
+        runner.preparation.watching_the_compiler(),
+    ):
 
         def on_step(step: Step) -> None:
             recorder.record(step)

@@ -8,7 +8,7 @@ overflows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ledits_min.config import RunError
 from ledits_min.edit import Step, levels
 from ledits_min.guidance import edited_eps, guided_texts
 from ledits_min.memory import is_out_of_memory, total_memory
-from ledits_min.ops import EditPlan, EditState
+from ledits_min.ops import EditPlan, EditState, Level
 from ledits_min.plan import Costs, Phase, Row, capacity, split_evenly
 from ledits_min.schedule import Schedule
 from ledits_min.tiling import in_tiles
@@ -116,32 +116,65 @@ def invert_and_edit(
 
     `phase` is of `plan.one_pass_phase`, `eta` in `plan.levels`; the rest is as in those two.
     """
-    x, timesteps = ops.trajectory(x_0, noise, schedule.alpha_bar_t[skip:]), schedule.timesteps[skip:]
-    residuals = torch.empty_like(x[1:])
-    source_texts = guided_texts("", source, source_guidance_scale)
+    timesteps = schedule.timesteps[skip:]
+    ahead = Ahead(x_0, noise, schedule.alpha_bar_t[skip:], plan.levels, source, source_guidance_scale)
     evaluate = Evaluator(network, phase, timesteps, x_0.device, progress)
-    of_source: dict[Row, Tensor] = {}  # the inversion's predictions
-    inverted = 0  # steps whose residuals are there
 
     def branches(i: int, x_t: Tensor) -> Tensor:
-        nonlocal inverted
         rows, cut = phase.groups[i], len(phase.groups[i]) - phase.ahead[i]
-        eps = evaluate(torch.stack([x_t] * cut + [x[step] for step, _ in rows[cut:]])) if rows else x[:0]
-        of_source.update(zip(rows[cut:], eps[cut:], strict=True))
-        ahead = len(of_source) // len(source_texts)
-        if ahead > inverted:
-            new = range(inverted, ahead)
-            both = torch.stack([torch.stack([of_source[step, text] for step in new]) for text in source_texts])
-            residuals[inverted:ahead] = ops.residuals(
-                x[inverted : ahead + 1], both, plan.levels[inverted:ahead], source, source_guidance_scale
-            )
-            inverted = ahead
-        own = dict(zip(rows[:cut], eps[:cut], strict=True))
-        return torch.stack([own[i, text] if (i, text) in own else of_source[i, text] for text in plan.texts(i)])
+        own: dict[Row, Tensor] = {}
+        if rows:  # none where the inversion has asked for all of it
+            eps = evaluate(torch.stack([x_t] * cut + [ahead.x[step] for step, _ in rows[cut:]]))
+            own.update(zip(rows[:cut], eps[:cut], strict=True))
+            ahead.file(rows[cut:], eps[cut:])
+        of_inversion = ahead.take(i)
+        return torch.stack([own[i, text] if (i, text) in own else of_inversion[text] for text in plan.texts(i)])
 
-    state, finite = _denoise(plan, x[0], residuals, timesteps, branches, on_step, observed)
+    state, finite = _denoise(plan, ahead.x[0], ahead.residuals, timesteps, branches, on_step, observed)
     evaluate.check(finite)
-    return x[0], residuals, state
+    return ahead.x[0], ahead.residuals, state
+
+
+class Ahead:
+    """An inversion that runs ahead of the edit: its predictions are filed as they come, and make residuals."""
+
+    def __init__(
+        self,
+        x_0: Tensor,
+        noise: Tensor,
+        alpha_bar_t: Tensor,
+        levels: Sequence[Level],
+        source: str,
+        source_guidance_scale: float,
+    ) -> None:
+        self.x = ops.trajectory(x_0, noise, alpha_bar_t)
+        self.residuals = torch.empty_like(self.x[1:])
+        self.levels, self.source, self.source_guidance_scale = levels, source, source_guidance_scale
+        self.texts = guided_texts("", source, source_guidance_scale)
+        self.waiting: list[Tensor] = []  # predictions of steps whose residuals are not there yet, in the phase's order
+        self.predicted: list[Tensor] = []  # (texts, B, C, h, w) of each step that is predicted and not taken yet
+        self.taken = 0
+
+    def file(self, rows: Sequence[Row], eps: Tensor) -> None:
+        """The predictions for the next rows of the inversion."""
+        assert len(rows) == len(eps)
+        self.waiting += eps.clone()  # a copy, or the whole batch would stay
+        new, texts = len(self.waiting) // len(self.texts), len(self.texts)
+        if new:
+            step = self.taken + len(self.predicted)
+            of_steps = torch.stack(self.waiting[: new * texts]).unflatten(0, (new, texts))
+            self.waiting = self.waiting[new * texts :]
+            self.residuals[step : step + new] = ops.residuals(
+                self.x[step : step + new + 1], of_steps.transpose(0, 1).contiguous(), self.levels[step : step + new],
+                self.source, self.source_guidance_scale,
+            )  # fmt: skip
+            self.predicted += of_steps
+
+    def take(self, step: int) -> dict[str, Tensor]:
+        """The predictions of a step by text; steps are taken once, in order."""
+        assert step == self.taken
+        self.taken += 1
+        return dict(zip(self.texts, self.predicted.pop(0), strict=True))
 
 
 def _denoise(

@@ -318,14 +318,16 @@ class LEdits:
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
-        Arguments as there. Both share the UNet's calls, and what both would ask it is asked once: as long as the edit
-        retraces the inversion it costs nothing. Batches have other sizes than in two calls, which rounds differently.
-        Prompt-to-Prompt, in its plain loop, shares nothing: with `attention` one runs after the other.
+        Arguments as there; `callback` is called after every step. Both share the UNet's calls, and what both would ask
+        is asked once, as long as the edit retraces the inversion. Batches have other sizes than in two calls, which
+        rounds differently. Prompt-to-Prompt, in its plain loop, shares nothing: with `attention` one runs after the
+        other, and each calls back as it does alone.
         """
         check_output_size(output_size)
         check_attention(attention)
+        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         if attention is not None:
-            check_prompts(source, target, negative)
+            check_prompts(check_prompt("source", source), target, negative)
             inversion = self.invert(
                 image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback
             )
@@ -333,7 +335,6 @@ class LEdits:
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
                 progress, trace, output_size, attention, callback,
             )  # fmt: skip
-        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
         settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
         guidance.warn_of_idle(len(ready.noise), stacklevel=3)

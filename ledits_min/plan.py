@@ -125,8 +125,9 @@ def one_pass_phase(
     """Inversion and edit in the same calls: a group a step, the edit's rows first.
 
     An editing step needs the inversion of the same step and of none behind it. So the inversion runs as far ahead as
-    there is room in calls that are made anyway. As long as the edit retraces the inversion (no concept acts yet, and
-    both are guided alike) its predictions for the inversion's texts are the inversion's own, and not evaluated again.
+    there is room in calls that are made anyway. As long as the edit retraces the inversion (both are guided alike, no
+    concept acts and no momentum is let go) its predictions for the inversion's texts are the inversion's own, and not
+    evaluated again.
     """
     inverting = inversion_phase(steps, source, source_guidance_scale, images, capacity, num_steps)
     editing = editing_phase("", steps, negative, target, guidance_scale, terms, momentum_scale, images, capacity)
@@ -143,7 +144,8 @@ def one_pass_phase(
         now = [waiting.popleft() for _ in range(min(room, len(waiting)))]
         groups.append((*rows, *now))
         ahead.append(len(now))
-        retraces = retraces and guided_alike and not any(term.acts(step) for term in terms)
+        let_go = momentum_scale > 0.0 and bool(terms) and all(term.is_warm(step) for term in terms)
+        retraces = retraces and guided_alike and not let_go and not any(term.acts(step) for term in terms)
     naive = inverting.naive + editing.naive
     return Phase("inverting and editing", tuple(groups), images, capacity, naive, tuple(ahead))
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 
 class Preparation:
@@ -30,20 +31,23 @@ class Preparation:
 
     @contextmanager
     def watching_the_compiler(self) -> Iterator[None]:
-        """Times what torch.compile does meanwhile, where this torch tells (which it does not promise to)."""
+        """Times what torch.compile does in this thread meanwhile, where this torch tells (it does not promise to)."""
         try:
             from torch._dynamo.callback import callback_handler as handler
         except ImportError:
             yield
             return
-        started = 0.0
+        thread, started = get_ident(), None
 
         def start(*_: object) -> None:
             nonlocal started
-            started = time.perf_counter()
+            started = time.perf_counter() if get_ident() == thread else None
 
         def end(*_: object) -> None:
-            self._seconds["compile"] += time.perf_counter() - started
+            nonlocal started
+            if started is not None:  # else it began before, or in another thread
+                self._seconds["compile"] += time.perf_counter() - started
+            started = None
 
         handler.register_start_callback(start)
         handler.register_end_callback(end)

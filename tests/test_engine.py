@@ -28,6 +28,7 @@ CONTEXTS = {"": 0.0, "a cat": 0.7, "a dog": -0.9, "blurry": 0.3, "hat": 1.3, "be
 SHAPE = (4, 6, 5)
 HAT = Concept("hat", guidance_scale=3.0, threshold=0.8, warmup_steps=0)
 BEARD = Concept("beard", guidance_scale=4.0, threshold=0.5, warmup_steps=2, cooldown_steps=6, reverse=True)
+GONE = Concept("hat", guidance_scale=3.0, threshold=0.7, warmup_steps=4, cooldown_steps=2)  # acts by its momentum alone
 SMILE = Concept("smile", guidance_scale=2.0, threshold=0.9, warmup_steps=3, weight=1.5)
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -140,7 +141,9 @@ class Run:
     target=st.sampled_from(["", "a cat", "a dog", "hat"]),
     guidance_scale=st.sampled_from([0.0, 1.0, 3.5, 7.0]),
     negative=st.sampled_from(["", "blurry"]),
-    concepts=st.sampled_from([(), (HAT,), (HAT, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT)]),
+    concepts=st.sampled_from(
+        [(), (HAT,), (GONE,), (HAT, BEARD), (GONE, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT)]
+    ),
     momentum_scale=st.sampled_from([0.0, 0.4]),
 )
 def test_equal_to_the_plain_loops(skip: int, num_steps: int, **more: Any) -> None:
@@ -160,6 +163,14 @@ def test_equal_to_the_plain_loops(skip: int, num_steps: int, **more: Any) -> Non
         acted = [step.masks[k].float().mean(dim=1) for step in seen if step.masks[k] is not None]  # type: ignore[union-attr]
         for masks in (engine.mean_masks(run.plan, state), engine.mean_masks(run.plan, together)):
             torch.testing.assert_close(masks[k], torch.stack(acted).mean(0) if acted else torch.zeros_like(masks[k]))
+
+
+def test_momentum_that_is_let_go_ends_the_retracing() -> None:
+    """A concept that has cooled down when all are warm never acts, and yet its momentum moves the edit."""
+    run = Run(concepts=(GONE,), momentum_scale=0.4, eta=0.5)
+    *_, edited = run.plainly()
+    assert (edited - run.x_0).abs().max() > 1e-3
+    torch.testing.assert_close(run.invert_and_edit()[2].x_t, edited, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("together", [False, True])

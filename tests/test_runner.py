@@ -20,7 +20,8 @@ from ledits_min.schedule import make_schedule
 from ledits_min.text import Context
 from ledits_min.unet import UNet
 
-SAMPLE = sorted((Path(__file__).parents[1] / "weights/tiny/samples").glob("*.png"))[0]
+SAMPLES = sorted((Path(__file__).parents[1] / "weights/tiny/samples").glob("*.png"))
+SAMPLE = SAMPLES[0]
 QUICK: dict[str, Any] = {"num_steps": 10, "skip": 3, "progress": False}
 EDIT: dict[str, Any] = {"target": "a portrait", "guidance_scale": 3.0, "progress": False}
 CONCEPTS = [Concept("sunglasses"), Concept("smile", warmup_steps=2, cooldown_steps=5)]
@@ -97,6 +98,25 @@ def test_in_one_pass_it_is_what_two_calls_give(dtype: str) -> None:
         assert (one - other).abs().mean() < 0.02
 
 
+def test_in_one_pass_several_pictures_and_noise_are_as_in_two_calls(ledits: LEdits) -> None:
+    pictures, generator = SAMPLES[:2], torch.Generator().manual_seed(3)
+    noise = torch.randn(
+        7, 2, *ledits.invert(SAMPLE, num_steps=1, progress=False).latents.shape[1:], generator=generator
+    )
+    begin: dict[str, Any] = {"noise": noise, "source": "a portrait", "size": (128, 96)}
+    noise = noise[..., :12, :]
+    begin["noise"] = noise
+    first = ledits.invert(pictures, **begin, **QUICK)
+    second = ledits.edit(first, concepts=CONCEPTS, momentum_scale=0.3, negative="hat", **EDIT)
+    inversion, result = ledits.invert_and_edit(
+        pictures, concepts=CONCEPTS, momentum_scale=0.3, negative="hat", **begin, **{**QUICK, **EDIT}
+    )
+    assert (inversion.residuals - first.residuals).abs().max() < BOUNDS["float32"]
+    for one, other in zip(result.latents, second.latents, strict=True):
+        assert (one - other).norm() / other.norm() < 1e-3
+    assert [image.size for image in result.images] == [image.size for image in second.images]
+
+
 def test_in_one_pass_a_reconstruction_is_the_inversion_alone(ledits: LEdits) -> None:
     inversion, result = ledits.invert_and_edit([SAMPLE, SAMPLE], seed=[1, 2], **QUICK)
     assert (result.latents - inversion.latents).abs().max() < 1e-4
@@ -121,6 +141,8 @@ def test_in_one_pass_prompt_to_prompt_and_steps_are_as_in_two(ledits: LEdits) ->
         ({"output_size": "huge"}, "output_size is 'huge'"),
         ({"attention": 0.6}, "attention is float"),
         ({"attention": PromptToPrompt()}, "the source prompt is empty"),
+        ({"attention": PromptToPrompt(), "source": None}, "source is NoneType"),
+        ({"attention": PromptToPrompt(), "source": "a", "target": "b", "guidance_scale": -1.0}, "guidance_scale"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"negative": None}, "negative is NoneType"),
         ({"skip": 99}, "skip"),

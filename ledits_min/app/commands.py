@@ -87,10 +87,10 @@ def run_edit(args: argparse.Namespace) -> None:
     if args.report is not None:
         plan = None
         if attention is None:  # Prompt-to-Prompt keeps to the plain loop
-            apart = args.save_inversion is not None
             plan = plan_edit(
-                ledits, inversion.settings, latent_size(inversion), saved, apart, concepts, settings, ledits.device
-            )
+                ledits, inversion.settings, latent_size(inversion), concepts, settings, ledits.device,
+                inverted=saved, apart=args.save_inversion is not None,
+            )  # fmt: skip
         evaluations = {"planned": plan and plan.to_json(), "evaluated": ledits.runner.evaluations}
         content = outputs.report(
             values, masks, result.trace, clock.laps, args.said, str(ledits.device), evaluations
@@ -115,8 +115,11 @@ def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     else:
         settings = inversion_settings(args, ledits)
         latents = fitted_size(ledits, open_picture(args), args.size)
-    edit, apart = edit_settings(args, ledits), args.save_inversion is not None
-    for line in plan_edit(ledits, settings, latents, made is not None, apart, concepts, edit, device).lines():
+    plan = plan_edit(
+        ledits, settings, latents, concepts, edit_settings(args, ledits), device,
+        inverted=made is not None, apart=args.save_inversion is not None,
+    )  # fmt: skip
+    for line in plan.lines():
         tell(line)
 
 

@@ -49,11 +49,12 @@ def plan_edit(
     ledits: LEdits,
     settings: InversionSettings,
     latents: tuple[int, int],
-    inverted: bool,
-    apart: bool,
     concepts: Sequence[Concept],
     edit: Mapping[str, Any],
     device: torch.device,
+    *,
+    inverted: bool = False,
+    apart: bool = False,
 ) -> Plan:
     """The plan that `LEdits.invert_and_edit` follows on `device` for one picture with latents (h, w).
 
@@ -69,9 +70,9 @@ def plan_edit(
     source = steps, settings.source, settings.source_guidance_scale
     phases: tuple[Phase, ...]
     if inverted or apart:
-        inverting = inversion_phase(*source, 1, limit, settings.num_steps)
-        editing = editing_phase("editing", steps, **guidance)
-        phases = (editing,) if inverted else (inverting, editing)
+        phases = (editing_phase("editing", steps, **guidance),)
+        if not inverted:
+            phases = (inversion_phase(*source, 1, limit, settings.num_steps), *phases)
     else:
         phases = (one_pass_phase(*source, **guidance, num_steps=settings.num_steps),)
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.

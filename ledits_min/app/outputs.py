@@ -95,7 +95,11 @@ def settings(
     attention: PromptToPrompt | None,
     edit: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats."""
+    """Everything that decides the pixels, every default resolved: what a PNG carries and a report repeats.
+
+    But for the batches that an evaluation shared: with --save-inversion, in a sweep or a table they have other sizes,
+    which round differently.
+    """
     return planned_settings(
         ledits, inversion.settings, worked_at(ledits, inversion), concepts, attention, edit
     )  # fmt: skip

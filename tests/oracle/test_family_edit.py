@@ -147,15 +147,19 @@ def test_whole_edit(
     checkpoints.write_family_folder(tmp_path / "model", family, schedule)
     ledits = our_model(checkpoints, tmp_path, family, prediction_type, dialect)
     noise = torch.randn(STEPS - SKIP, 1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
-    inversion = ledits.invert(
-        picture(), SOURCE, SOURCE_SCALE, num_steps=STEPS, skip=SKIP, eta=ETA, noise=noise, progress=False
-    )
+    begin: dict[str, Any] = {"num_steps": STEPS, "skip": SKIP, "eta": ETA, "noise": noise, "progress": False}
+    inversion = ledits.invert(picture(), SOURCE, SOURCE_SCALE, **begin)
     result = ledits.edit(inversion, TARGET, TARGET_SCALE, NEGATIVE, CONCEPTS, progress=False, output_size="model")
+    _, in_one_pass = ledits.invert_and_edit(
+        picture(), SOURCE, SOURCE_SCALE, **begin, target=TARGET, guidance_scale=TARGET_SCALE, negative=NEGATIVE,
+        concepts=CONCEPTS, output_size="model",
+    )  # fmt: skip
 
     image = to_tensor([picture()], WORKED_AT).double()
     latents, decoded = Reference(tmp_path / "model", prediction_type).edit(image, noise.double())
     assert result.latents.shape == latents.shape and result.images[0].size == WORKED_AT
     assert error(result.latents, latents) <= 1e-3
+    assert error(in_one_pass.latents, latents) <= 1e-3
     pixels = torch.from_numpy(np.array(result.images[0])).permute(2, 0, 1)
     wanted = ((decoded[0].clamp(-1.0, 1.0) + 1.0) * 127.5).round()
     assert (pixels - wanted).abs().max() <= 1
@@ -188,6 +192,8 @@ def test_sdxl_is_told_each_pictures_own_size_in_a_batch(
         alone = ledits.invert(each, seed=seed, **quick)
         assert error(batch.residuals[:, i], alone.residuals[:, 0]) < 1e-5
         assert error(together[i], ledits.edit(alone, **wish).latents[0]) < 1e-4
+    _, at_once = ledits.invert_and_edit(pictures, seed=[3, 4, 3], **{**quick, **wish})
+    assert error(at_once.latents, together) < 1e-4
     others = replace(batch, originals=batch.originals[:1] * 3)
     assert error(ledits.edit(others, **wish).latents[2], together[2]) > 1e-3, "the sizes do nothing"
 
