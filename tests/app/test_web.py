@@ -52,8 +52,10 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(web: ModuleType, temporary: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Two models: the embedded one by its name, and by its folder."""
-    with web.served("--model", "tiny", "--model", str(TINY), temporary=temporary) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # beside a browser, threads would wait for one another
+        with web.served("--model", "tiny", "--model", str(TINY), temporary=temporary) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,7 @@ def test_what_computes_nothing_does_not_wait_and_what_computes_can_be_stopped(we
     other.locator("#stage").wait_for()
     assert page.locator("#stop").is_visible()  # all that while it was computing
 
+    page.bring_to_front()  # a window behind another is not drawn, and what is not drawn is not waited for
     page.locator("#stop").click()
     page.get_by_text("Stopped; the picture is as it was.").wait_for()
     page.locator("#run").wait_for()
