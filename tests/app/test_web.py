@@ -149,6 +149,7 @@ def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, vis
 
 def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: Path) -> None:
     page = visit()
+    page.bring_to_front()  # what is not drawn is not waited for
     (tmp_path / "page.png").write_bytes(b"<html>404 not found")
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "page.png")
     page.get_by_text("'page.png' is an HTML or XML page").wait_for()
