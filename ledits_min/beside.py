@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -82,9 +82,9 @@ def edit_beside(
     return latents, recorder.masks(start.x_T), recorder.trace
 
 
-def _refuse_non_finite(finite: Sequence[Tensor], schedule: Schedule, skip: int, phase: str) -> None:
+def _refuse_non_finite(finite: list[Tensor], schedule: Schedule, skip: int, phase: str) -> None:
     """RunError that names the first step whose result was not finite."""
-    bad = (~torch.stack(list(finite))).nonzero()
+    bad = (~torch.stack(finite)).nonzero()
     if len(bad):
         index = int(bad[0])
         t = int(schedule.timesteps[skip + index])

@@ -1,4 +1,4 @@
-"""The UNet as the loops see it: it predicts eps. The engine's tells texts and timesteps by their numbers."""
+"""The UNet as the loops see it: it predicts eps. The engine's is told of texts and timesteps by number."""
 
 from __future__ import annotations
 

@@ -157,9 +157,9 @@ def test_in_one_pass_what_is_wrong_is_refused_before_the_picture_is_read(
 
 
 def test_what_was_evaluated_is_told(ledits: LEdits) -> None:
+    ledits.runner.evaluations.clear()
     inversion = ledits.invert([SAMPLE, SAMPLE], source="a portrait", **QUICK)
     ledits.edit(inversion, concepts=CONCEPTS, **EDIT)
-    ledits.runner.evaluations.pop("inverting and editing", None)
     # Both prompts, sunglasses after its first step, smile in steps 2 to 4; two pictures.
     assert ledits.runner.evaluations == {"inverting": 2 * 7 * 2, "editing": 2 * (7 * 2 + 6 + 3)}
 
