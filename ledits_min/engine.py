@@ -150,6 +150,7 @@ class Ahead:
         self.x = ops.trajectory(x_0, noise, alpha_bar_t)
         self.residuals = torch.empty_like(self.x[1:])
         self.levels, self.source, self.source_guidance_scale = levels, source, source_guidance_scale
+        self.table = ops.level_table(levels, x_0.device)  # once, before the loop: making it waits for the device
         self.texts = guided_texts("", source, source_guidance_scale)
         self.waiting: list[Tensor] = []  # predictions of steps whose residuals are not there yet, in the phase's order
         self.predicted: list[Tensor] = []  # (texts, B, C, h, w) of each step that is predicted and not taken yet
@@ -166,7 +167,7 @@ class Ahead:
             self.waiting = self.waiting[new * texts :]
             self.residuals[step : step + new] = ops.residuals(
                 self.x[step : step + new + 1], of_steps.transpose(0, 1).contiguous(), self.levels[step : step + new],
-                self.source, self.source_guidance_scale,
+                self.source, self.source_guidance_scale, self.table[step : step + new],
             )  # fmt: skip
             self.predicted += of_steps
 

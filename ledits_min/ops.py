@@ -146,17 +146,24 @@ def trajectory(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
 
 
 def residuals(
-    x: Tensor, branches: Tensor, levels: Sequence[Level], source: str, source_guidance_scale: float
+    x: Tensor,
+    branches: Tensor,
+    levels: Sequence[Level],
+    source: str,
+    source_guidance_scale: float,
+    table: Tensor | None = None,
 ) -> Tensor:
     """x_{t-1} - mu_t(x_t, eps_source) of S consecutive steps in one go: none of them waits for another.
 
     x (S + 1, B, C, h, w); branches (N, S, B, C, h, w) holds the predictions for the N texts that
-    `guidance.guided_texts("", source, source_guidance_scale)` names; returns (S, B, C, h, w).
+    `guidance.guided_texts("", source, source_guidance_scale)` names; returns (S, B, C, h, w). Who has `level_table` of
+    these levels on x's device passes it as `table`: making it waits for the device.
     """
     if use_triton(x, branches) and x.dtype == torch.float32:
         from ledits_min.kernels import trajectory as kernel
 
-        return kernel.residuals(level_table(levels, x.device), x.contiguous(), branches, source_guidance_scale)
+        table = level_table(levels, x.device) if table is None else table
+        return kernel.residuals(table, x.contiguous(), branches, source_guidance_scale)
     texts = guided_texts("", source, source_guidance_scale)
     eps = guided_eps(dict(zip(texts, branches, strict=True)), "", source, source_guidance_scale)
     means = [posterior_mean(x[i], eps[i], *level) for i, level in enumerate(levels)]
