@@ -6,13 +6,17 @@ in it. The layers' meaning is that of `ops`, which calls this file; only roundin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCORES = 2**24  # bytes of attention scores at a time: what the last cache holds
+SCORES = 2**22  # bytes of attention scores at a time, which then stay in the caches
+QUERIES = 512  # of a head at a time, at least: shorter products lose more than the caches give
+VECTOR = 16  # float32 numbers in a vector of AVX-512
 FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
 ROWS = 4096  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
@@ -44,18 +48,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In slices of queries, by plain products; the scores are rounded like everything between two layers."""
+    """By plain products, some heads or some queries of one head at a time; scores are rounded like all between layers.
+
+    Each operand is laid out once: a product with a view of interleaved heads copies it at every call, and one whose
+    result is not a multiple of a vector wide runs at two thirds of its rate.
+    """
     batch, heads, queries, width = q.shape
     length = k.shape[2]
-    size = min(queries, max(1, SCORES // (heads * length * q.element_size())))
-    buffer = q.new_empty(heads * size * length)  # one for the scores of every slice
+    q, k = q.flatten(0, 1), k.flatten(0, 1).contiguous()
+    v = F.pad(v.flatten(0, 1), (0, -width % VECTOR))
+    rows = max(QUERIES, SCORES // (length * q.element_size()))
+    step, size = max(1, min(heads, rows // queries)), min(queries, rows)
+    buffer = q.new_empty(step * size * length)  # one for the scores of every slice
     attended = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # as the next layer reads it
-    for image in range(batch):
-        for part, result in zip(q[image].split(size, dim=1), attended[image].split(size, dim=1), strict=True):
-            scores = buffer[: heads * part.shape[1] * length].view(heads, -1, length)
-            torch.baddbmm(scores, part, k[image].transpose(1, 2), beta=0, alpha=width**-0.5, out=scores)
-            torch.softmax(scores, dim=-1, out=scores)
-            result.copy_(torch.bmm(scores, v[image]))
+    for image, result in enumerate(attended):
+        for head in range(0, heads, step):
+            some = slice(image * heads + head, image * heads + min(head + step, heads))
+            keys, values = k[some].transpose(1, 2), v[some]
+            outs = result[head : head + step].split(size, dim=1)
+            for part, out in zip(q[some].split(size, dim=1), outs, strict=True):
+                scores = buffer[: len(part) * part.shape[1] * length].view(len(part), -1, length)
+                torch.baddbmm(scores, part, keys, beta=0, alpha=width**-0.5, out=scores)
+                torch.softmax(scores, dim=-1, out=scores)
+                out.copy_(torch.bmm(scores, values)[..., :width])
     return attended
 
 
@@ -115,14 +130,54 @@ def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     return _as_map(F.linear(_neighbourhoods(hidden), _matrix(layer), layer.bias), hidden)
 
 
+def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> bool:
+    """Whether `upsample_conv` here has the same meaning and beats the two operations one after the other."""
+    height, width = hidden.shape[-2:]
+    if tuple(size) != (2 * height, 2 * width) or _is_recorded(hidden, layer.weight):
+        return False
+    return fuses(hidden, layer.weight) or hidden.dtype == layer.weight.dtype == torch.float32
+
+
+def upsample_conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.upsample_conv` to twice the size, with 4/9 of the products.
+
+    A position of the result sees 3 x 3 neighbours of which at most 2 x 2 differ: their weights are summed beforehand.
+    """
+    return F.conv_transpose2d(hidden, _stretched(layer), layer.bias, stride=2, padding=1)
+
+
+# What `_stretched` made, and of which weights at which version.
+_made: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Tensor, int]] = WeakKeyDictionary()
+
+
+def _stretched(layer: nn.Conv2d) -> Tensor:
+    """The weights (O, C, 3, 3) of "double, then convolve" as those of one transposed convolution, (C, O, 4, 4).
+
+    Along each axis [w0, w1, w2] convolved with [1, 1], which is what doubling is. Made once for a layer's weights.
+    """
+    weight = layer.weight.detach()
+    if layer in _made:
+        stretched, of, version = _made[layer]
+        # `of` keeps its memory, so that no other weights can lie there; weights changed in place have another version.
+        if (of.data_ptr(), of.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
+            return stretched
+    outputs, inputs = weight.shape[:2]
+    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)  # a transposed one is mirrored
+    taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
+    stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+    _made[layer] = stretched, weight, weight._version
+    return stretched
+
+
 def is_mostly_weights(hidden: Tensor) -> bool:
-    """Whether a map (B, C, h, w) has fewer positions than channels.
+    """Whether a map (B, C, h, w) has fewer positions than channels; fewer than a third where products are slow.
 
     The layer's weights are then more than all that it computes on, and torch's convolution, which rearranges them at
     every call, takes longer for that than for its work. Products of matrices take them as they lie.
     """
     batch, channels, height, width = hidden.shape
-    return batch * height * width < channels and hidden.is_contiguous(memory_format=torch.channels_last)
+    scarce = 3 if multiplies_bfloat16_in_vectors() else 1
+    return scarce * batch * height * width < channels and hidden.is_contiguous(memory_format=torch.channels_last)
 
 
 def _neighbourhoods(hidden: Tensor) -> Tensor:

@@ -132,6 +132,13 @@ def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     return result
 
 
+def upsample_conv(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> Tensor:
+    """layer(hidden), a convolution of 3 x 3, with hidden grown to `size` by nearest neighbours before."""
+    if hidden.device.type == "cpu" and cpu.serves_upsampling(hidden, size, layer):
+        return cpu.upsample_conv(hidden, layer)
+    return conv3x3(F.interpolate(hidden, size=tuple(size), mode="nearest"), layer)
+
+
 # --- the inversion --------------------------------------------------------------------------------------------------
 
 

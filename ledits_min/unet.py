@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.ops import add_conv, add_linear, conv3x3, feed_forward, group_norm_silu
+from ledits_min.ops import add_conv, add_linear, conv3x3, feed_forward, group_norm_silu, upsample_conv
 from ledits_min.ops import attention as plain_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -399,5 +399,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, hidden: Tensor, size: torch.Size) -> Tensor:
-        result: Tensor = self.conv(F.interpolate(hidden, size=size, mode="nearest"))
-        return result
+        return upsample_conv(hidden, size, self.conv)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import add_conv, attention, group_norm_silu
+from ledits_min.ops import add_conv, attention, group_norm_silu, upsample_conv
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -206,5 +206,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
-        return result
+        height, width = hidden.shape[-2:]
+        return upsample_conv(hidden, (2 * height, 2 * width), self.conv)
