@@ -25,6 +25,13 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def kind_of(device: torch.device) -> str:
+    """The device, and how a CPU multiplies bfloat16: figures of one kind say nothing about another."""
+    if device.type != "cpu" or not computes_in_bfloat16():
+        return device.type
+    return "cpu (AVX-512)" if multiplies_bfloat16_in_vectors() else "cpu (AMX)"
+
+
 def conditions() -> dict[str, Any]:
     """What a figure means little without. No host name: the file is committed."""
     commit = subprocess.run(

@@ -33,7 +33,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.conditions import Memory, conditions
+from bench.conditions import Memory, conditions, kind_of
 from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
 from ledits_min.cost import unet_cost, vae_costs
 from ledits_min.edit import levels
@@ -432,7 +432,7 @@ def main() -> None:
         dtypes = args.dtype if args.dtype == args.peer_dtype else f"{args.dtype} against {args.peer_dtype}"
         pictures = f", {args.images} pictures" * (args.images > 1)
         more = pictures + ", prompts" * args.prompts + ", compiled" * args.compile
-        kept[f"{args.device} {dtypes} {args.size} px {args.steps} steps{more}"] = result
+        kept[f"{kind_of(torch.device(args.device))} {dtypes} {args.size} px {args.steps} steps{more}"] = result
         args.output.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ import torch
 from diffusers import logging
 from torch import Tensor
 
-from bench.conditions import conditions
+from bench.conditions import conditions, kind_of
 from bench.peer_diffusers import DTYPES, TOKENS, build_ours, build_theirs, synchronize
 
 RESULTS = Path(__file__).parent / "results" / "unet_alone.json"
@@ -108,7 +108,7 @@ def main() -> None:
     if not args.quick:
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         more = ", compiled" * args.compile + ", OpenVINO" * args.openvino
-        kept[f"{args.device} {args.dtype} {args.size} px{more}"] = {**found, "conditions": conditions()}
+        kept[f"{kind_of(device)} {args.dtype} {args.size} px{more}"] = {**found, "conditions": conditions()}
         RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
 
 

@@ -133,7 +133,8 @@ def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
 def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> bool:
     """Whether `upsample_conv` here has the same meaning and beats the two operations one after the other."""
     height, width = hidden.shape[-2:]
-    if tuple(size) != (2 * height, 2 * width) or _is_recorded(hidden, layer.weight):
+    doubles = tuple(size) == (2 * height, 2 * width)
+    if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last) or _is_recorded(hidden, layer.weight):
         return False
     return fuses(hidden, layer.weight) or hidden.dtype == layer.weight.dtype == torch.float32
 
@@ -162,7 +163,9 @@ def _stretched(layer: nn.Conv2d) -> Tensor:
         if (of.data_ptr(), of.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
             return stretched
     outputs, inputs = weight.shape[:2]
-    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)  # a transposed one is mirrored
+    sums = torch.tensor(
+        [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype
+    )  # mirrored, for a transposed one
     taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
     stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
     _made[layer] = stretched, weight, weight._version

@@ -45,13 +45,17 @@ class Denoiser:
             for context in contexts
         ])  # fmt: skip
 
-    def __call__(self, x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        """x_t (n, C, h, w); steps, texts and images int64 (n,) on its device -> eps float32 (n, C, h, w)."""
+    def __call__(self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        """A call of `engine.Network`: x_t (m, C, h, w), all others int64 (n,) -> eps float32 (n, C, h, w)."""
         context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
         time = self.time[texts, images % self.time.shape[1], steps]
-        prediction: Tensor = self.unet(x_t, time, context).contiguous()
+        shares = len(x_t) < len(inputs)
+        if shares and self.unet.add_embedding is not None:  # the text is part of `time`, which acts from the start
+            x_t, shares = x_t[inputs], False
+        prediction: Tensor = self.unet(x_t, time, context, rows=inputs if shares else None).contiguous()
         if self.predicts_v:
-            return eps_from_v(prediction, x_t, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
+            own = x_t[inputs] if shares else x_t
+            return eps_from_v(prediction, own, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
         return prediction
 
 

@@ -27,9 +27,10 @@ from ledits_min.vae import VAE
 
 T = TypeVar("T")
 
-# network(x_t (n, C, h, w), steps, texts, images, each int64 (n,)) -> eps float32 (n, C, h, w): a step counts the
-# executed ones, a text is its place in Phase.texts, an image its place in the batch; all lie on x_t's device.
-Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# network(x_t (m, C, h, w), inputs, steps, texts, images, each int64 (n,)) -> eps float32 (n, C, h, w): evaluation i
+# reads x_t[inputs[i]], and `inputs` count up from 0 to n - 1 unless m < n. A step counts the executed ones, a text is
+# its place in Phase.texts, an image its place in the batch; all lie on x_t's device.
+Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 # Above so many evaluations a call nothing gets faster; on a CPU, above so many bytes, which then come from main memory.
@@ -64,7 +65,7 @@ def invert(
     x = ops.trajectory(x_0, noise, schedule.alpha_bar_t[skip:])
     steps, texts = len(noise), len(phase.texts)
     evaluate = Evaluator(network, phase, schedule.timesteps[skip:], x_0.device, progress)
-    eps = evaluate(x[:-1].repeat_interleave(texts, dim=0))
+    eps = evaluate(x[:-1], len(phase.rows))
     branches = eps.view(steps, texts, *x_0.shape).transpose(0, 1).contiguous()
     evaluate.check()
     sigmas = schedule.sigmas(eta)
@@ -91,7 +92,7 @@ def edit(
     evaluate = Evaluator(network, phase, timesteps, x_t.device, progress)
 
     def branches(i: int, x_t: Tensor) -> Tensor:
-        return evaluate(x_t.expand(len(phase.groups[i]), *x_t.shape))
+        return evaluate(x_t[None], len(phase.groups[i]))
 
     state, finite = _denoise(plan, x_t, residuals, timesteps, branches, on_step, observed)
     evaluate.check(finite)
@@ -124,7 +125,8 @@ def invert_and_edit(
         rows, cut = phase.groups[i], len(phase.groups[i]) - phase.ahead[i]
         own: dict[Row, Tensor] = {}
         if rows:  # none where the inversion has asked for all of it
-            eps = evaluate(torch.stack([x_t] * cut + [ahead.x[step] for step, _ in rows[cut:]]))
+            steps_ahead = dict.fromkeys(step for step, _ in rows[cut:])
+            eps = evaluate(torch.stack([x_t] * (cut > 0) + [ahead.x[step] for step in steps_ahead]), len(rows))
             own.update(zip(rows[:cut], eps[:cut], strict=True))
             ahead.file(rows[cut:], eps[cut:])
         of_inversion = ahead.take(i)
@@ -242,15 +244,20 @@ class Evaluator:
         place = {text: n for n, text in enumerate(phase.texts)}
         numbers = torch.tensor([(step, place[text]) for step, text in phase.rows]).repeat_interleave(phase.images, 0)
         images = torch.arange(phase.images).repeat(len(phase.rows))
-        self.numbers = torch.stack([*numbers.T, images]).to(device)
+        read = [n for group in phase.inputs for n in group]
+        self.inputs = [n * phase.images + image for n in read for image in range(phase.images)]
+        self.numbers = torch.stack([torch.tensor(self.inputs), *numbers.T, images]).to(device)
+        self.in_turn = torch.arange(phase.capacity, device=device)
         self.finite = torch.ones(phase.evaluations, dtype=torch.bool, device=device)
 
-    def __call__(self, x_t: Tensor) -> Tensor:
-        """The next rows, x_t float32 (rows, B, C, h, w), one x_t a row -> eps of the same shape."""
-        flat, parts = x_t.flatten(0, 1), []
-        while len(flat):
-            size = split_evenly(len(flat), self.capacity)[0]
-            eps = self._call(flat[:size])
+    def __call__(self, x_t: Tensor, rows: int) -> Tensor:
+        """The next group, of so many rows: x_t float32 (inputs, B, C, h, w), as `Phase.inputs` counts them
+        -> eps (rows, B, C, h, w).
+        """
+        flat, left, parts = x_t.flatten(0, 1), rows * x_t.shape[1], []
+        while left:
+            size = split_evenly(left, self.capacity)[0]
+            eps = self._call(flat, size)
             if eps is None:
                 self.capacity = (size + 1) // 2
                 warnings.warn(
@@ -259,22 +266,28 @@ class Evaluator:
                 )
                 continue
             parts.append(eps)
-            flat = flat[size:]
+            left -= size
         eps = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return eps.view(x_t.shape)
+        return eps.view(rows, *x_t.shape[1:])
 
-    def _call(self, x_t: Tensor) -> Tensor | None:
-        """One call of the network; None where memory ran out and fewer evaluations may fit."""
-        here = slice(self.done, self.done + len(x_t))
+    def _call(self, x_t: Tensor, size: int) -> Tensor | None:
+        """One call of the network with `size` evaluations; None where memory ran out and fewer may fit."""
+        here = slice(self.done, self.done + size)
+        inputs, *numbers = self.numbers[:, here]
+        first, last = min(self.inputs[here]), max(self.inputs[here])
+        if last - first + 1 < size:
+            x_t, inputs = x_t[first : last + 1], inputs - first
+        else:
+            x_t, inputs = x_t[inputs], self.in_turn[:size]
         try:
-            eps = self.network(x_t, *self.numbers[:, here])
+            eps = self.network(x_t, inputs, *numbers)
         except (RuntimeError, MemoryError) as error:
-            if len(x_t) == 1 or not is_out_of_memory(error):
+            if size == 1 or not is_out_of_memory(error):
                 raise
             return None
         self.finite[here] = eps.flatten(1).isfinite().all(dim=1)
         self.done = here.stop
-        self.progress(len(x_t))
+        self.progress(size)
         return eps
 
     def check(self, latents: Tensor | None = None) -> None:

@@ -50,6 +50,8 @@ class Tape:
 class Graphed:
     """A network(x_t, *numbers) -> eps that is recorded when it meets a batch size again, and replayed from then on.
 
+    A batch size is the number of x_t and that of evaluations, which may share them.
+
     A size that is met once is not worth recording, and the first, plain call does what a recording may not: it compiles
     kernels and finds out whether the memory is enough. Where recording fails, that size stays plain, with a warning.
     """
@@ -61,11 +63,11 @@ class Graphed:
         record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda,
     ) -> None:
         self.network, self.preparation, self.record = network, preparation, record
-        self.met: set[int] = set()
-        self.tapes: dict[int, Tape | None] = {}  # None: it could not be recorded
+        self.met: set[tuple[int, int]] = set()
+        self.tapes: dict[tuple[int, int], Tape | None] = {}  # None: it could not be recorded
 
     def __call__(self, x_t: Tensor, *numbers: Tensor) -> Tensor:
-        size = len(x_t)
+        size = len(x_t), len(numbers[0])
         if size not in self.met:
             self.met.add(size)
             return self.network(x_t, *numbers)
@@ -86,6 +88,6 @@ class Graphed:
             replay, output = self.record(lambda: self.network(*inputs))
         except RuntimeError as error:
             why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
-            warnings.warn(f"{len(x_t)} evaluations a call run without a CUDA graph: {why}", stacklevel=4)
+            warnings.warn(f"{len(numbers[0])} evaluations a call run without a CUDA graph: {why}", stacklevel=4)
             return None
         return Tape(inputs, replay, output)

@@ -1,7 +1,8 @@
 """What a run will evaluate, known before it starts: `engine` follows the plan, `ledits edit --explain` prints it.
 
 The network is asked about rows (executed step, text). Nothing is evaluated that cannot change the result: skipped
-steps, equal texts twice, concepts that are idle at a step. Rows that do not wait for each other share calls.
+steps, equal texts twice, concepts that are idle at a step. Rows that do not wait for each other share calls, and rows
+about the same x_t share what the network does before it looks at the text. (TFLOP count every evaluation as a whole.)
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ class Phase:
     @property
     def rows(self) -> tuple[Row, ...]:
         return tuple(row for group in self.groups for row in group)
+
+    @property
+    def inputs(self) -> tuple[tuple[int, ...], ...]:
+        """For each group, which x_t each row reads, counted from 0: rows of one step and one loop read the same."""
+        found = []
+        for group, ahead in zip(self.groups, self.ahead or (0,) * len(self.groups), strict=True):
+            cut = len(group) - ahead
+            read = [(n >= cut, step) for n, (step, _) in enumerate(group)]
+            number = {x_t: n for n, x_t in enumerate(dict.fromkeys(read))}
+            found.append(tuple(number[x_t] for x_t in read))
+        return tuple(found)
 
     @property
     def evaluations(self) -> int:

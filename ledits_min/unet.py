@@ -37,11 +37,26 @@ class AttentionControl(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What every block is told besides its input: time (B, time_width), the text's context (B, L, D), how to attend."""
+    """What every block is told besides its input: time (B, time_width), the text's context (B, L, D), how to attend.
+
+    rows (B,): where fewer inputs than B are given, which of them each row of the batch is about. Up to the first
+    cross-attention, which is the first to look at the text, every map is one an input and not one a row.
+    """
 
     time: Tensor
     context: Tensor | KeysValues
     attention: AttentionControl | None = None
+    rows: Tensor | None = None
+
+    def time_of(self, hidden: Tensor) -> Tensor:
+        """`time` for every entry of `hidden`; the rows of one input have the same."""
+        if self.rows is None or len(hidden) == len(self.rows):
+            return self.time
+        return self.time.new_empty(len(hidden), self.time.shape[1]).index_copy_(0, self.rows, self.time)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`values`, one an input or one a row already, as one a row."""
+        return values if self.rows is None or len(values) == len(self.rows) else values[self.rows]
 
 
 class UNet(nn.Module):
@@ -49,6 +64,8 @@ class UNet(nn.Module):
 
     x_t (B, C, h, w) in any float dtype, t int64 (B,), context (B, L, D); returns float32 (B, C, h, w).
     added (B, A) is SDXL's second way in: the pooled text beside sinusoids of the picture's sizes, embedded like t.
+    With rows int64 (B,), x_t (M, C, h, w) has fewer entries than t and context: row i is about x_t[rows[i]], and rows
+    about the same x_t, whose t and `added` must be the same, share what is computed before the text is looked at.
     The body runs in the parameters' dtype. The last convolution runs in float32 whatever that dtype is: SEGA works on
     the difference of two predictions, of which a bfloat16 output would keep only a handful of levels.
     """
@@ -101,13 +118,14 @@ class UNet(nn.Module):
         context: Tensor | KeysValues,
         added: Tensor | None = None,
         attention: AttentionControl | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Whoever asks often about the same t or text passes what `embed` and `project` made of them instead."""
         dtype = self.conv_in.weight.dtype
         time = t if t.is_floating_point() else self.embed(t, added)
         if isinstance(context, Tensor):
             context = context.to(dtype)
-        conditioning = Conditioning(time, context, attention)
+        conditioning = Conditioning(time, context, attention, rows)
         hidden = self.conv_in(x_t.to(dtype))
         skips = [hidden]
         for block in self.down_blocks:
@@ -187,7 +205,7 @@ class DownBlock(nn.Module):
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Appends every intermediate result to `skips`."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, conditioning.time)
+            hidden = resnet(hidden, conditioning.time_of(hidden))
             if hasattr(self, "attentions"):
                 hidden = self.attentions[i](hidden, conditioning)
             skips.append(hidden)
@@ -206,7 +224,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Transformer(width, heads, depth, config)])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden = self.resnets[0](hidden, conditioning.time)
+        hidden = self.resnets[0](hidden, conditioning.time_of(hidden))
         hidden = self.attentions[0](hidden, conditioning)
         result: Tensor = self.resnets[1](hidden, conditioning.time)
         return result
@@ -239,7 +257,7 @@ class UpBlock(nn.Module):
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Consumes one entry of `skips` a resnet; the next one left gives the size to upsample to."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), conditioning.time)
+            hidden = resnet(torch.cat([hidden, conditioning.spread(skips.pop())], dim=1), conditioning.time)
             if hasattr(self, "attentions"):
                 hidden = self.attentions[i](hidden, conditioning)
         if hasattr(self, "upsamplers"):
@@ -280,7 +298,7 @@ class Transformer(nn.Module):
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = hidden.shape[-2:]
-        residual = hidden
+        residual = conditioning.spread(hidden)
         hidden = group_norm_silu(hidden, self.norm, silu=False)
         if not self.linear_projection:
             hidden = self.proj_in(hidden)
@@ -316,7 +334,7 @@ class TransformerBlock(nn.Module):
         if control is not None:
             on_self, on_text = control.self_attention, control.cross_attention
         normed = self.norm1(tokens)
-        tokens = self.attn1(tokens, normed, normed, on_self)
+        tokens = conditioning.spread(self.attn1(tokens, normed, normed, on_self))
         tokens = self.attn2(tokens, self.norm2(tokens), conditioning.context, on_text)
         result: Tensor = self.ff(tokens, self.norm3)
         return result

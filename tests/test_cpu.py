@@ -16,11 +16,12 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 50, 77, 40), (1, 1, 300, 300, 16), (3, 2, 1, 5, 8)])
-@pytest.mark.parametrize("scores", [1, 2**12, 2**24])
+@pytest.mark.parametrize("scores", [1, 2**12, 2**14, 2**24])
 def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, heads, queries, keys, width = shape
     q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
     monkeypatch.setattr(cpu, "SCORES", scores)
+    monkeypatch.setattr(cpu, "QUERIES", 7)
     monkeypatch.setattr(cpu, "FEW_SCORES", 0)
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
     assert cpu.serves_attention(q, k) and not cpu.serves_attention(q.float(), k.float())
@@ -60,8 +61,58 @@ def test_convolutions(shape: tuple[int, int, int, int], channels_last: bool) -> 
     assert error(found, exact) < 5e-3 and error(summed, exact + residual) < 5e-3
     for result in (found, summed):
         assert result.dtype == torch.bfloat16 and result.is_contiguous(memory_format=layout)
-    few = shape[0] * shape[2] * shape[3] < shape[1]
+    few = shape[0] * shape[2] * shape[3] * (3 if cpu.multiplies_bfloat16_in_vectors() else 1) < shape[1]
     assert cpu.is_mostly_weights(hidden) == (few and hidden.is_contiguous(memory_format=torch.channels_last))
+
+
+DOUBLED = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", DOUBLED)
+@pytest.mark.parametrize("shape", [(1, 96, 8, 8), (3, 40, 3, 5), (2, 8, 1, 2), (1, 16, 7, 9)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_doubling_and_convolving(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = nn.Conv2d(shape[1], 24, 3, padding=1).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    hidden = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    height, width = shape[2:]
+    sizes = [(2 * height, 2 * width), (2 * height - 1, 2 * width)]  # of which only the first is served here
+    found = [ops.upsample_conv(hidden, size, layer) for size in sizes]
+    layer.double()
+    for result, size in zip(found, sizes, strict=True):
+        exact = layer(nn.functional.interpolate(hidden.double(), size=size, mode="nearest"))
+        assert result.dtype == dtype and result.shape == exact.shape
+        assert result.is_contiguous(memory_format=layout) and error(result, exact) < DOUBLED[dtype]
+
+
+def test_doubling_follows_the_layers_weights() -> None:
+    """In whatever way they change: what is made of them once must never be of other weights."""
+    layer, hidden = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), torch.randn(1, 8, 4, 4)
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
+    assert cpu.serves_upsampling(hidden, (8, 8), layer)
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2.0),
+        lambda: layer.load_state_dict({n: torch.randn_like(p) for n, p in layer.state_dict().items()}, assign=True),
+        lambda: layer.load_state_dict({n: torch.randn_like(p) for n, p in layer.state_dict().items()}),
+        lambda: layer.bfloat16().float(),
+    ):
+        change()
+        exact = layer(nn.functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        assert error(ops.upsample_conv(hidden, (8, 8), layer), exact.double()) < 1e-6
+        made = cpu._stretched(layer)
+        assert made is cpu._stretched(layer), "made again"
+    layer.requires_grad_(True)
+    assert not cpu.serves_upsampling(hidden, (8, 8), layer)
+
+
+def test_what_was_made_of_a_layer_goes_with_it() -> None:
+    layer, before = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), len(cpu._made)
+    cpu.upsample_conv(torch.randn(1, 8, 4, 4), layer)
+    assert len(cpu._made) == before + 1
+    del layer
+    assert len(cpu._made) == before
 
 
 @fused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,9 +86,10 @@ class Run:
         values = torch.tensor([CONTEXTS[text] for text in phase.texts], dtype=torch.float64)
         timesteps = self.schedule.timesteps[self.skip :]
 
-        def network(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-            spy(x_t, steps, texts, images)
-            return eps_model(x_t, timesteps[steps], values[texts])
+        def network(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+            assert len(x_t) < len(inputs) or inputs.tolist() == list(range(len(x_t)))
+            spy(x_t[inputs], steps, texts, images)
+            return eps_model(x_t[inputs], timesteps[steps], values[texts])
 
         return network
 
@@ -251,7 +251,7 @@ def failing(network: engine.Network, error: Exception, most: int) -> engine.Netw
     """A network that has memory for `most` evaluations a call."""
 
     def limited(x_t: Tensor, *numbers: Tensor) -> Tensor:
-        if len(x_t) > most:
+        if len(numbers[0]) > most:
             raise error
         return network(x_t, *numbers)
 
@@ -286,8 +286,8 @@ def test_what_cannot_be_split_is_raised(error: Exception) -> None:
 def poisoned(network: engine.Network, phase: Phase, step: int, text: str, value: float) -> engine.Network:
     """One value of one evaluation is not finite."""
 
-    def network_with_a_fault(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        eps = network(x_t, steps, texts, images)
+    def network_with_a_fault(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        eps = network(x_t, inputs, steps, texts, images)
         eps[(steps == step) & (texts == phase.texts.index(text)), 0, 0, 0] = value
         return eps
 
@@ -421,16 +421,48 @@ class TestCoding:
             assert engine.decode(Overflowing().half(), torch.randn(1, 4, 8, 8)).isfinite().all()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("rows", "capacity"), list(itertools.product((1, 2, 7, 64), (1, 3, 16))))
-def test_a_prediction_lands_with_its_row(rows: int, capacity: int) -> None:
-    """Whatever the batches are."""
-    phase = Phase("testing", (tuple((i, "") for i in range(rows)),), 2, capacity, 0)
+@pytest.mark.parametrize("capacity", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+@pytest.mark.parametrize("texts", [1, 2, 3])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_prediction_lands_with_its_row(steps: int, texts: int, images: int, capacity: int) -> None:
+    """Whatever the batches are, and however many rows read the same x_t."""
+    rows = tuple((step, str(text)) for step in range(steps) for text in range(texts))
+    phase = Phase("testing", (rows,), images, capacity, 0)
+    shared = []
 
-    def network(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        return x_t + 100.0 * steps.view(-1, 1, 1, 1) + 10000.0 * images.view(-1, 1, 1, 1)
+    def network(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        assert len(x_t) <= len(inputs) <= capacity
+        shared.append(len(inputs) - len(x_t))
+        return x_t[inputs] + (100.0 * steps + 10000.0 * images + 1e6 * texts).view(-1, 1, 1, 1)
 
-    evaluate = engine.Evaluator(network, phase, torch.arange(rows), torch.device("cpu"))
-    x_t = torch.randn(rows, 2, 3, 2, 2)
-    places = 100.0 * torch.arange(rows).view(-1, 1, 1, 1, 1) + 10000.0 * torch.arange(2).view(-1, 1, 1, 1)
-    torch.testing.assert_close(evaluate(x_t), x_t + places)
+    evaluate = engine.Evaluator(network, phase, torch.arange(steps), torch.device("cpu"))
+    x_t = torch.randn(steps, images, 3, 2, 2, dtype=torch.float64)
+    of_step, of_image, of_text = (torch.arange(n, dtype=torch.float64) for n in (steps, images, texts))
+    numbers = 100.0 * of_step.view(-1, 1, 1) + 10000.0 * of_image + 1e6 * of_text.view(-1, 1)
+    wanted = (x_t[:, None] + numbers[..., None, None, None]).flatten(0, 1)
+    torch.testing.assert_close(evaluate(x_t, len(rows)), wanted)
     evaluate.check()
+    if images == 1 and capacity >= texts * steps:
+        assert shared == [steps * (texts - 1)]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_rows_about_the_same_latents_share_them(images: int) -> None:
+    """The branches of an editing step, those of the inversion, and the edit's beside the inversion's."""
+    run = Run(images=images, capacity=100, source="a cat", target="a dog", concepts=(HAT,))
+    for phase, inputs in ((run.inverting, [9]), (run.editing, [1] * 9), (run.one_pass, [10] + [1] * 8)):
+        sizes: list[int] = []
+
+        def counting(x_t: Tensor, *numbers: Tensor, network: engine.Network, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(len(x_t))
+            return network(x_t, *numbers)
+
+        network = partial(counting, network=run.network(phase))
+        if phase is run.inverting:
+            start = run.invert(network)
+        elif phase is run.editing:
+            run.edit(*start, network)
+        else:
+            run.invert_and_edit(network)
+        assert sizes == [images * n for n in inputs]

@@ -40,6 +40,17 @@ def network(x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
     return x_t * (steps + 1).view(-1, 1) - texts.view(-1, 1)
 
 
+def test_sharing_inputs_is_part_of_a_size() -> None:
+    tapes = Tapes()
+    graphed = Graphed(lambda x_t, inputs: x_t[inputs] * 2.0, Preparation(), tapes)
+    one, two = torch.randn(1, 5), torch.randn(2, 5)
+    both, own = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    for _ in range(3):
+        assert torch.equal(graphed(one, both), 2.0 * one.expand(2, 5))
+        assert torch.equal(graphed(two, own), 2.0 * two)
+    assert (tapes.recorded, tapes.replayed) == (2, 4)
+
+
 def test_a_size_is_plain_once_then_recorded_then_replayed() -> None:
     tapes, calls = Tapes(), []
 

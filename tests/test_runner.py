@@ -166,8 +166,9 @@ def test_what_was_evaluated_is_told(ledits: LEdits) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("rows", [0, 1, 2], ids=["nothing added", "one added", "one added an image"])
+@pytest.mark.parametrize("inputs", [[0, 1, 2, 3], [0, 1, 1, 2]], ids=["own", "shared"])
 @torch.no_grad()
-def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, rows: int) -> None:
+def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, rows: int, inputs: list[int]) -> None:
     torch.manual_seed(0)
     config = replace(
         SD15_UNET,
@@ -184,9 +185,10 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
     schedule = make_schedule(ScheduleConfig(), 9)
     contexts = [Context(torch.randn(1, 5, 12), torch.randn(rows, 10) if rows else None) for _ in range(3)]
     network = Denoiser(unet, contexts, schedule, 2, prediction_type)
-    steps, texts, images = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2]), torch.tensor([0, 0, 1, 1])
-    x_t = torch.randn(4, 4, 6, 7)
-    found = network(x_t, steps, texts, images)
+    steps, texts, images = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
+    x_t = torch.randn(max(inputs) + 1, 4, 6, 7)
+    found = network(x_t, torch.tensor(inputs), steps, texts, images)
+    x_t = x_t[inputs]
     for i in range(4):
         context, t = contexts[texts[i]], schedule.timesteps[2:][steps[i]].view(1)
         added = None if context.added is None else context.added[int(images[i]) % rows][None]

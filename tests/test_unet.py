@@ -1,5 +1,7 @@
 """The UNet's own promises; tests/oracle/test_unet.py compares its numbers with diffusers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,25 @@ def test_names_are_those_of_a_published_checkpoint() -> None:
     assert shapes["up_blocks.0.upsamplers.0.conv.weight"] == (1280, 1280, 3, 3)
     assert shapes["up_blocks.3.resnets.0.conv_shortcut.weight"] == (320, 960, 1, 1)
     assert shapes["conv_norm_out.weight"] == (320,)
+
+
+@pytest.mark.parametrize("attends", [(True, True, True), (False, True, True), (False, False, False)])
+@pytest.mark.parametrize("rows", [[0, 0, 0], [0, 0, 1], [1, 0, 0]])
+@pytest.mark.parametrize("size", [(16, 16), (9, 7)])
+def test_rows_about_one_input_share_what_comes_before_the_text(
+    attends: tuple[bool, ...], rows: list[int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends)
+    unet = UNet(replace(CONFIG, down_block_types=down)).eval().requires_grad_(False)
+    x_t, t, context = inputs(3, *size)
+    t = t[rows]  # rows about one input are about one t
+    convolved = []
+    unet.conv_in.register_forward_hook(lambda module, args, output: convolved.append(len(output)))
+    shared = unet(x_t[: max(rows) + 1], t, context, rows=torch.tensor(rows))
+    wanted = unet(x_t[rows], t, context)
+    assert convolved == [max(rows) + 1, 3]
+    torch.testing.assert_close(shared, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (65, 33), (7, 13), (1, 1), (2, 9)])
