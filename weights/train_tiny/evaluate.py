@@ -85,7 +85,7 @@ def draw_all(portraits: Sequence[Portrait], size: int) -> Pixels:
 
 @dataclass
 class Work:
-    """What some calls cost: rows that went through the UNet, and seconds."""
+    """What some calls cost: predictions of the UNet, and seconds."""
 
     evaluations: int = 0
     seconds: float = 0.0
@@ -98,11 +98,11 @@ class Editor:
         self.ledits = ledits
         self.size = ledits.native_size
         self._work: list[Work] = []
-        ledits.unet.register_forward_pre_hook(self._count)
+        ledits.unet.register_forward_hook(self._count)
 
-    def _count(self, unet: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _count(self, unet: torch.nn.Module, inputs: tuple[Tensor, ...], predictions: Tensor) -> None:
         for work in self._work:
-            work.evaluations += len(inputs[0])
+            work.evaluations += len(predictions)
 
     @contextmanager
     def work(self) -> Iterator[Work]:
