@@ -136,6 +136,8 @@ def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> 
     doubles = tuple(size) == (2 * height, 2 * width)
     if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last) or _is_recorded(hidden, layer.weight):
         return False
+    if layer.weight.is_inference():  # such a tensor does not tell when it is changed in place
+        return False
     return fuses(hidden, layer.weight) or hidden.dtype == layer.weight.dtype == torch.float32
 
 
@@ -163,9 +165,8 @@ def _stretched(layer: nn.Conv2d) -> Tensor:
         if (of.data_ptr(), of.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
             return stretched
     outputs, inputs = weight.shape[:2]
-    sums = torch.tensor(
-        [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype
-    )  # mirrored, for a transposed one
+    # From the last to the first: a transposed convolution turns its weights around.
+    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)
     taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
     stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
     _made[layer] = stretched, weight, weight._version

@@ -107,6 +107,16 @@ def test_doubling_follows_the_layers_weights() -> None:
     assert not cpu.serves_upsampling(hidden, (8, 8), layer)
 
 
+def test_weights_that_do_not_tell_of_changes_are_taken_as_they_are() -> None:
+    with torch.inference_mode():
+        layer, hidden = nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 4, 4)
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        for _ in range(2):
+            exact = layer(nn.functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+            assert error(ops.upsample_conv(hidden, (8, 8), layer), exact.double()) < 1e-6
+            layer.weight.mul_(3.0)
+
+
 def test_what_was_made_of_a_layer_goes_with_it() -> None:
     layer, before = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), len(cpu._made)
     cpu.upsample_conv(torch.randn(1, 8, 4, 4), layer)
