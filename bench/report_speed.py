@@ -55,7 +55,7 @@ def peers_text(stem: str, found: Json) -> list[str]:
         ])  # fmt: skip
     header = [
         "edit", "ours, s", "peer, s", "ratio", "wanted", "second edit, s", "evaluations", "peer's", "GB", "peer's",
-        "of the matmul rate", "where",
+        "nominal share of the matmul rate", "where",
     ]  # fmt: skip
     return [f"## {stem}.json", "", *places_text(letters), *table(header, rows)]
 

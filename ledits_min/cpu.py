@@ -55,8 +55,8 @@ def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch, heads, queries, width = q.shape
     length = k.shape[2]
-    q, k = q.flatten(0, 1), k.flatten(0, 1).contiguous()
-    v = F.pad(v.flatten(0, 1), (0, -width % VECTOR))
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1).contiguous(), v.flatten(0, 1)
+    v = F.pad(v, (0, -width % VECTOR)) if width % VECTOR else v.contiguous()
     rows = max(QUERIES, SCORES // (length * q.element_size()))
     step, size = max(1, min(heads, rows // queries)), min(queries, rows)
     buffer = q.new_empty(step * size * length)  # one for the scores of every slice
@@ -161,12 +161,13 @@ def _stretched(layer: nn.Conv2d) -> Tensor:
     weight = layer.weight.detach()
     if layer in _made:
         stretched, of, version = _made[layer]
-        # `of` keeps its memory, so that no other weights can lie there; weights changed in place have another version.
-        if (of.data_ptr(), of.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
+        # `of` keeps its memory, so that no other weights can lie there. Weights changed in place have another version,
+        # unless it is done behind torch's back, through `.data`.
+        if (of.data_ptr(), stretched.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
             return stretched
     outputs, inputs = weight.shape[:2]
     # From the last to the first: a transposed convolution turns its weights around.
-    sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)
+    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
     stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
     _made[layer] = stretched, weight, weight._version
