@@ -28,6 +28,18 @@ def places_text(letters: Mapping[str, str]) -> list[str]:
     return [line for place, letter in letters.items() for line in (f"({letter}) {place}", "")]
 
 
+def wanted_ratio(name: str, settings: Json) -> str:
+    """How many times as fast as the peer an edit was to be; a dash where nothing was said."""
+    dtype, prompts, compiled = (settings[key] for key in ("dtype", "prompts", "compile"))
+    if settings["images"] > 1:
+        return "-"
+    if name.startswith("cuda"):
+        return "-" if dtype != "fp16" or prompts else "2.5" if compiled else "4"
+    if dtype != "bf16" or compiled:
+        return "-"
+    return "5" if settings["peer_dtype"] != dtype else "1.6" if prompts else "2"
+
+
 def peers_text(stem: str, found: Json) -> list[str]:
     """Whole edits, ours beside the published loop on diffusers."""
     rows, letters = [], places(found)
@@ -35,14 +47,15 @@ def peers_text(stem: str, found: Json) -> list[str]:
         sides = [line[side] for side in ("ours", "peer")]
         seconds = [f"{sum(side['seconds'].values()):.1f}" for side in sides]
         rows.append([
-            name, *seconds, f"{line['ratio']:g}", str(sides[0].get("second_edit_seconds", "-")),
+            name, *seconds, f"{line['ratio']:g}", wanted_ratio(name, line["settings"]),
+            str(sides[0].get("second_edit_seconds", "-")),
             *(str(side["evaluations"]) for side in sides),
             *(f"{side['peak_memory_GB']:g}" for side in sides), f"{sides[0]['flop_utilisation']:.0%}",
             letters[place_of(line)],
         ])  # fmt: skip
     header = [
-        "edit", "ours, s", "peer, s", "ratio", "second edit, s", "evaluations", "peer's", "GB", "peer's",
-        "of the matmul rate", "where",
+        "edit", "ours, s", "peer, s", "ratio", "wanted", "second edit, s", "evaluations", "peer's", "GB", "peer's",
+        "nominal share of the matmul rate", "where",
     ]  # fmt: skip
     return [f"## {stem}.json", "", *places_text(letters), *table(header, rows)]
 

@@ -55,8 +55,8 @@ def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     batch, heads, queries, width = q.shape
     length = k.shape[2]
-    q, k = q.flatten(0, 1), k.flatten(0, 1).contiguous()
-    v = F.pad(v.flatten(0, 1), (0, -width % VECTOR))
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1).contiguous(), v.flatten(0, 1)
+    v = F.pad(v, (0, -width % VECTOR)) if width % VECTOR else v.contiguous()
     rows = max(QUERIES, SCORES // (length * q.element_size()))
     step, size = max(1, min(heads, rows // queries)), min(queries, rows)
     buffer = q.new_empty(step * size * length)  # one for the scores of every slice
@@ -136,6 +136,8 @@ def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> 
     doubles = tuple(size) == (2 * height, 2 * width)
     if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last) or _is_recorded(hidden, layer.weight):
         return False
+    if layer.weight.is_inference():  # such a tensor does not tell when it is changed in place
+        return False
     return fuses(hidden, layer.weight) or hidden.dtype == layer.weight.dtype == torch.float32
 
 
@@ -159,13 +161,13 @@ def _stretched(layer: nn.Conv2d) -> Tensor:
     weight = layer.weight.detach()
     if layer in _made:
         stretched, of, version = _made[layer]
-        # `of` keeps its memory, so that no other weights can lie there; weights changed in place have another version.
-        if (of.data_ptr(), of.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
+        # `of` keeps its memory, so that no other weights can lie there. Weights changed in place have another version,
+        # unless it is done behind torch's back, through `.data`.
+        if (of.data_ptr(), stretched.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
             return stretched
     outputs, inputs = weight.shape[:2]
-    sums = torch.tensor(
-        [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype
-    )  # mirrored, for a transposed one
+    # From the last to the first: a transposed convolution turns its weights around.
+    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
     stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
     _made[layer] = stretched, weight, weight._version

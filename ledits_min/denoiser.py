@@ -27,6 +27,9 @@ class Denoiser:
         device = unet.conv_in.weight.device
         self.unet = unet
         self.predicts_v = prediction_type == "v_prediction"
+        # Not where the text is part of `time`, which acts from the start, nor where torch.compile would compile once
+        # more for every number of x_t.
+        self.may_share = unet.add_embedding is None and unet._compiled_call_impl is None
         self.alpha_bar_t = schedule.alpha_bar_t[skip:].to(device, torch.float32)
 
         # A text at a time, so that what a text is does not depend, to the last bit, on its neighbours.
@@ -50,7 +53,7 @@ class Denoiser:
         context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
         time = self.time[texts, images % self.time.shape[1], steps]
         shares = len(x_t) < len(inputs)
-        if shares and self.unet.add_embedding is not None:  # the text is part of `time`, which acts from the start
+        if shares and not self.may_share:
             x_t, shares = x_t[inputs], False
         prediction: Tensor = self.unet(x_t, time, context, rows=inputs if shares else None).contiguous()
         if self.predicts_v:

@@ -125,6 +125,7 @@ class UNet(nn.Module):
         time = t if t.is_floating_point() else self.embed(t, added)
         if isinstance(context, Tensor):
             context = context.to(dtype)
+        assert rows is None or (len(x_t) < len(rows) and attention is None), "rows are for inputs that several share"
         conditioning = Conditioning(time, context, attention, rows)
         hidden = self.conv_in(x_t.to(dtype))
         skips = [hidden]

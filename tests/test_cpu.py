@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,10 +50,19 @@ fused = pytest.mark.skipif(not cpu.has_fused_products(), reason="this CPU or tor
 
 
 @fused
-@pytest.mark.parametrize("shape", [(1, 96, 8, 8), (3, 40, 3, 5), (2, 64, 1, 1), (1, 16, 7, 9)])
+@pytest.mark.parametrize(("shape", "of_vectors", "of_tiles"), [
+    ((1, 96, 8, 8), False, True), ((1, 96, 3, 5), True, True), ((2, 40, 3, 5), False, True),
+    ((1, 16, 7, 9), False, False),
+])  # fmt: skip
+@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_convolutions(shape: tuple[int, int, int, int], channels_last: bool) -> None:
+def test_convolutions(
+    shape: tuple[int, int, int, int], of_vectors: bool, of_tiles: bool, vectors: bool, channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whether there are few positions for the weights is told for each kind of CPU."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: vectors)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     layer = nn.Conv2d(shape[1], 24, 3, padding=1).bfloat16().to(memory_format=layout)  # type: ignore[call-overload]
     hidden = torch.randn(shape).bfloat16().contiguous(memory_format=layout)
@@ -61,8 +72,7 @@ def test_convolutions(shape: tuple[int, int, int, int], channels_last: bool) -> 
     assert error(found, exact) < 5e-3 and error(summed, exact + residual) < 5e-3
     for result in (found, summed):
         assert result.dtype == torch.bfloat16 and result.is_contiguous(memory_format=layout)
-    few = shape[0] * shape[2] * shape[3] * (3 if cpu.multiplies_bfloat16_in_vectors() else 1) < shape[1]
-    assert cpu.is_mostly_weights(hidden) == (few and hidden.is_contiguous(memory_format=torch.channels_last))
+    assert cpu.is_mostly_weights(hidden) == (channels_last and (of_vectors if vectors else of_tiles))
 
 
 DOUBLED = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -87,7 +97,7 @@ def test_doubling_and_convolving(shape: tuple[int, ...], dtype: torch.dtype, cha
 
 
 def test_doubling_follows_the_layers_weights() -> None:
-    """In whatever way they change: what is made of them once must never be of other weights."""
+    """In every way that torch knows of: what is made of them once must never be of other weights."""
     layer, hidden = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), torch.randn(1, 8, 4, 4)
     hidden = hidden.contiguous(memory_format=torch.channels_last)
     assert cpu.serves_upsampling(hidden, (8, 8), layer)
@@ -107,12 +117,23 @@ def test_doubling_follows_the_layers_weights() -> None:
     assert not cpu.serves_upsampling(hidden, (8, 8), layer)
 
 
-def test_what_was_made_of_a_layer_goes_with_it() -> None:
-    layer, before = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), len(cpu._made)
+def test_weights_that_do_not_tell_of_changes_are_taken_as_they_are() -> None:
+    with torch.inference_mode():
+        layer, hidden = nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 4, 4)
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        for _ in range(2):
+            exact = layer(nn.functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+            assert error(ops.upsample_conv(hidden, (8, 8), layer), exact.double()) < 1e-6
+            layer.weight.mul_(3.0)
+
+
+def test_what_was_made_of_a_layer_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_made", WeakKeyDictionary())
+    layer = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     cpu.upsample_conv(torch.randn(1, 8, 4, 4), layer)
-    assert len(cpu._made) == before + 1
+    assert len(cpu._made) == 1
     del layer
-    assert len(cpu._made) == before
+    assert len(cpu._made) == 0
 
 
 @fused

@@ -137,6 +137,12 @@ def test_one_pass_is_both_phases_in_an_order_that_works(
         assert all(row[0] == step for row in group[: len(group) - ahead])
     assert phase.evaluations == (len(inverting.rows) + len(asked)) * images
     assert phase.largest_batch <= max(capacity, 1)
+    for one in (inverting, editing, phase):
+        for n, (group, inputs) in enumerate(zip(one.groups, one.inputs, strict=True)):
+            assert list(dict.fromkeys(inputs)) == list(range(len(set(inputs))))
+            of_edit = len(group) - (phase.ahead[n] if one is phase else 0)
+            latents = [(i < of_edit, step) for i, (step, _) in enumerate(group)]
+            assert len(set(zip(inputs, latents, strict=True))) == len(set(inputs)) == len(set(latents))
 
 
 @pytest.mark.parametrize(

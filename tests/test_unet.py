@@ -64,15 +64,20 @@ def test_rows_about_one_input_share_what_comes_before_the_text(
 ) -> None:
     torch.manual_seed(0)
     down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends)
-    unet = UNet(replace(CONFIG, down_block_types=down)).eval().requires_grad_(False)
+    config = replace(CONFIG, down_block_types=down, use_linear_projection=size != (16, 16))
+    unet = UNet(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_t, t, context = inputs(3, *size)
     t = t[rows]  # rows about one input are about one t
-    convolved = []
-    unet.conv_in.register_forward_hook(lambda module, args, output: convolved.append(len(output)))
-    shared = unet(x_t[: max(rows) + 1], t, context, rows=torch.tensor(rows))
-    wanted = unet(x_t[rows], t, context)
-    assert convolved == [max(rows) + 1, 3]
-    torch.testing.assert_close(shared, wanted, rtol=1e-4, atol=1e-5)
+    sizes: dict[str, list[int]] = {"conv_in": [], "attn1": [], "attn2": []}
+    for name, module in unet.named_modules():
+        if (kind := name.rpartition(".")[2]) in sizes:
+            seen = sizes[kind]
+            module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+    given = max(rows) + 1
+    shared = unet(x_t[:given], t, context, rows=torch.tensor(rows))
+    assert sizes["conv_in"] == [given] and set(sizes["attn2"]) == {3}
+    assert sizes["attn1"] == [given, *[3] * (len(sizes["attn1"]) - 1)]
+    torch.testing.assert_close(shared, unet(x_t[rows], t, context), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (65, 33), (7, 13), (1, 1), (2, 9)])

@@ -157,10 +157,31 @@ def test_other_files_are_shown_by_their_shape(report: Report, tmp_path: Path) ->
     assert "Not shown above: odd.json." in text
 
 
+@pytest.mark.parametrize(("name", "more", "wanted"), [
+    ("cpu", {}, "2"), ("cpu", {"prompts": True}, "1.6"), ("cpu", {"peer_dtype": "fp32"}, "5"),
+    ("cpu", {"compile": True}, "-"), ("cpu", {"dtype": "fp32"}, "-"),
+    ("cuda", {"dtype": "fp16"}, "4"), ("cuda", {"dtype": "fp16", "compile": True}, "2.5"),
+    ("cuda", {"dtype": "fp16", "images": 8}, "-"), ("cuda", {"dtype": "fp16", "prompts": True}, "-"),
+])  # fmt: skip
+def test_what_was_wanted_stands_beside_what_was_reached(
+    name: str, more: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    settings = {"dtype": "bf16", "peer_dtype": "bf16", "prompts": False, "compile": False, "images": 1, **more}
+    assert import_module("bench.report_speed").wanted_ratio(f"{name} 512 px", settings) == wanted
+
+
 def test_speed_is_shown_with_where_it_was_measured(report: Report, tmp_path: Path) -> None:
     side = {"evaluations": 48, "seconds": {"edit": 20.0, "decode": 1.5}, "peak_memory_GB": 3.5, "flop_utilisation": 0.4}
+    edit = {"peer_dtype": "bf16", "prompts": False, "compile": False, "images": 1}
     peer = {
-        f"cpu {dtype}": {"ours": {**side, **more}, "peer": side, "ratio": 1.0, "conditions": {"cores": cores}}
+        f"cpu {dtype}": {
+            "settings": {**edit, "dtype": dtype},
+            "ours": {**side, **more},
+            "peer": side,
+            "ratio": 1.0,
+            "conditions": {"cores": cores},
+        }
         for dtype, more, cores in (("bf16", {}, 2), ("fp32", {"second_edit_seconds": 15.2}, 4))
     }
     alone = {"cpu": {"batch 4": {"ours": {"seconds": 2.0, "to_ours": 1.0}}, "conditions": {"cores": 2}}}
@@ -169,8 +190,8 @@ def test_speed_is_shown_with_where_it_was_measured(report: Report, tmp_path: Pat
     growth = {"base": {"steps": 10}, "dtype": "fp32", "device": "cpu", **both, "conditions": {"cores": 3}}
     text = report(write(tmp_path / "results", peer=peer, unet_alone=alone, growth=growth), tmp_path)
     assert "(a) cores: 2" in text and "(b) cores: 4" in text
-    assert line_of(text, "cpu bf16") == "| cpu bf16 | 21.5 | 21.5 | 1 | - | 48 | 48 | 3.5 | 3.5 | 40% | a |"
-    assert " 15.2 | " in line_of(text, "cpu fp32") and line_of(text, "cpu fp32").endswith("| b |")
+    assert line_of(text, "cpu bf16") == "| cpu bf16 | 21.5 | 21.5 | 1 | 2 | - | 48 | 48 | 3.5 | 3.5 | 40% | a |"
+    assert " | - | 15.2 | " in line_of(text, "cpu fp32") and line_of(text, "cpu fp32").endswith("| b |")
     assert line_of(text, "cpu | batch 4") == "| cpu | batch 4 | ours 2 (1) | a |"
     assert "fp32, cpu, steps 10; cores: 3" in text and "(results/growth.png)" in text
     assert line_of(text, "steps") == "| steps | 5 | 1.2 | 1.2 | 9 | 9 | 2 | 2 |"
