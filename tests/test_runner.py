@@ -199,13 +199,14 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, network: Any, most: float, error: Exception) -> None:
-    """`network` has memory for inputs of at most `most` values."""
+    """`network` has memory for inputs of at most `most` values, an input that rows share counted for each of them."""
     forward = network.forward
 
-    def limited(x: Tensor, *more: Any) -> Tensor:
-        if x.numel() > most:
+    def limited(x: Tensor, *more: Any, **rows: Tensor | None) -> Tensor:
+        shared = rows.get("rows")
+        if x.numel() * (1 if shared is None else len(shared) / len(x)) > most:
             raise error
-        return forward(x, *more)
+        return forward(x, *more, **rows)
 
     monkeypatch.setattr(network, "forward", limited)
 
@@ -265,8 +266,8 @@ def test_values_that_half_precision_cannot_hold_are_computed_in_float32(monkeypa
     inversion = half.invert(SAMPLE, **QUICK)
     forward = half.unet.forward
 
-    def overflowing(*inputs: Any) -> Tensor:
-        return forward(*inputs) * (1.0 if half.dtype == torch.float32 else torch.inf)
+    def overflowing(*inputs: Any, **rows: Tensor | None) -> Tensor:
+        return forward(*inputs, **rows) * (1.0 if half.dtype == torch.float32 else torch.inf)
 
     monkeypatch.setattr(half.unet, "forward", overflowing)
     with pytest.warns(

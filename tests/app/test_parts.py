@@ -81,7 +81,7 @@ def test_an_inversion_belongs_to_its_lora(place: Path, capsys: pytest.CaptureFix
     lora = ["--lora", "style.safetensors"]
     assert main(["invert", "p.png", *FAST[:4], *MODEL, *lora, "-o", "i.safetensors"]) == 0
     assert main(["edit", "i.safetensors", *FAST[4:], *MODEL, *lora, "-o", "a.png"]) == 0
-    assert main(["edit", "p.png", *FAST, *MODEL, *lora, "-o", "b.png"]) == 0
+    assert main(["edit", "p.png", *FAST, *MODEL, *lora, "--save-inversion", "j.safetensors", "-o", "b.png"]) == 0
     assert pixels("a.png") == pixels("b.png")
     for options in ([], ["--lora", "style.safetensors:0.9"], [*lora, *lora]):
         assert "another model" in refused(capsys, "edit", "i.safetensors", *FAST[4:], *MODEL, *options)
