@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole edit on a CPU that computes in bfloat16, against the published loop on diffusers, in one command.
 #   bench/cpu_edit.sh        writes bench/results/{peer,unet_alone,growth}.json, growth.png and bench/RESULTS.md
-# An hour on two cores with AMX, two hours without. Nothing else should run meanwhile. Figures that matter most come first.
+# An hour or two on two cores. Nothing else should run meanwhile. Figures that matter most come first.
 set -uo pipefail
 [[ $# -eq 0 ]] || { echo "usage: bench/cpu_edit.sh" >&2; exit 2; }
 cd "$(dirname "$0")/.."

@@ -271,7 +271,10 @@ class Evaluator:
         return eps.view(rows, *x_t.shape[1:])
 
     def _call(self, x_t: Tensor, size: int) -> Tensor | None:
-        """One call of the network with `size` evaluations; None where memory ran out and fewer may fit."""
+        """One call of the network with the next `size` evaluations; None where memory ran out and fewer may fit.
+
+        x_t holds the inputs of their whole group.
+        """
         here = slice(self.done, self.done + size)
         inputs, *numbers = self.numbers[:, here]
         first, last = min(self.inputs[here]), max(self.inputs[here])

@@ -187,7 +187,8 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
     network = Denoiser(unet, contexts, schedule, 2, prediction_type)
     steps, texts, images = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
     x_t = torch.randn(max(inputs) + 1, 4, 6, 7)
-    found = network(x_t, torch.tensor(inputs), steps, texts, images)
+    call = x_t, torch.tensor(inputs), steps, texts, images
+    found = network(*call)
     x_t = x_t[inputs]
     for i in range(4):
         context, t = contexts[texts[i]], schedule.timesteps[2:][steps[i]].view(1)
@@ -196,6 +197,18 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
         if prediction_type == "v_prediction":
             wanted = eps_from_v(wanted, x_t[i : i + 1], schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1))
         torch.testing.assert_close(found[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
+
+    # A compiled network is compiled for every shape: it is given each row's own input.
+    seen: list[int] = []
+
+    def compiled(x_t: Tensor, *more: Any, **rows: Any) -> Tensor:
+        seen.append(len(x_t))
+        return UNet.forward(unet, x_t, *more, **rows)
+
+    unet._compiled_call_impl = compiled
+    again = Denoiser(unet, contexts, schedule, 2, prediction_type)(*call)
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
+    assert seen == [4]
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, network: Any, most: float, error: Exception) -> None:
