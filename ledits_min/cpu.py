@@ -6,6 +6,7 @@ in it. The layers' meaning is that of `ops`, which calls this file; only roundin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 SCORES = 2**22  # bytes of attention scores at a time, which then stay in the caches
 QUERIES = 512  # of a head at a time, at least: shorter products lose more than the caches give
+LARGEST_POWER = 96.0  # of 2, in attention: then neither a weight nor the sum of many over- or underflows
 VECTOR = 16  # float32 numbers in a vector of AVX-512
 FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
+LN_2 = math.log(2.0)
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
 ROWS = 4096  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
 
@@ -50,13 +53,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """By plain products, some heads or some queries of one head at a time; scores are rounded like all between layers.
 
+    softmax is 2^s / sum 2^s with s = q k^T / (sqrt(d) ln 2), and is formed like that, without looking for each row's
+    maximum, where |q| |k| says that no s is large. The mean key is taken away before: that adds the same to all scores
+    of a query, which changes no softmax, and the mean is what makes most keys long. Where values are filled up to a
+    vector's width, a column of ones among that sums the weights.
+
     Each operand is laid out once: a product with a view of interleaved heads copies it at every call, and one whose
     result is not a multiple of a vector wide runs at two thirds of its rate.
     """
     batch, heads, queries, width = q.shape
     length = k.shape[2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1).contiguous(), v.flatten(0, 1)
-    v = F.pad(v, (0, -width % VECTOR)) if width % VECTOR else v.contiguous()
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1).float(), v.flatten(0, 1)
+    k = (k - k.mean(dim=1, keepdim=True)).mul_(width**-0.5 / LN_2)
+    powers_fit = _longest(q) * _longest(k) <= LARGEST_POWER
+    v = F.pad(v, (0, -width % VECTOR), value=1.0) if width % VECTOR else v.contiguous()
     rows = max(QUERIES, SCORES // (length * q.element_size()))
     step, size = max(1, min(heads, rows // queries)), min(queries, rows)
     buffer = q.new_empty(step * size * length)  # one for the scores of every slice
@@ -64,14 +74,25 @@ def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for image, result in enumerate(attended):
         for head in range(0, heads, step):
             some = slice(image * heads + head, image * heads + min(head + step, heads))
-            keys, values = k[some].transpose(1, 2), v[some]
+            fit = bool(powers_fit[some].all())
+            keys, values = (k[some] * (1.0 if fit else LN_2)).to(q.dtype).transpose(1, 2), v[some]
             outs = result[head : head + step].split(size, dim=1)
             for part, out in zip(q[some].split(size, dim=1), outs, strict=True):
-                scores = buffer[: len(part) * part.shape[1] * length].view(len(part), -1, length)
-                torch.baddbmm(scores, part, keys, beta=0, alpha=width**-0.5, out=scores)
-                torch.softmax(scores, dim=-1, out=scores)
-                out.copy_(torch.bmm(scores, values)[..., :width])
+                weights = buffer[: len(part) * part.shape[1] * length].view(len(part), -1, length)
+                torch.bmm(part, keys, out=weights)
+                if fit:
+                    weights.exp2_()
+                else:
+                    torch.softmax(weights, dim=-1, out=weights)
+                sums = torch.bmm(weights, values)
+                total = sums[..., -1:] if width % VECTOR else weights.sum(dim=-1, keepdim=True)
+                torch.div(sums[..., :width], total, out=out)
     return attended
+
+
+def _longest(vectors: Tensor) -> Tensor:
+    """(heads, N, d) -> (heads,), the length of each head's longest."""
+    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).amax(dim=1)
 
 
 # --- feed-forward, sums, convolutions -------------------------------------------------------------------------------

@@ -35,6 +35,47 @@ def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, m
     assert error(ops.attention(q.float(), k.float(), v.float()), exact) < 1e-5
 
 
+@pytest.mark.parametrize("width", [40, 64])  # filled up to a vector's width, and as wide as it is
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 30.0, 1000.0])
+def test_attention_by_powers_and_by_softmax(
+    width: int, shift: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Powers of two are only formed where none can overflow; what all keys have in common never matters."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 130, 3, width).bfloat16().transpose(1, 2) for _ in range(3))
+    k = k + shift  # rounded to bfloat16, as a layer's result would be
+    q[1, 2] = (q[1, 2] * scale).bfloat16()  # one head alone
+    powers = 0
+
+    def exp2_(weights: Tensor) -> Tensor:
+        nonlocal powers
+        powers += 1
+        result = weights.copy_(torch.exp2(weights))
+        assert bool(result.isfinite().all()) and bool((result > 0).all())
+        return result
+
+    monkeypatch.setattr(Tensor, "exp2_", exp2_)
+    monkeypatch.setattr(cpu, "SCORES", 1)
+    monkeypatch.setattr(cpu, "QUERIES", 130)  # a head at a time
+    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = ops.attention(q, k, v)
+    for image, head in ((0, 0), (1, 2)):
+        # A score is rounded to 1/256 of itself, and large ones tell keys apart that are as good as equal.
+        bound = 1e-2 if scale <= 1.0 or (image, head) == (0, 0) else 0.2
+        assert error(found[image, head], exact[image, head]) < bound
+    assert powers == (6 if scale <= 3.0 else 5)
+
+
+def test_attention_carries_values_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
+    q, k, v = (torch.randn(1, 2, 130, 16).bfloat16() for _ in range(3))
+    q[0, 1, 5] = torch.nan
+    found = ops.attention(q, k, v)
+    assert found[0, 1, 5].isnan().all() and found[0, 0].isfinite().all()
+
+
 @pytest.mark.parametrize("keys", [1, 15, 16, 77, 80, 154])
 def test_attention_over_any_number_of_keys(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that only fill up the row have no share, whatever the scores are."""
