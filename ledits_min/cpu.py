@@ -92,7 +92,8 @@ def attention_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _longest(vectors: Tensor) -> Tensor:
     """(heads, N, d) -> (heads,), the length of each head's longest."""
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).amax(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return lengths.amax(dim=1)
 
 
 # --- feed-forward, sums, convolutions -------------------------------------------------------------------------------
