@@ -89,6 +89,7 @@ class Side:
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     unet_seconds: float = 0.0  # of `seconds`, in the loops
+    preparing: dict[str, float] = field(default_factory=dict)  # of `seconds` too: compiling, recording of graphs
     again: Callable[[], object] | None = None  # edits the same inversion once more, as who tries a second concept does
 
     def timed(self, phase: str, run: Callable[[], T]) -> T:
@@ -184,6 +185,7 @@ def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
     side.picture = side.timed("decode", lambda: runner.decode(side.latents))
     side.evaluations = sum(runner.evaluations.values())
     side.unet_seconds = runner.unet_seconds
+    side.preparing = runner.preparation.take()
     start = Start(x_T, residuals, job.schedule, job.skip, 1.0)
     side.again = lambda: runner.edit("editing", job.contexts, plan, start, progress=False, trace=False)
     return side
@@ -328,10 +330,15 @@ def run_side(args: argparse.Namespace) -> None:
     give_back_freed_memory()  # of the float32 weights, which are no part of an edit
     if args.compile:
         networks[0].compile(dynamic=False)
-    started = time.perf_counter()
-    run(networks, make_job(args, 4, 1, width, device))  # warms up, and compiles
-    warm_up = time.perf_counter() - started
     job = make_job(args, args.steps, args.skip, width, device)
+    # Compiling and recording know one shape at a time: only the whole job meets all of them.
+    meets_all = args.compile or device.type == "cuda"
+    started = time.perf_counter()
+    warm = run(networks, job if meets_all else make_job(args, 4, 1, width, device))
+    if warm.again and meets_all:
+        warm.again()
+    warm_up = time.perf_counter() - started
+    del warm
     with Memory(device) as memory:
         side = run(networks, job)
     seconds = dict(side.seconds)
@@ -352,13 +359,18 @@ def run_side(args: argparse.Namespace) -> None:
         "tflop": float(f"{tera:.4g}"),
         "flop_utilisation": round(tera / whole / rate, 3),  # of the matmul rate of the same run
         "matmul_tflop_per_second": round(rate, 2),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "seconds": rounded(seconds),
         **({"second_edit_seconds": round(side.seconds["second edit"], 3)} if ours else {}),
         **({"loop_outside_unet": round(outside(side), 4)} if ours else {}),
+        **({"preparing_seconds": rounded(side.preparing)} if side.preparing else {}),
         "warm_up_seconds": round(warm_up, 1),
         "peak_memory_GB": round(memory.peak / 1e9, 2),
     }
     (args.into / f"{args.side}.json").write_text(json.dumps(found))
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def give_back_freed_memory() -> None:

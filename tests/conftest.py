@@ -11,7 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+
+# Files side by side have a core each, and so have the programs they start; torch's threads would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 - it reads that when it is imported
 
 # Triton decides when it is first imported whether kernels are interpreted, and many a library imports it: so here,
 # before any test file is read. Without a GPU there is nothing to compile for.
