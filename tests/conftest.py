@@ -16,7 +16,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402 - it reads that when it is imported
+import torch  # it reads that when it is imported
 
 # Triton decides when it is first imported whether kernels are interpreted, and many a library imports it: so here,
 # before any test file is read. Without a GPU there is nothing to compile for.
