@@ -331,7 +331,7 @@ def run_side(args: argparse.Namespace) -> None:
     if args.compile:
         networks[0].compile(dynamic=False)
     job = make_job(args, args.steps, args.skip, width, device)
-    # Compiling and recording know one shape at a time: only the whole job meets all of them.
+    # torch.compile and Triton compile for one shape at a time, and only the whole job meets all of them.
     meets_all = args.compile or device.type == "cuda"
     started = time.perf_counter()
     warm = run(networks, job if meets_all else make_job(args, 4, 1, width, device))

@@ -31,9 +31,11 @@ def places_text(letters: Mapping[str, str]) -> list[str]:
 def wanted_ratio(name: str, settings: Json) -> str:
     """How many times as fast as the peer an edit was to be; a dash where nothing was said."""
     dtype, prompts, compiled = (settings[key] for key in ("dtype", "prompts", "compile"))
-    if settings["images"] > 1:
+    on_gpu = name.startswith("cuda")
+    edit = tuple(settings[key] for key in ("size", "steps", "skip", "concepts", "images"))
+    if edit != ((512, 100, 36, 2, 1) if on_gpu else (512, 20, 7, 2, 1)):
         return "-"
-    if name.startswith("cuda"):
+    if on_gpu:
         return "-" if dtype != "fp16" or prompts else "2.5" if compiled else "4"
     if dtype != "bf16" or compiled:
         return "-"

@@ -157,9 +157,16 @@ def test_other_files_are_shown_by_their_shape(report: Report, tmp_path: Path) ->
     assert "Not shown above: odd.json." in text
 
 
+SIZES = {  # of the edits of which a ratio was wanted
+    "cpu": {"size": 512, "steps": 20, "skip": 7, "concepts": 2, "images": 1},
+    "cuda": {"size": 512, "steps": 100, "skip": 36, "concepts": 2, "images": 1},
+}
+
+
 @pytest.mark.parametrize(("name", "more", "wanted"), [
     ("cpu", {}, "2"), ("cpu", {"prompts": True}, "1.6"), ("cpu", {"peer_dtype": "fp32"}, "5"),
     ("cpu", {"compile": True}, "-"), ("cpu", {"dtype": "fp32"}, "-"),
+    ("cpu", {"size": 256}, "-"), ("cpu", {"steps": 10}, "-"), ("cpu", {"skip": 0}, "-"), ("cpu", {"concepts": 1}, "-"),
     ("cuda", {"dtype": "fp16"}, "4"), ("cuda", {"dtype": "fp16", "compile": True}, "2.5"),
     ("cuda", {"dtype": "fp16", "images": 8}, "-"), ("cuda", {"dtype": "fp16", "prompts": True}, "-"),
 ])  # fmt: skip
@@ -167,13 +174,13 @@ def test_what_was_wanted_stands_beside_what_was_reached(
     name: str, more: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT)
-    settings = {"dtype": "bf16", "peer_dtype": "bf16", "prompts": False, "compile": False, "images": 1, **more}
+    settings = {"dtype": "bf16", "peer_dtype": "bf16", "prompts": False, "compile": False, **SIZES[name], **more}
     assert import_module("bench.report_speed").wanted_ratio(f"{name} 512 px", settings) == wanted
 
 
 def test_speed_is_shown_with_where_it_was_measured(report: Report, tmp_path: Path) -> None:
     side = {"evaluations": 48, "seconds": {"edit": 20.0, "decode": 1.5}, "peak_memory_GB": 3.5, "flop_utilisation": 0.4}
-    edit = {"peer_dtype": "bf16", "prompts": False, "compile": False, "images": 1}
+    edit = {"peer_dtype": "bf16", "prompts": False, "compile": False, **SIZES["cpu"]}
     peer = {
         f"cpu {dtype}": {
             "settings": {**edit, "dtype": dtype},
