@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ledits_min import winograd
 from ledits_min.config import UNetConfig, VAEConfig
 
 
@@ -17,6 +18,7 @@ class Cost:
     conv, linear, attention  operations a kind
     text                     operations on the text alone, which an evaluation finds done
     values                   numbers that are alive at the worst moment, parameters aside
+    transformed              numbers of the weights in `winograd`'s form, where a device wants them
     """
 
     parameters: int
@@ -25,6 +27,7 @@ class Cost:
     attention: int
     text: int
     values: int
+    transformed: int
 
     @property
     def flop(self) -> int:
@@ -43,6 +46,7 @@ class _Tally:
     attention: int = 0
     text: int = 0
     values: int = 0
+    transformed: int = 0
     skips: list[int] = field(default_factory=list)  # channels of what is kept for the way up
     held: int = 0  # values of the same
 
@@ -51,7 +55,7 @@ class _Tally:
         return self.height * self.width
 
     def total(self) -> Cost:
-        return Cost(self.parameters, self.conv, self.linear, self.attention, self.text, self.values)
+        return Cost(self.parameters, self.conv, self.linear, self.attention, self.text, self.values, self.transformed)
 
     def add_conv(self, inputs: int, outputs: int, kernel: int = 3) -> None:
         self.parameters += inputs * outputs * kernel**2 + outputs
@@ -72,6 +76,9 @@ class _Tally:
         self.attention += 4 * width * self.area * keys
 
     def resnet(self, inputs: int, outputs: int, time_width: int = 0) -> None:
+        for width in (inputs, outputs):
+            if winograd.pays(width, outputs, self.height, self.width):
+                self.transformed += 16 * width * outputs
         self.add_norm(inputs)
         self.add_conv(inputs, outputs)
         if time_width:

@@ -7,13 +7,15 @@ in it. The layers' meaning is that of `ops`, which calls this file; only roundin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ledits_min import winograd
 
 SCORES = 2**22  # bytes of attention scores at a time, which then stay in the caches
 QUERIES = 512  # of a head at a time, at least: shorter products lose more than the caches give
@@ -138,6 +140,8 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
 
 def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """`ops.add_conv` as one operation."""
+    if saves_multiplications(hidden, layer):
+        return winograd.convolve(hidden, _transformed(layer), layer.bias, residual)
     if layer.kernel_size == (3, 3) and is_mostly_weights(hidden):
         rows, flat = _neighbourhoods(hidden), residual.permute(0, 2, 3, 1).flatten(0, 2)
         return _as_map(torch.ops.mkldnn._linear_pointwise.binary(rows, flat, _matrix(layer), layer.bias, "add"), hidden)
@@ -148,8 +152,31 @@ def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
-    """`ops.conv3x3` where `is_mostly_weights`: as one product of a matrix."""
-    return _as_map(F.linear(_neighbourhoods(hidden), _matrix(layer), layer.bias), hidden)
+    """`ops.conv3x3` in the way that suits the shape."""
+    if saves_multiplications(hidden, layer):
+        return winograd.convolve(hidden, _transformed(layer), layer.bias)
+    if is_mostly_weights(hidden):
+        return _as_map(F.linear(_neighbourhoods(hidden), _matrix(layer), layer.bias), hidden)
+    result: Tensor = layer(hidden)
+    return result
+
+
+def saves_multiplications(hidden: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether `winograd` has this layer's meaning and beats it."""
+    if not transforms_weights(hidden.dtype) or not fuses(hidden, layer.weight) or not _tells_of_changes(layer):
+        return False
+    if (layer.kernel_size, layer.stride, layer.padding) != ((3, 3), (1, 1), (1, 1)):
+        return False
+    in_layout = hidden.is_contiguous(memory_format=torch.channels_last)
+    return in_layout and winograd.pays(layer.in_channels, layer.out_channels, *hidden.shape[-2:])
+
+
+def transforms_weights(dtype: torch.dtype) -> bool:
+    """Whether networks of this dtype keep weights in `winograd`'s form, too.
+
+    Not with AMX: its products take so little of the time that fewer of them would not make up for the transforms.
+    """
+    return dtype == torch.bfloat16 and multiplies_bfloat16_in_vectors() and has_fused_products()
 
 
 def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> bool:
@@ -158,7 +185,7 @@ def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> 
     doubles = tuple(size) == (2 * height, 2 * width)
     if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last) or _is_recorded(hidden, layer.weight):
         return False
-    if layer.weight.is_inference():  # such a tensor does not tell when it is changed in place
+    if not _tells_of_changes(layer):
         return False
     return fuses(hidden, layer.weight) or hidden.dtype == layer.weight.dtype == torch.float32
 
@@ -171,29 +198,45 @@ def upsample_conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     return F.conv_transpose2d(hidden, _stretched(layer), layer.bias, stride=2, padding=1)
 
 
-# What `_stretched` made, and of which weights at which version.
-_made: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Tensor, int]] = WeakKeyDictionary()
+def _made_once(make: Callable[[Tensor], Tensor]) -> Callable[[nn.Conv2d], Tensor]:
+    """What `make` makes of a layer's weights, made once for them and kept as long as the layer."""
+    # What was made, and of which weights at which version.
+    kept: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Tensor, int]] = WeakKeyDictionary()
+
+    def of(layer: nn.Conv2d) -> Tensor:
+        weight = layer.weight.detach()
+        if layer in kept:
+            made, source, version = kept[layer]
+            # `source` keeps its memory, so that no other weights can lie there. Weights changed in place have another
+            # version, unless it is done behind torch's back, through `.data`.
+            if (source.data_ptr(), made.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
+                return made
+        made = make(weight)
+        kept[layer] = made, weight, weight._version
+        return made
+
+    return of
 
 
-def _stretched(layer: nn.Conv2d) -> Tensor:
+def _tells_of_changes(layer: nn.Conv2d) -> bool:
+    """Whether the layer's weights tell when they are changed in place."""
+    return not layer.weight.is_inference()
+
+
+def _stretch(weight: Tensor) -> Tensor:
     """The weights (O, C, 3, 3) of "double, then convolve" as those of one transposed convolution, (C, O, 4, 4).
 
-    Along each axis [w0, w1, w2] convolved with [1, 1], which is what doubling is. Made once for a layer's weights.
+    Along each axis [w0, w1, w2] convolved with [1, 1], which is what doubling is.
     """
-    weight = layer.weight.detach()
-    if layer in _made:
-        stretched, of, version = _made[layer]
-        # `of` keeps its memory, so that no other weights can lie there. Weights changed in place have another version,
-        # unless it is done behind torch's back, through `.data`.
-        if (of.data_ptr(), stretched.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
-            return stretched
     outputs, inputs = weight.shape[:2]
     # From the last to the first: a transposed convolution turns its weights around.
     sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
-    stretched = taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
-    _made[layer] = stretched, weight, weight._version
-    return stretched
+    return taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+_stretched = _made_once(_stretch)
+_transformed = _made_once(winograd.transform_weights)
 
 
 def is_mostly_weights(hidden: Tensor) -> bool:

@@ -118,7 +118,7 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
 
 def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(hidden), a convolution of 3 x 3 that keeps the size."""
-    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight) and cpu.is_mostly_weights(hidden):
+    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
         return cpu.conv3x3(hidden, layer)
     result: Tensor = layer(hidden)
     return result

@@ -174,19 +174,26 @@ def split_evenly(total: int, most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Costs:
-    """One evaluation of the UNet, one encoding, one decoding; a number has `width` bytes, in the VAE `vae_width`."""
+    """One evaluation of the UNet, one encoding, one decoding; a number has `width` bytes, in the VAE `vae_width`.
+
+    With `transforms`, weights of `width` bytes are kept in `winograd`'s form, too.
+    """
 
     unet: Cost
     encode: Cost
     decode: Cost
     width: int
     vae_width: int
+    transforms: bool = False
 
     @property
     def weights(self) -> int:
-        """Bytes of all parameters."""
-        coder = self.vae_width * (self.encode.parameters + self.decode.parameters)
-        return self.width * self.unet.parameters + coder
+        """Bytes of all parameters, and of what is made of them."""
+
+        def of(cost: Cost, width: int) -> int:
+            return width * (cost.parameters + cost.transformed * (self.transforms and width == self.width))
+
+        return of(self.unet, self.width) + of(self.encode, self.vae_width) + of(self.decode, self.vae_width)
 
     def working(self, batch: int) -> int:
         """Bytes at the peak besides the weights: of a UNet call, or of coding one picture."""
@@ -204,10 +211,10 @@ class Model:
     width: int
     vae_width: int
 
-    def costs(self, latents: tuple[int, int]) -> Costs:
+    def costs(self, latents: tuple[int, int], transforms: bool = False) -> Costs:
         """Of latents (h, w)."""
         unet = unet_cost(self.unet, *latents, self.tokens)
-        return Costs(unet, *vae_costs(self.vae, *latents), self.width, self.vae_width)
+        return Costs(unet, *vae_costs(self.vae, *latents), self.width, self.vae_width, transforms)
 
     def largest_side(self, size: tuple[int, int], free: int) -> int:
         """The longer side in pixels below that of `size` = (width, height) that `free` bytes can hold.

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ledits_min import engine
 from ledits_min.config import RunError
+from ledits_min.cpu import transforms_weights
 from ledits_min.denoiser import Denoiser
 from ledits_min.edit import Step
 from ledits_min.engine import Network
 from ledits_min.graphs import Graphed, use_graphs
 from ledits_min.memory import free_memory, is_out_of_memory
 from ledits_min.ops import EditPlan
-from ledits_min.plan import Model, Phase, editing_phase, inversion_phase, one_pass_phase, size
+from ledits_min.plan import Costs, Model, Phase, editing_phase, inversion_phase, one_pass_phase, size
 from ledits_min.preparing import Preparation
 from ledits_min.progress import Callback, Progress, progress_bar, tell
 from ledits_min.record import Recorder
@@ -46,9 +48,13 @@ class Runner:
         widths = (network.conv_in.weight.element_size() for network in (self.unet, self.vae.encoder))
         return Model(self.unet.config, self.vae.config, self.tokens, *widths)
 
+    def costs(self, latents: tuple[int, int], device: torch.device) -> Costs:
+        """Of latents (h, w) on a device, which need not be the one that the networks are on."""
+        return self.model.costs(latents, device.type == "cpu" and transforms_weights(self.unet.conv_in.weight.dtype))
+
     def batch_limit(self, latents: Tensor) -> int:
         height, width = latents.shape[-2:]
-        return engine.batch_limit(self.model.costs((height, width)), latents.device)
+        return engine.batch_limit(self.costs((height, width), latents.device), latents.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """`VAE.encode`; RunError where it cannot be done."""

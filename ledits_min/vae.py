@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import add_conv, attention, group_norm_silu, upsample_conv
+from ledits_min.ops import add_conv, attention, conv3x3, group_norm_silu, upsample_conv
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -163,7 +163,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = self.conv1(group_norm_silu(hidden, self.norm1))
+        hidden = conv3x3(group_norm_silu(hidden, self.norm1), self.conv1)
         return add_conv(residual, group_norm_silu(hidden, self.norm2), self.conv2)
 
 

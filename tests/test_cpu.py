@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+import gc
+import weakref
 
 import pytest
 import torch
@@ -168,13 +169,19 @@ def test_weights_that_do_not_tell_of_changes_are_taken_as_they_are() -> None:
             layer.weight.mul_(3.0)
 
 
-def test_what_was_made_of_a_layer_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_made", WeakKeyDictionary())
-    layer = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
-    cpu.upsample_conv(torch.randn(1, 8, 4, 4), layer)
-    assert len(cpu._made) == 1
+def test_what_was_made_of_a_layer_goes_with_it() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def double(weight: torch.Tensor) -> torch.Tensor:
+        made.append(weakref.ref(result := 2.0 * weight))
+        return result
+
+    doubled = cpu._made_once(double)
+    layer = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    assert doubled(layer) is doubled(layer) and len(made) == 1
     del layer
-    assert len(cpu._made) == 0
+    gc.collect()
+    assert made[0]() is None
 
 
 @fused

@@ -39,9 +39,10 @@ TABLE: dict[str, set[str]] = {
     "request": {"config", "schedule", "sega"},
     "p2p": MATHS,
     "ops": {"config", "schedule", "inversion", "sega", "guidance", "cpu", "kernels.*"},
-    "cpu": set(),
+    "cpu": {"winograd"},
+    "winograd": set(),
     # The same loops made fast: first what will be evaluated, then how.
-    "cost": {"config"},
+    "cost": {"config", "winograd"},
     "plan": {"config", "cost", "guidance", "sega"},
     "memory": set(),
     "tiling": set(),
@@ -49,7 +50,9 @@ TABLE: dict[str, set[str]] = {
     "denoiser": {"schedule", "inversion", "p2p", "text", "unet"},
     "preparing": set(),
     "graphs": {"config", "memory", "preparing"},
-    "runner": MATHS | RUNNING - {"runner", "beside"} | {"ops", "record", "request", "progress", "text", "unet", "vae"},
+    "runner": MATHS
+    | RUNNING - {"runner", "beside"}
+    | {"cpu", "ops", "record", "request", "progress", "text", "unet", "vae"},
     "beside": {
         "config",
         "denoiser",

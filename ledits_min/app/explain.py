@@ -63,7 +63,7 @@ def plan_edit(
     """
     terms = [concept.resolve(ledits.defaults) for concept in concepts]
     live = [term for term in terms if not term.is_noop(base=edit["negative"])]
-    costs = ledits.runner.model.costs(latents)
+    costs = ledits.runner.costs(latents, device)
     limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
     guidance = {name: edit[name] for name in ("negative", "target", "guidance_scale", "momentum_scale")}
     guidance |= {"terms": live, "images": 1, "capacity": limit}
