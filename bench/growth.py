@@ -1,7 +1,7 @@
 """How an edit's time grows with steps, concepts, picture size and the number of pictures, ours and the peer's.
 
 One dial is turned at a time, the others stay where BASE has them (or --size); SD 1.5 at full size with random weights,
-as in `bench.peer_diffusers`, whose two sides these are. The peer takes one picture after the other. It leaves
+as in `bench.peer_diffusers`. The peer takes one picture after the other. It leaves
 results/growth.json, and a plot of it: results/growth.png.
 
     python -m bench.growth
@@ -24,17 +24,8 @@ import torch
 from diffusers import logging
 
 from bench.conditions import Memory, conditions
-from bench.peer_diffusers import (
-    DTYPES,
-    SIDES,
-    Side,
-    build_ours,
-    build_theirs,
-    give_back_freed_memory,
-    make_job,
-    run_ours,
-    run_peer,
-)
+from bench.peer_diffusers import give_back_freed_memory
+from bench.sides import DTYPES, SIDES, Side, build_ours, build_theirs, make_job, run_ours, run_peer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,7 +23,7 @@ from diffusers import logging
 from torch import Tensor
 
 from bench.conditions import conditions, kind_of
-from bench.peer_diffusers import DTYPES, TOKENS, build_ours, build_theirs, synchronize
+from bench.sides import DTYPES, TOKENS, build_ours, build_theirs, synchronize
 
 RESULTS = Path(__file__).parent / "results" / "unet_alone.json"
 AGREE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # relative to the float32 prediction

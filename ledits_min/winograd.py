@@ -20,9 +20,10 @@ from torch import Tensor
 
 TILES = 256  # at a time: enough for products at their full rate, few enough for the caches
 CHANNELS, POSITIONS = 256, 256  # from so many on fewer multiplications outweigh the transforms, and the weights' memory
-A_T = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, -1.0, -1.0]])
-B_T = torch.tensor([[1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, -1.0, 1.0, 0.0], [0.0, 1.0, 0.0, -1.0]])
-G = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+Matrix = tuple[tuple[float, ...], ...]
+A_T: Matrix = (1, 1, 1, 0), (0, 1, -1, -1)
+B_T: Matrix = (1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)
+G: Matrix = (1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)
 
 
 def pays(inputs: int, outputs: int, height: int, width: int) -> bool:
@@ -68,9 +69,10 @@ def convolve(hidden: Tensor, transformed: Tensor, bias: Tensor | None, residual:
     return result
 
 
-def _both_ways(matrix: Tensor, like: Tensor) -> Tensor:
-    """P kron P, in like's dtype: all these entries are exact in any."""
-    return torch.kron(matrix, matrix).to(like.dtype)
+def _both_ways(matrix: Matrix, like: Tensor) -> Tensor:
+    """P kron P in like's dtype, in which all these entries are exact."""
+    p = like.new_tensor(matrix)
+    return torch.kron(p, p)
 
 
 def _windows(hidden: Tensor, first: int, last: int) -> Tensor:
