@@ -23,8 +23,7 @@ import matplotlib
 import torch
 from diffusers import logging
 
-from bench.conditions import Memory, conditions
-from bench.peer_diffusers import give_back_freed_memory
+from bench.conditions import Memory, conditions, give_back_freed_memory
 from bench.sides import DTYPES, SIDES, Side, build_ours, build_theirs, make_job, run_ours, run_peer
 
 matplotlib.use("Agg")

@@ -13,7 +13,6 @@ where they must agree to rounding, and those that were timed. Where they disagre
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import torch
 from diffusers import logging
 from safetensors.torch import load_file, save_file
 
-from bench.conditions import Memory, conditions, kind_of
+from bench.conditions import Memory, conditions, give_back_freed_memory, kind_of
 from bench.sides import (
     DTYPES,
     QUICK_UNET,
@@ -133,11 +132,6 @@ def run_side(args: argparse.Namespace) -> None:
 
 def rounded(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
-
-
-def give_back_freed_memory() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def outside(side: Side) -> float:

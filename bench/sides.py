@@ -44,7 +44,7 @@ QUICK_VAE = replace(SD15_VAE, block_out_channels=(32, 32, 64, 64), norm_num_grou
 
 @dataclass(frozen=True)
 class Job:
-    """One edit. texts[0] is the empty prompt's context, then source, target (None: empty), and the concepts'."""
+    """One edit; `contexts` holds those of the empty prompt, of source and target (which may be "") and of the terms."""
 
     schedule: Schedule
     skip: int
