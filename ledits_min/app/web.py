@@ -64,7 +64,7 @@ class Page:
         view = [parts.empty, parts.stage, parts.slider, parts.masks, parts.status, parts.download, parts.run]
         told = [parts.copy, parts.command, parts.python]
 
-        blocks.load(self._arrive, None, session, **AT_ONCE)
+        blocks.load(self._arrive, None, [session, parts.empty], **AT_ONCE)
         blocks.unload(self._leave)
         opened = parts.upload.upload(
             self._open, [session, parts.upload], view, show_progress_on=parts.upload, **PRIVATE
@@ -103,10 +103,10 @@ class Page:
             **AT_ONCE,
         )  # fmt: skip
 
-    def _arrive(self, request: gr.Request) -> Session:
+    def _arrive(self, request: gr.Request) -> list[Any]:
         session = Session(self.models, self.place)
         self.visits[str(request.session_hash)] = session
-        return session
+        return [session, gr.update(visible=True)]
 
     def _leave(self, request: gr.Request) -> None:
         session = self.visits.get(str(request.session_hash))

@@ -55,7 +55,7 @@ class Layout:
                 self._lay_out_controls()
 
     def _lay_out_picture(self) -> None:
-        with gr.Column(elem_id="empty") as self.empty:
+        with gr.Column(visible=False, elem_id="empty") as self.empty:  # until the visit has begun
             self.upload = gr.File(show_label=False, height=380, elem_id="upload")
             gr.HTML("<p>or take one of these drawn portraits</p>", elem_classes="hint", padding=False)
             self.samples = gr.Gallery(

@@ -103,6 +103,12 @@ def asked(web: ModuleType, page: Any) -> list[str]:
     return [box.input_value() for box in web.words_asked(page).all()]
 
 
+def unfold(page: Any) -> None:
+    """The inversion's numbers. They are made now and filled a moment later, so write into them later still."""
+    page.locator("#inversion button").first.click()
+    page.locator("#skip input").wait_for()
+
+
 def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, visit: Any, tmp_path: Path) -> None:
     page = visit()
     mine = tmp_path / COPY
@@ -150,6 +156,7 @@ def test_a_newcomer_edits_again_goes_back_and_takes_it_home(web: ModuleType, vis
 def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: Path) -> None:
     page = visit()
     page.bring_to_front()  # what is not drawn is not waited for
+    unfold(page)
     (tmp_path / "page.png").write_bytes(b"<html>404 not found")
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "page.png")
     page.get_by_text("'page.png' is an HTML or XML page").wait_for()
@@ -163,7 +170,6 @@ def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: 
     page.locator("#run").wait_for()
 
     box.fill("sunglasses")
-    page.locator("#inversion button").first.click()
     page.locator("#skip input").fill("25")
     page.locator("#run").click()
     page.get_by_text("skip (with 25 steps) is 25; a whole number in 0 .. 24 is wanted").wait_for()
@@ -171,9 +177,10 @@ def test_what_is_wrong_is_said_in_a_line(web: ModuleType, visit: Any, tmp_path: 
 
 
 def test_what_computes_nothing_does_not_wait_and_what_computes_can_be_stopped(web: ModuleType, visit: Any) -> None:
-    page, other = visit(), visit()
+    page = visit()
+    unfold(page)
+    other = visit()
     web.open_picture(page, SAMPLE)
-    page.locator("#inversion button").first.click()
     page.locator("#steps input").fill("500")
     web.words_asked(page).first.fill("sunglasses")
     page.locator("#run").click()
@@ -214,8 +221,8 @@ def test_two_visitors_at_once_see_their_own_pictures(web: ModuleType, visit: Any
 
 def test_another_model_and_a_preset(web: ModuleType, visit: Any) -> None:
     page = visit()
+    unfold(page)
     web.open_picture(page, SAMPLE)
-    page.locator("#inversion button").first.click()
     page.locator(".concept .kind input").first.click()
     page.get_by_role("option", name="big thing").click()
     page.wait_for_function("() => document.querySelector('#skip input').value == '2'")
