@@ -27,7 +27,7 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code; every failure is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    with _signals(), warnings_as_lines() as said:
+    with _signals() as heard, warnings_as_lines() as said:
         try:
             args = build_parser().parse_args(argv)
             args.said = said
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         except BaseException as error:  # noqa: BLE001
             if "--debug" in argv:
                 traceback.print_exc()
-            code, line = explain(error)
+            # A signal that arrives inside a library's compiled part may come out of it as that library's own failure.
+            code, line = explain(heard[0] if heard else error)
             say(f"error: {line}")
             return code
     return 0
@@ -56,29 +57,31 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM both end a run through every `finally`; a run that one of them ends hears no other."""
-    ended = False
+def _signals() -> Iterator[list[BaseException]]:
+    """Ctrl-C and SIGTERM both end a run through every `finally`; a run that one of them ends hears no other.
+
+    What the signal raised, once there was one.
+    """
+    heard: list[BaseException] = []
     ends: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
 
     def stop(number: int, _: object) -> NoReturn:
-        nonlocal ended
-        ended = True
         for each in ends:
             signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up, nor the last words
-        raise ends[number]
+        heard.append(ends[number]())
+        raise heard[0]
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield heard
         return
     # A shell starts what runs in its background with Ctrl-C ignored; it stays so.
     before = {each: signal.getsignal(each) for each in ends if signal.getsignal(each) is not signal.SIG_IGN}
     for each in before:
         signal.signal(each, stop)
     try:
-        yield
+        yield heard
     finally:
-        for each, handler in before.items() if not ended else ():
+        for each, handler in before.items() if not heard else ():
             signal.signal(each, handler or signal.SIG_DFL)
 
 

@@ -315,6 +315,24 @@ def test_a_stopped_process_leaves_nothing(place: Path, module: str, function: st
     assert names(place) == {"p.png"}
 
 
+def test_a_signal_that_a_library_takes_for_its_own_failure_is_still_named(place: Path) -> None:
+    text = STOPPED.format(module="engine", function="edit", signal="SIGTERM").replace(
+        "module.edit = stopped",
+        """
+def translated(*arguments, **named):
+    try:
+        return stopped(*arguments, **named)
+    except BaseException:
+        raise SystemError("returned a result with an exception set") from None
+module.edit = translated""",
+    )
+    assert "translated" in text
+    run = ["edit", "p.png", "--add", "hat", *FAST, "--save-inversion", "i.safetensors"]
+    finished = subprocess.run([sys.executable, "-c", text, *run], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (143, "ledits: error: terminated\n")
+    assert names(place) == {"p.png"}
+
+
 def test_a_disk_that_fills_up_leaves_nothing(place: Path) -> None:
     """A limit on the size of files stands in for the full disk."""
     finished = process("edit", "p.png", "--add", "hat", *FAST, shell='ulimit -f 1; exec "$@"')
