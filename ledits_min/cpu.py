@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
@@ -138,25 +139,34 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     return result
 
 
+def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What F.linear computes, without the copy of the bias to every token that it begins with."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+    return result
+
+
 def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """`ops.add_conv` as one operation."""
     if saves_multiplications(hidden, layer):
         return winograd.convolve(hidden, _transformed(layer), layer.bias, residual)
-    if layer.kernel_size == (3, 3) and is_mostly_weights(hidden):
-        rows, flat = _neighbourhoods(hidden), residual.permute(0, 2, 3, 1).flatten(0, 2)
-        return _as_map(torch.ops.mkldnn._linear_pointwise.binary(rows, flat, _matrix(layer), layer.bias, "add"), hidden)
+    rows = _as_rows(hidden, layer)
+    if rows is not None:
+        added = residual.permute(0, 2, 3, 1).flatten(0, 2)
+        product = torch.ops.mkldnn._linear_pointwise.binary(rows, added, _matrix(layer), layer.bias, "add")
+        return _as_map(product, hidden)
     result: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
         hidden, residual, layer.weight, layer.bias, layer.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
     )
     return result
 
 
-def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
-    """`ops.conv3x3` in the way that suits the shape."""
+def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.conv` in the way that suits the shape."""
     if saves_multiplications(hidden, layer):
         return winograd.convolve(hidden, _transformed(layer), layer.bias)
-    if is_mostly_weights(hidden):
-        return _as_map(F.linear(_neighbourhoods(hidden), _matrix(layer), layer.bias), hidden)
+    rows = _as_rows(hidden, layer)
+    if rows is not None:
+        return _as_map(_linear(rows, _matrix(layer), layer.bias), hidden)
     result: Tensor = layer(hidden)
     return result
 
@@ -195,7 +205,20 @@ def upsample_conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
 
     A position of the result sees 3 x 3 neighbours of which at most 2 x 2 differ: their weights are summed beforehand.
     """
+    if fuses(hidden, layer.weight) and is_mostly_weights(hidden):
+        return _upsample_by_products(hidden, _quartered(layer), layer.bias)
     return F.conv_transpose2d(hidden, _stretched(layer), layer.bias, stride=2, padding=1)
+
+
+def _upsample_by_products(hidden: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """weights (2, 2, O, 4 C): a position becomes 2 x 2, each of which sees another 2 x 2 neighbours."""
+    batch, _, height, width = hidden.shape
+    seen = _windows(hidden, 2)  # of one more row and column than the map has
+    result = hidden.new_empty(batch, height, 2, width, 2, weights.shape[2])
+    for down, across in product((0, 1), repeat=2):
+        rows = seen[:, down : down + height, across : across + width].reshape(-1, weights.shape[3])
+        result[:, :, down, :, across] = _linear(rows, weights[down, across], bias).view(batch, height, width, -1)
+    return result.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 def _made_once(make: Callable[[Tensor], Tensor]) -> Callable[[nn.Conv2d], Tensor]:
@@ -224,18 +247,27 @@ def _tells_of_changes(layer: nn.Conv2d) -> bool:
 
 
 def _stretch(weight: Tensor) -> Tensor:
-    """The weights (O, C, 3, 3) of "double, then convolve" as those of one transposed convolution, (C, O, 4, 4).
+    """The weights (O, C, 3, 3) of "double, then convolve" as those of one transposed convolution, (C, O, 4, 4)."""
+    turned = _sums_of_doubling(weight).flip(1, 2)  # a transposed convolution takes its weights from the last to the first
+    return turned.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
 
-    Along each axis [w0, w1, w2] convolved with [1, 1], which is what doubling is.
-    """
+
+def _quarter(weight: Tensor) -> Tensor:
+    """The same as those of `_upsample_by_products`, (2, 2, O, 4 C): place n of 2 sees its neighbour m at sum 2 m + n."""
+    sums = _sums_of_doubling(weight).unflatten(2, (2, 2)).unflatten(1, (2, 2))
+    return sums.permute(2, 4, 0, 1, 3, 5).flatten(3)
+
+
+def _sums_of_doubling(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) -> (O, 4, 4, C): along each axis [w0, w1, w2] convolved with [1, 1], which is what doubling is."""
     outputs, inputs = weight.shape[:2]
-    # From the last to the first: a transposed convolution turns its weights around.
-    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)  # (O, 16, C)
-    return taps.view(outputs, 4, 4, inputs).permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+    sums = weight.new_tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]])
+    taps = torch.kron(sums, sums) @ weight.permute(0, 2, 3, 1).reshape(outputs, 9, inputs)
+    return taps.view(outputs, 4, 4, inputs)
 
 
 _stretched = _made_once(_stretch)
+_quartered = _made_once(_quarter)
 _transformed = _made_once(winograd.transform_weights)
 
 
@@ -250,17 +282,28 @@ def is_mostly_weights(hidden: Tensor) -> bool:
     return scarce * batch * height * width < channels and hidden.is_contiguous(memory_format=torch.channels_last)
 
 
-def _neighbourhoods(hidden: Tensor) -> Tensor:
-    """Every position's 3 x 3 neighbours, zeros beyond the border: channels-last (B, C, h, w) -> (B h w, 9 C)."""
-    batch, channels, height, width = hidden.shape
+def _windows(hidden: Tensor, side: int) -> Tensor:
+    """Every side x side positions of a map with a border of zeros around it: channels-last (B, C, h, w)
+    -> a view (B, h + 3 - side, w + 3 - side, side, side, C).
+    """
     padded = F.pad(hidden.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    image, row, column, _ = padded.stride()
-    windows = padded.as_strided((batch, height, width, 3, 3, channels), (image, row, column, row, column, 1))
-    return windows.reshape(-1, 9 * channels)
+    return padded.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3)
+
+
+def _as_rows(hidden: Tensor, layer: nn.Conv2d) -> Tensor | None:
+    """What each position of the result sees, (B h w, C) or (B h w, 9 C), where one product of that beats the layer.
+
+    The layer is a convolution of 1 x 1 or 3 x 3 that keeps the size.
+    """
+    if layer.kernel_size == (1, 1) and hidden.is_contiguous(memory_format=torch.channels_last):
+        return hidden.permute(0, 2, 3, 1).flatten(0, 2)
+    if layer.kernel_size == (3, 3) and is_mostly_weights(hidden):
+        return _windows(hidden, 3).reshape(-1, 9 * hidden.shape[1])
+    return None
 
 
 def _matrix(layer: nn.Conv2d) -> Tensor:
-    """The weights (O, C, 3, 3) as (O, 9 C), in the order of `_neighbourhoods`; no copy where they are channels-last."""
+    """The weights (O, C, 3, 3) as (O, 9 C), in the order of `_as_rows`; no copy where they are channels-last."""
     return layer.weight.permute(0, 2, 3, 1).flatten(1)
 
 

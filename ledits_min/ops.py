@@ -116,10 +116,10 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     return result
 
 
-def conv3x3(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
-    """layer(hidden), a convolution of 3 x 3 that keeps the size."""
+def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+    """layer(hidden), a convolution that keeps the size."""
     if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
-        return cpu.conv3x3(hidden, layer)
+        return cpu.conv(hidden, layer)
     result: Tensor = layer(hidden)
     return result
 
@@ -136,7 +136,7 @@ def upsample_conv(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> Tens
     """layer(hidden), a convolution of 3 x 3, with hidden grown to `size` by nearest neighbours before."""
     if hidden.device.type == "cpu" and cpu.serves_upsampling(hidden, size, layer):
         return cpu.upsample_conv(hidden, layer)
-    return conv3x3(F.interpolate(hidden, size=tuple(size), mode="nearest"), layer)
+    return conv(F.interpolate(hidden, size=tuple(size), mode="nearest"), layer)
 
 
 # --- the inversion --------------------------------------------------------------------------------------------------

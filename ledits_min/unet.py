@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.ops import add_conv, add_linear, conv3x3, feed_forward, group_norm_silu, upsample_conv
+from ledits_min.ops import add_conv, add_linear, conv, feed_forward, group_norm_silu, upsample_conv
 from ledits_min.ops import attention as plain_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -280,8 +280,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, width, 1) if channels != width else None
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = conv3x3(group_norm_silu(hidden, self.norm1), self.conv1)
+        residual = hidden if self.conv_shortcut is None else conv(hidden, self.conv_shortcut)
+        hidden = conv(group_norm_silu(hidden, self.norm1), self.conv1)
         hidden = group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time)))
         return add_conv(residual, hidden, self.conv2)
 
@@ -291,20 +291,20 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
-        self.linear_projection = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
+        linear = config.use_linear_projection
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(width, heads, config) for _ in range(depth))
-        self.proj_out = nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = hidden.shape[-2:]
         residual = conditioning.spread(hidden)
         hidden = group_norm_silu(hidden, self.norm, silu=False)
-        if not self.linear_projection:
-            hidden = self.proj_in(hidden)
+        if isinstance(self.proj_in, nn.Conv2d):
+            hidden = conv(hidden, self.proj_in)
         tokens = hidden.flatten(2).transpose(1, 2)  # (B, h w, C)
-        if self.linear_projection:
+        if isinstance(self.proj_in, nn.Linear):
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import add_conv, attention, conv3x3, group_norm_silu, upsample_conv
+from ledits_min.ops import add_conv, attention, conv, group_norm_silu, upsample_conv
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -162,8 +162,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, width, 1) if channels != width else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = conv3x3(group_norm_silu(hidden, self.norm1), self.conv1)
+        residual = hidden if self.conv_shortcut is None else conv(hidden, self.conv_shortcut)
+        hidden = conv(group_norm_silu(hidden, self.norm1), self.conv1)
         return add_conv(residual, group_norm_silu(hidden, self.norm2), self.conv2)
 
 

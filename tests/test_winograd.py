@@ -109,20 +109,20 @@ def test_the_layers_that_take_it(
     layer = nn.Conv2d(inputs, outputs, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     maps = (torch.randn(2, channels, height, width).bfloat16() for channels in (inputs, outputs))
     hidden, residual = (values.contiguous(memory_format=torch.channels_last) for values in maps)
-    found, summed = ops.conv3x3(hidden, layer), ops.add_conv(residual, hidden, layer)
+    found, summed = ops.conv(hidden, layer), ops.add_conv(residual, hidden, layer)
     assert len(taken) == wanted, "transformed once, for both"
     exact = F.conv2d(hidden.double(), layer.weight.double(), layer.bias.double(), padding=1)  # type: ignore[union-attr]
     assert error(found, exact) < 6e-3 and error(summed, exact + residual) < 6e-3
 
     layer.weight.mul_(2.0)
     exact = F.conv2d(hidden.double(), layer.weight.double(), layer.bias.double(), padding=1)  # type: ignore[union-attr]
-    assert error(ops.conv3x3(hidden, layer), exact) < 6e-3, "the weights that are, not those that were"
+    assert error(ops.conv(hidden, layer), exact) < 6e-3, "the weights that are, not those that were"
 
-    ops.conv3x3(hidden.contiguous(), layer)
-    ops.conv3x3(hidden.float(), layer.float())
+    ops.conv(hidden.contiguous(), layer)
+    ops.conv(hidden.float(), layer.float())
     layer.bfloat16()
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: False)
-    ops.conv3x3(hidden, layer)
+    ops.conv(hidden, layer)
     assert len(taken) == 2 * wanted, "another layout, another dtype, another CPU"
 
 
@@ -130,7 +130,7 @@ def test_the_layers_that_take_it(
 def test_a_layer_that_is_trained_is_left_alone(taken: list[tuple[int, ...]]) -> None:
     layer = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
     hidden = torch.randn(1, 256, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
-    ops.conv3x3(hidden, layer).sum().backward()  # type: ignore[no-untyped-call]
+    ops.conv(hidden, layer).sum().backward()  # type: ignore[no-untyped-call]
     assert layer.weight.grad is not None and not taken
 
 
