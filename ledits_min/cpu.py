@@ -25,7 +25,8 @@ VECTOR = 16  # float32 numbers in a vector of AVX-512
 FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 LN_2 = math.log(2.0)
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
-ROWS = 4096  # tokens that go through the feed-forward at a time; fewer starve the products, more leave the cache
+MANY_KEYS = 1024  # with fewer, filling heads up to whole vectors costs more than it saves
+NUMBERS = 4096 * 320  # tokens times width, through the feed-forward at a time: fewer starve the products, more leave L2
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -44,7 +45,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if multiplies_bfloat16_in_vectors():
         return attention_in_slices(q, k, v)
-    rest = -k.shape[2] % KEYS
+    width, rest = q.shape[3], -k.shape[2] % KEYS
+    if width % VECTOR and not rest and k.shape[2] >= MANY_KEYS:
+        q, k, v = (F.pad(each, (0, -width % VECTOR)) for each in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
     if not rest:
         return F.scaled_dot_product_attention(q, k, v)
     bias = torch.zeros(k.shape[2] + rest, dtype=q.dtype)
@@ -106,7 +110,7 @@ def serves_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
     """Whether `feed_forward` here beats the layers one after the other."""
     if _is_recorded(tokens, layer.weight):
         return False
-    return tokens.shape[:-1].numel() > ROWS or fuses(tokens, layer.weight)
+    return tokens.numel() > NUMBERS or fuses(tokens, layer.weight)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
@@ -114,7 +118,8 @@ def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: n
     flat = tokens.flatten(0, -2)
     result = torch.empty_like(flat)
     unit = _fused_unit if fuses(flat, narrow.weight) else _unit
-    for part, out in zip(flat.split(ROWS), result.split(ROWS), strict=True):
+    rows = max(1, NUMBERS // flat.shape[1])
+    for part, out in zip(flat.split(rows), result.split(rows), strict=True):
         unit(part, norm(part), widen, narrow, out)
     return result.view_as(tokens)
 
@@ -248,14 +253,16 @@ def _tells_of_changes(layer: nn.Conv2d) -> bool:
 
 def _stretch(weight: Tensor) -> Tensor:
     """The weights (O, C, 3, 3) of "double, then convolve" as those of one transposed convolution, (C, O, 4, 4)."""
-    turned = _sums_of_doubling(weight).flip(1, 2)  # a transposed convolution takes its weights from the last to the first
+    turned = _sums_of_doubling(weight).flip(1, 2)  # as a transposed convolution does
     return turned.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _quarter(weight: Tensor) -> Tensor:
-    """The same as those of `_upsample_by_products`, (2, 2, O, 4 C): place n of 2 sees its neighbour m at sum 2 m + n."""
-    sums = _sums_of_doubling(weight).unflatten(2, (2, 2)).unflatten(1, (2, 2))
-    return sums.permute(2, 4, 0, 1, 3, 5).flatten(3)
+    """The same as those of `_upsample_by_products`, (2, 2, O, 4 C)."""
+    outputs, inputs = weight.shape[:2]
+    # Along an axis sum 2 m + n is what place n of the result takes from the neighbour m that it sees.
+    sums = _sums_of_doubling(weight).view(outputs, 2, 2, 2, 2, inputs)
+    return sums.permute(2, 4, 0, 1, 3, 5).reshape(2, 2, outputs, 4 * inputs)
 
 
 def _sums_of_doubling(weight: Tensor) -> Tensor:

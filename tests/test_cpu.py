@@ -88,6 +88,19 @@ def test_attention_over_any_number_of_keys(keys: int, monkeypatch: pytest.Monkey
     assert error(ops.attention(q, k, v), exact) < 1e-2
 
 
+@pytest.mark.parametrize("keys", [48, 50])
+@pytest.mark.parametrize("width", [5, 16, 40])
+def test_attention_in_heads_that_are_filled_up(keys: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By zeros, which add nothing to a score; what was a head's width still divides the scores."""
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
+    monkeypatch.setattr(cpu, "MANY_KEYS", 48)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: False)
+    q, k, v = (torch.randn(2, n, 3, width).bfloat16().transpose(1, 2) for n in (70, keys, keys))
+    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = ops.attention(q, k, v)
+    assert found.shape == exact.shape and error(found, exact) < 5e-3
+
+
 fused = pytest.mark.skipif(not cpu.has_fused_products(), reason="this CPU or torch has no fused products in bfloat16")
 
 
@@ -96,17 +109,19 @@ fused = pytest.mark.skipif(not cpu.has_fused_products(), reason="this CPU or tor
     ((1, 96, 8, 8), False, True), ((1, 96, 3, 5), True, True), ((2, 40, 3, 5), False, True),
     ((1, 16, 7, 9), False, False),
 ])  # fmt: skip
+@pytest.mark.parametrize("side", [1, 3])
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
 def test_convolutions(
-    shape: tuple[int, int, int, int], of_vectors: bool, of_tiles: bool, vectors: bool, channels_last: bool,
+    shape: tuple[int, int, int, int], of_vectors: bool, of_tiles: bool, side: int, vectors: bool, channels_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Whether there are few positions for the weights is told for each kind of CPU."""
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: vectors)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    layer = nn.Conv2d(shape[1], 24, 3, padding=1).bfloat16().to(memory_format=layout)  # type: ignore[call-overload]
+    layer = nn.Conv2d(shape[1], 24, side, padding=side // 2).bfloat16()
+    layer = layer.to(memory_format=layout)  # type: ignore[call-overload]
     hidden = torch.randn(shape).bfloat16().contiguous(memory_format=layout)
     residual = torch.randn(shape[0], 24, *shape[2:]).bfloat16().contiguous(memory_format=layout)
     found, summed = ops.conv(hidden, layer), ops.add_conv(residual, hidden, layer)
@@ -122,9 +137,13 @@ DOUBLED = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3, torch
 
 @pytest.mark.parametrize("dtype", DOUBLED)
 @pytest.mark.parametrize("shape", [(1, 96, 8, 8), (3, 40, 3, 5), (2, 8, 1, 2), (1, 16, 7, 9)])
+@pytest.mark.parametrize("vectors", [False, True])  # with vectors fewer maps are doubled by products
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_doubling_and_convolving(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+def test_doubling_and_convolving(
+    shape: tuple[int, ...], dtype: torch.dtype, vectors: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: vectors)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     layer = nn.Conv2d(shape[1], 24, 3, padding=1).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     hidden = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
@@ -209,7 +228,7 @@ def layers(width: int, dtype: torch.dtype) -> tuple[nn.LayerNorm, nn.Linear, nn.
 def test_the_feed_forward_in_slices(
     tokens: tuple[int, ...], width: int, fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "ROWS", 4)
+    monkeypatch.setattr(cpu, "NUMBERS", 4 * width)
     if fused and not (dtype == torch.bfloat16 and cpu.has_fused_products()):
         pytest.skip("fused products are for bfloat16, on CPUs that compute in it")
     monkeypatch.setattr(cpu, "has_fused_products", lambda: fused)
@@ -226,7 +245,7 @@ def test_the_feed_forward_in_slices(
 
 
 def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "ROWS", 4)
+    monkeypatch.setattr(cpu, "NUMBERS", 4 * 16)
     norm, widen, narrow = layers(16, torch.float32)
     x = torch.randn(2, 6, 16)
     whole = ops.feed_forward(x, norm, widen, narrow)
@@ -238,7 +257,7 @@ def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("of_tokens", [False, True])
 def test_gradients_are_not_lost(of_tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "ROWS", 2)
+    monkeypatch.setattr(cpu, "NUMBERS", 2 * 8)
     norm, widen, narrow = layers(8, torch.float32)
     x = torch.randn(1, 5, 8, requires_grad=of_tokens)
     narrow.weight.requires_grad_(not of_tokens)
