@@ -27,6 +27,7 @@ LN_2 = math.log(2.0)
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
 MANY_KEYS = 1024  # with fewer, filling heads up to whole vectors costs more than it saves
 NUMBERS = 4096 * 320  # tokens times width, through the feed-forward at a time: fewer starve the products, more leave L2
+Make = Callable[[Tensor], Tensor]  # of a layer's weights, what they are computed with
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -226,22 +227,24 @@ def _upsample_by_products(hidden: Tensor, weights: Tensor, bias: Tensor | None) 
     return result.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
-def _made_once(make: Callable[[Tensor], Tensor]) -> Callable[[nn.Conv2d], Tensor]:
-    """What `make` makes of a layer's weights, made once for them and kept as long as the layer."""
-    # What was made, and of which weights at which version.
-    kept: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Tensor, int]] = WeakKeyDictionary()
+# What was made of a layer's weights, by what makes it; and of which weights at which version.
+_kept: WeakKeyDictionary[nn.Conv2d, tuple[dict[Make, Tensor], Tensor, int]] = WeakKeyDictionary()
+
+
+def _made_once(make: Make) -> Callable[[nn.Conv2d], Tensor]:
+    """What `make` makes of a layer's weights, made once for them and kept as long as the layer has them."""
 
     def of(layer: nn.Conv2d) -> Tensor:
         weight = layer.weight.detach()
-        if layer in kept:
-            made, source, version = kept[layer]
-            # `source` keeps its memory, so that no other weights can lie there. Weights changed in place have another
-            # version, unless it is done behind torch's back, through `.data`.
-            if (source.data_ptr(), made.dtype, version) == (weight.data_ptr(), weight.dtype, weight._version):
-                return made
-        made = make(weight)
-        kept[layer] = made, weight, weight._version
-        return made
+        made, source, version = _kept.get(layer, ({}, weight, -1))
+        # `source` keeps its memory, so that no other weights can lie there. Weights changed in place have another
+        # version, unless it is done behind torch's back, through `.data`.
+        if (source.data_ptr(), source.dtype, version) != (weight.data_ptr(), weight.dtype, weight._version):
+            made = {}
+            _kept[layer] = made, weight, weight._version
+        if make not in made:
+            made[make] = make(weight)
+        return made[make]
 
     return of
 

@@ -195,12 +195,18 @@ def test_what_was_made_of_a_layer_goes_with_it() -> None:
         made.append(weakref.ref(result := 2.0 * weight))
         return result
 
-    doubled = cpu._made_once(double)
+    doubled, negated = cpu._made_once(double), cpu._made_once(torch.neg)
     layer = nn.Conv2d(8, 8, 3).requires_grad_(False)
     assert doubled(layer) is doubled(layer) and len(made) == 1
+    assert torch.equal(negated(layer), -layer.weight)
+    layer.bfloat16()
+    assert negated(layer).dtype == torch.bfloat16
+    gc.collect()
+    assert made[0]() is None, "what was made of other weights"
+    doubled(layer)
     del layer
     gc.collect()
-    assert made[0]() is None
+    assert made[1]() is None
 
 
 @fused
