@@ -33,9 +33,9 @@ Make = Callable[[Tensor], Tensor]  # of a layer's weights, what they are compute
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def serves_attention(q: Tensor, k: Tensor) -> bool:
+def serves_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` here beats torch's own."""
-    return q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] >= FEW_SCORES and not _is_recorded(q)
+    return q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] >= FEW_SCORES and not _is_recorded(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,11 +107,12 @@ def _longest(vectors: Tensor) -> Tensor:
 # --- feed-forward, sums, convolutions -------------------------------------------------------------------------------
 
 
-def serves_feed_forward(tokens: Tensor, layer: nn.Linear) -> bool:
+def serves_feed_forward(tokens: Tensor, *layers: nn.Module) -> bool:
     """Whether `feed_forward` here beats the layers one after the other."""
-    if _is_recorded(tokens, layer.weight):
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    if _is_recorded(tokens, *weights):
         return False
-    return tokens.numel() > NUMBERS or fuses(tokens, layer.weight)
+    return tokens.numel() > NUMBERS or fuses(tokens, *weights)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
@@ -158,8 +159,8 @@ def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     rows = _as_rows(hidden, layer)
     if rows is not None:
         added = residual.permute(0, 2, 3, 1).flatten(0, 2)
-        product = torch.ops.mkldnn._linear_pointwise.binary(rows, added, _matrix(layer), layer.bias, "add")
-        return _as_map(product, hidden)
+        summed = torch.ops.mkldnn._linear_pointwise.binary(rows, added, _matrix(layer), layer.bias, "add")
+        return _as_map(summed, hidden)
     result: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
         hidden, residual, layer.weight, layer.bias, layer.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
     )
@@ -199,7 +200,9 @@ def serves_upsampling(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> 
     """Whether `upsample_conv` here has the same meaning and beats the two operations one after the other."""
     height, width = hidden.shape[-2:]
     doubles = tuple(size) == (2 * height, 2 * width)
-    if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last) or _is_recorded(hidden, layer.weight):
+    if not doubles or not hidden.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if _is_recorded(hidden, *layer.parameters()):
         return False
     if not _tells_of_changes(layer):
         return False
@@ -313,7 +316,10 @@ def _as_rows(hidden: Tensor, layer: nn.Conv2d) -> Tensor | None:
 
 
 def _matrix(layer: nn.Conv2d) -> Tensor:
-    """The weights (O, C, 3, 3) as (O, 9 C), in the order of `_as_rows`; no copy where they are channels-last."""
+    """The weights (O, C, 3, 3) as (O, 9 C) in the order of `_as_rows`, or (O, C, 1, 1) as (O, C).
+
+    No copy where they are channels-last.
+    """
     return layer.weight.permute(0, 2, 3, 1).flatten(1)
 
 

@@ -95,14 +95,14 @@ def geglu(projected: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d)."""
-    if q.device.type == "cpu" and cpu.serves_attention(q, k):
+    if q.device.type == "cpu" and cpu.serves_attention(q, k, v):
         return cpu.attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
     """tokens + narrow(geglu(widen(norm(tokens)))), tokens (B, N, C)."""
-    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.serves_feed_forward(tokens, narrow):
+    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.serves_feed_forward(tokens, norm, widen, narrow):
         return cpu.feed_forward(tokens, norm, widen, narrow)
     result: Tensor = tokens + narrow(geglu(widen(norm(tokens))))
     return result
@@ -110,7 +110,7 @@ def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: n
 
 def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     """residual + layer(tokens)."""
-    if tokens.device.type == "cpu" and cpu.fuses(tokens, layer.weight):
+    if tokens.device.type == "cpu" and cpu.fuses(residual, tokens, *layer.parameters()):
         return cpu.add_linear(residual, tokens, layer)
     result: Tensor = residual + layer(tokens)
     return result
@@ -118,7 +118,7 @@ def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
 
 def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(hidden), a convolution that keeps the size."""
-    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
+    if hidden.device.type == "cpu" and cpu.fuses(hidden, *layer.parameters()):
         return cpu.conv(hidden, layer)
     result: Tensor = layer(hidden)
     return result
@@ -126,7 +126,7 @@ def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
 
 def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """residual + layer(hidden), a convolution that keeps the size."""
-    if hidden.device.type == "cpu" and cpu.fuses(hidden, layer.weight):
+    if hidden.device.type == "cpu" and cpu.fuses(residual, hidden, *layer.parameters()):
         return cpu.add_conv(residual, hidden, layer)
     result: Tensor = residual + layer(hidden)
     return result

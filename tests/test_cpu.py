@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_attention_in_slices_is_attention(shape: tuple[int, ...], scores: int, m
     monkeypatch.setattr(cpu, "QUERIES", 7)
     monkeypatch.setattr(cpu, "FEW_SCORES", 0)
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: True)
-    assert cpu.serves_attention(q, k) and not cpu.serves_attention(q.float(), k.float())
+    assert cpu.serves_attention(q, k, v) and not cpu.serves_attention(q.float(), k.float(), v.float())
     exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     found = ops.attention(q, k, v)
     assert found.shape == exact.shape
@@ -96,8 +98,16 @@ def test_attention_in_heads_that_are_filled_up(keys: int, width: int, monkeypatc
     monkeypatch.setattr(cpu, "MANY_KEYS", 48)
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: False)
     q, k, v = (torch.randn(2, n, 3, width).bfloat16().transpose(1, 2) for n in (70, keys, keys))
-    exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    plain, widths = nn.functional.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, *more: Any, **options: Any) -> Tensor:
+        widths.append(q.shape[-1])
+        return plain(q, *more, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
     found = ops.attention(q, k, v)
+    assert widths == [-(-width // 16) * 16 if keys == 48 else width]
+    exact = plain(q.double(), k.double(), v.double())
     assert found.shape == exact.shape and error(found, exact) < 5e-3
 
 
@@ -150,6 +160,11 @@ def test_doubling_and_convolving(
     height, width = shape[2:]
     sizes = [(2 * height, 2 * width), (2 * height - 1, 2 * width)]  # of which only the first is served here
     found = [ops.upsample_conv(hidden, size, layer) for size in sizes]
+    form = None  # that the weights were brought into
+    if channels_last and (dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.has_fused_products())):
+        by_products = dtype == torch.bfloat16 and cpu.is_mostly_weights(hidden)
+        form = cpu._quarter if by_products else cpu._stretch
+    assert list(cpu._kept[layer][0] if layer in cpu._kept else ()) == ([form] if form else [])
     layer.double()
     for result, size in zip(found, sizes, strict=True):
         exact = layer(nn.functional.interpolate(hidden.double(), size=size, mode="nearest"))
@@ -240,7 +255,7 @@ def test_the_feed_forward_in_slices(
     monkeypatch.setattr(cpu, "has_fused_products", lambda: fused)
     x = torch.randn(tokens).to(dtype)
     norm, widen, narrow = layers(width, dtype)
-    assert cpu.serves_feed_forward(x, narrow)
+    assert cpu.serves_feed_forward(x, norm, widen, narrow)
     found = ops.feed_forward(x, norm, widen, narrow)
     for layer in (norm, widen, narrow):
         layer.double()
@@ -269,6 +284,35 @@ def test_gradients_are_not_lost(of_tokens: bool, monkeypatch: pytest.MonkeyPatch
     narrow.weight.requires_grad_(not of_tokens)
     ops.feed_forward(x, norm, widen, narrow).sum().backward()
     assert (x.grad if of_tokens else narrow.weight.grad) is not None
+
+
+CONVOLUTIONS: dict[str, Callable[[Tensor, nn.Conv2d], Tensor]] = {
+    "conv": ops.conv,
+    "add_conv": lambda hidden, layer: ops.add_conv(hidden.detach(), hidden, layer),
+    "added_conv": lambda hidden, layer: ops.add_conv(hidden, hidden.detach(), layer),
+    "upsample_conv": lambda hidden, layer: ops.upsample_conv(hidden, (6, 6), layer),
+}
+
+
+@pytest.mark.parametrize("wanted", ["weight", "bias", "hidden"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("side", [1, 3])
+def test_gradients_of_convolutions_are_not_lost(name: str, side: int, wanted: str) -> None:
+    layer = nn.Conv2d(40, 40, side, padding=side // 2).bfloat16().requires_grad_(False)
+    hidden = torch.randn(1, 40, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    leaf = hidden if wanted == "hidden" else getattr(layer, wanted)
+    leaf.requires_grad_(True)
+    CONVOLUTIONS[name](hidden, layer).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+
+
+def test_gradients_of_a_sum_are_not_lost() -> None:
+    layer, tokens = nn.Linear(8, 8).bfloat16().requires_grad_(False), torch.randn(1, 4, 8).bfloat16()
+    residual = torch.randn(1, 4, 8).bfloat16().requires_grad_(True)
+    assert layer.bias is not None
+    layer.bias.requires_grad_(True)
+    ops.add_linear(residual, tokens, layer).sum().backward()  # type: ignore[no-untyped-call]
+    assert residual.grad is not None and layer.bias.grad is not None
 
 
 def test_without_torchs_fused_products_plain_ones_serve(monkeypatch: pytest.MonkeyPatch) -> None:

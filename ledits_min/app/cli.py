@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
             args = build_parser().parse_args(argv)
             args.said = said
             COMMANDS[args.command](args)
-        except SystemExit as finished:  # --help and --version
-            return int(finished.code or 0)
         # The one place that catches everything: a person at a terminal gets a line and an exit code, not a traceback.
         except BaseException as error:  # noqa: BLE001
+            if isinstance(error, SystemExit) and not heard:  # --help and --version
+                return int(error.code or 0)
             if "--debug" in argv:
                 traceback.print_exc()
             # A signal that arrives inside a library's compiled part may come out of it as that library's own failure.
-            code, line = explain(heard[0] if heard else error)
+            code, line = explain(heard[0]() if heard else error)
             say(f"error: {line}")
             return code
     return 0
@@ -57,18 +57,18 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[BaseException]]:
+def _signals() -> Iterator[list[type[BaseException]]]:
     """Ctrl-C and SIGTERM both end a run through every `finally`; a run that one of them ends hears no other.
 
     What the signal raised, once there was one.
     """
-    heard: list[BaseException] = []
+    heard: list[type[BaseException]] = []
     ends: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
 
     def stop(number: int, _: object) -> NoReturn:
         for each in ends:
             signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up, nor the last words
-        heard.append(ends[number]())
+        heard.append(ends[number])
         raise heard[0]
 
     if threading.current_thread() is not threading.main_thread():

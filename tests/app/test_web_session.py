@@ -65,6 +65,15 @@ def pixels(made: Edit) -> np.ndarray[Any, Any]:
         return np.asarray(picture.convert("RGB"))
 
 
+def test_the_page_takes_no_picture_before_the_visit_has_begun(models: Models, tmp_path: Path) -> None:
+    page = pytest.importorskip("ledits_min.app.web", reason="the [web] extra is not installed").Page(models, tmp_path)
+    config = page.blocks.get_config_file()
+    (empty,) = (part for part in config["components"] if part["props"].get("elem_id") == "empty")
+    assert empty["props"]["visible"] is False
+    (load,) = (event for event in config["dependencies"] if "load" in [name for _, name in event["targets"]])
+    assert empty["id"] in load["outputs"]
+
+
 def test_many_edits_one_inversion(session: Session, inverted: list[int]) -> None:
     first = session.edit("tiny", BASIS, GLASSES)
     others = [
