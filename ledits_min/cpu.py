@@ -41,8 +41,8 @@ def serves_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`ops.attention` in bfloat16, in the form that this CPU is fast in.
 
-    torch's fused attention keeps the scores in float32, and has no fast product for that on a CPU that multiplies
-    bfloat16 in vectors but not in tiles (AMX).
+    With AMX that is torch's own, with heads or keys filled up to whole vectors. It keeps the scores in float32, and has
+    no fast product for that on a CPU that multiplies bfloat16 in vectors but not in tiles (AMX).
     """
     if multiplies_bfloat16_in_vectors():
         return attention_in_slices(q, k, v)
