@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ class Inversion:
     originals  B uint8 tensors (H, W, 3), the pictures as they came in
     """
 
-    x_T: Tensor
-    residuals: Tensor
-    latents: Tensor
-    originals: tuple[Tensor, ...]
+    x_T: Tensor = field(repr=False)
+    residuals: Tensor = field(repr=False)
+    latents: Tensor = field(repr=False)
+    originals: tuple[Tensor, ...] = field(repr=False)
     settings: InversionSettings
 
     @property

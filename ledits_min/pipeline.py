@@ -46,9 +46,9 @@ class Result:
     """
 
     images: list[Image.Image]
-    latents: Tensor
-    masks: list[Tensor]
-    trace: list[dict[str, Any]] = field(default_factory=list)
+    latents: Tensor = field(repr=False)
+    masks: list[Tensor] = field(repr=False)
+    trace: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class LEdits:

@@ -82,6 +82,12 @@ def test_a_concept_changes_the_picture_and_reports_where(ledits: LEdits, inversi
     assert json.loads(json.dumps(result.trace, allow_nan=False)) == result.trace
 
 
+def test_what_comes_back_is_printed_without_its_tensors(ledits: LEdits, inversion: Inversion) -> None:
+    result = ledits.edit(inversion, concepts=[Concept("sunglasses")], trace=True, progress=False)
+    assert "tensor" not in repr(result) and "image" in repr(result)
+    assert "tensor" not in repr(inversion) and "num_steps" in repr(inversion)
+
+
 def test_a_concept_that_never_acts_is_said_to(ledits: LEdits, inversion: Inversion) -> None:
     with pytest.warns(UserWarning, match="'beard' never acts: only 7 steps"):
         ledits.edit(inversion, concepts=[Concept("beard", warmup_steps=7)], progress=False)
