@@ -276,14 +276,16 @@ def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(found.flatten(0, 1)[:11], whole.flatten(0, 1)[:11]) and found[1, 5].isnan().all()
 
 
-@pytest.mark.parametrize("of_tokens", [False, True])
-def test_gradients_are_not_lost(of_tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", ["tokens", "norm", "widen", "narrow"])
+def test_gradients_are_not_lost(wanted: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "NUMBERS", 2 * 8)
-    norm, widen, narrow = layers(8, torch.float32)
-    x = torch.randn(1, 5, 8, requires_grad=of_tokens)
-    narrow.weight.requires_grad_(not of_tokens)
-    ops.feed_forward(x, norm, widen, narrow).sum().backward()
-    assert (x.grad if of_tokens else narrow.weight.grad) is not None
+    named = dict(zip(("norm", "widen", "narrow"), layers(8, dtype), strict=True))
+    x = torch.randn(1, 5, 8, dtype=dtype)
+    leaf = x if wanted == "tokens" else named[wanted].weight
+    leaf.requires_grad_(True)
+    ops.feed_forward(x, **named).sum().backward()
+    assert leaf.grad is not None
 
 
 CONVOLUTIONS: dict[str, Callable[[Tensor, nn.Conv2d], Tensor]] = {
@@ -306,13 +308,25 @@ def test_gradients_of_convolutions_are_not_lost(name: str, side: int, wanted: st
     assert leaf.grad is not None
 
 
-def test_gradients_of_a_sum_are_not_lost() -> None:
-    layer, tokens = nn.Linear(8, 8).bfloat16().requires_grad_(False), torch.randn(1, 4, 8).bfloat16()
-    residual = torch.randn(1, 4, 8).bfloat16().requires_grad_(True)
-    assert layer.bias is not None
-    layer.bias.requires_grad_(True)
-    ops.add_linear(residual, tokens, layer).sum().backward()  # type: ignore[no-untyped-call]
-    assert residual.grad is not None and layer.bias.grad is not None
+@pytest.mark.parametrize("wanted", ["residual", "tokens", "weight", "bias"])
+def test_gradients_of_a_sum_are_not_lost(wanted: str) -> None:
+    layer = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    inputs = {name: torch.randn(1, 4, 8).bfloat16() for name in ("residual", "tokens")}
+    leaf = inputs[wanted] if wanted in inputs else getattr(layer, wanted)
+    leaf.requires_grad_(True)
+    ops.add_linear(**inputs, layer=layer).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_gradients_of_attention_are_not_lost(wanted: int, vectors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: vectors)
+    inputs = [torch.randn(1, 2, 20, 8).bfloat16() for _ in range(3)]
+    inputs[wanted].requires_grad_(True)
+    ops.attention(*inputs).sum().backward()  # type: ignore[no-untyped-call]
+    assert inputs[wanted].grad is not None
 
 
 def test_without_torchs_fused_products_plain_ones_serve(monkeypatch: pytest.MonkeyPatch) -> None:
