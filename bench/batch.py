@@ -220,7 +220,7 @@ def psnr(one: Path, other: Path) -> dict[str, float | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from bench.conditions import conditions  # here: tests read this file by its path, and cannot import bench
+    from bench.speed.conditions import conditions  # here: tests read this file by its path, and cannot import bench
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("kills", "throughput"))

@@ -53,13 +53,13 @@ def beside(stem: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def inputs() -> ModuleType:
-    """bench/inputs.py, the makers of random inputs that tests/kernels share."""
+    """bench/kernels/inputs.py, the makers of random inputs that tests/kernels share."""
     return beside("inputs")
 
 
 @pytest.fixture(scope="module")
 def gpu(request: pytest.FixtureRequest) -> ModuleType:
-    """bench/gpu.py, for a benchmark of a kernel: it skips without CUDA, and refuses while the kernel's test fails."""
+    """bench/speed/gpu.py, to benchmark a kernel: it skips without CUDA, and refuses while the kernel's test fails."""
     if not torch.cuda.is_available():
         pytest.skip("a kernel is measured on a CUDA device, and there is none")
     test = Path(__file__).parents[1] / "tests" / "kernels" / request.path.name

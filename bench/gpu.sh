@@ -20,13 +20,13 @@ step() {  # name, seconds at most, command
 }
 
 {
-  step tests 150 python3 -m pytest -q tests/kernels tests/test_ops.py
+  step tests 150 python3 -m pytest -q tests/kernels tests/engine/test_ops.py
   for job in sega_step:80 end_to_end:50 group_norm_silu:110 trajectory:40 geglu:40; do
     stem=${job%:*}
     step "$stem" "${job#*:}" python3 -m pytest -q -s "bench/test_$stem.py" \
       --benchmark-json "$out/$stem.json" --benchmark-columns median
   done
-  step edit 50 python3 -m pytest -q bench/test_edit.py -k edit_sample \
+  step edit 50 python3 -m pytest -q bench/speed/test_edit.py -k edit_sample \
     --benchmark-json "$out/edit.json" --benchmark-columns median
   if ((${#failed[@]})); then printf 'FAILED: %s\n' "${failed[@]}"; else echo "all passed"; fi
   ((${#failed[@]} == 0))

@@ -12,9 +12,9 @@ python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; pr
 
 {
   failed=0
-  edit() { timeout "$1" python3 -m bench.peer_diffusers --dtype fp16 --output "$out/peer.json" "${@:2}" || failed=1; }
-  timeout 30 python3 -m pytest -q tests/test_graphs.py || failed=1
-  timeout 60 python3 -m bench.unet_alone --dtype fp16 --batches 1,3,4,64 || failed=1
+  edit() { timeout "$1" python3 -m bench.speed.peer_diffusers --dtype fp16 --output "$out/peer.json" "${@:2}" || failed=1; }
+  timeout 30 python3 -m pytest -q tests/engine/test_graphs.py || failed=1
+  timeout 60 python3 -m bench.speed.unet_alone --dtype fp16 --batches 1,3,4,64 || failed=1
   cp bench/results/unet_alone.json "$out/" || failed=1
   edit 120 --steps 100 --skip 36
   edit 60 --steps 20 --skip 7 --prompts

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from ledits_min import Concept, LEdits
-from ledits_min.app.demo import run
+from ledits_min.app.cli.demo import run
 from ledits_min.app.sheet import Cell, contact_sheet
-from ledits_min.image import open_image, save_image
+from ledits_min.files.picture import open_image, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ("portrait1", "portrait2", "portrait3")

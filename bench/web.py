@@ -147,7 +147,7 @@ def few_colours(path: Path) -> None:
 
 
 def beside(name: str) -> ModuleType:
-    """bench/conditions.py, which knows the conditions of a measurement."""
+    """bench/speed/conditions.py, which knows the conditions of a measurement."""
     spec = importlib.util.spec_from_file_location(f"ledits_min_bench_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

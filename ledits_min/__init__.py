@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ledits_min.config import InputError
 
 if TYPE_CHECKING:
-    from ledits_min.archive import Inversion
+    from ledits_min.engine.progress import Progress, Stopped
+    from ledits_min.files.inversion import Inversion
     from ledits_min.p2p import PromptToPrompt
     from ledits_min.pipeline import LEdits, Result
-    from ledits_min.progress import Progress, Stopped
     from ledits_min.sega import Concept
 
 __all__ = ["Concept", "InputError", "Inversion", "LEdits", "Progress", "PromptToPrompt", "Result", "Stopped"]
@@ -20,12 +20,12 @@ __version__ = "0.1.0"
 # Everything that needs torch is imported when it is first asked for [PEP 562]: `ledits --help` should not wait for it.
 _HOMES = {
     "Concept": "ledits_min.sega",
-    "Inversion": "ledits_min.archive",
+    "Inversion": "ledits_min.files.inversion",
     "LEdits": "ledits_min.pipeline",
-    "Progress": "ledits_min.progress",
+    "Progress": "ledits_min.engine.progress",
     "PromptToPrompt": "ledits_min.p2p",
     "Result": "ledits_min.pipeline",
-    "Stopped": "ledits_min.progress",
+    "Stopped": "ledits_min.engine.progress",
 }
 
 

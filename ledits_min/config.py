@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ledits_min.checks import InputError, Reader, RunError, check_number, check_whole, short
+from ledits_min.errors import InputError, Reader, RunError, check_number, check_whole, short
 
 __all__ = [
     "SD15_SCHEDULE",

@@ -11,19 +11,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min.archive import Inversion, InversionSettings, check_settings
-from ledits_min.beside import check_attention, edit_beside, source_row
 from ledits_min.config import EditDefaults, InputError, ScheduleConfig, check_number, check_whole
 from ledits_min.edit import levels
-from ledits_min.image import fit_size, lay_change, to_images
+from ledits_min.engine.beside import check_attention, edit_beside, source_row
+from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
+from ledits_min.engine.ops import EditPlan
+from ledits_min.engine.prepare import ImageLike, Prepared, encode_pictures, open_pictures, told_contexts
+from ledits_min.engine.progress import Callback
+from ledits_min.engine.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
+from ledits_min.engine.runner import Edited, Runner
+from ledits_min.files.inversion import Inversion, InversionSettings, check_settings
+from ledits_min.files.picture import fit_size, lay_change, to_images
 from ledits_min.inversion import draw_noise
-from ledits_min.networks import build_networks, resolve_device, resolve_dtype
-from ledits_min.ops import EditPlan
 from ledits_min.p2p import PromptToPrompt, check_prompts
-from ledits_min.prepare import ImageLike, Prepared, encode_pictures, open_pictures, told_contexts
-from ledits_min.progress import Callback
-from ledits_min.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
-from ledits_min.runner import Edited, Runner
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair

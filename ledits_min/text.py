@@ -16,8 +16,8 @@ from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from ledits_min.config import InputError, TextConfig
+from ledits_min.files.header import quoted
 from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
-from ledits_min.weights.header import quoted
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 

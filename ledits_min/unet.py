@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.ops import add_conv, add_linear, conv, feed_forward, group_norm_silu, upsample_conv
-from ledits_min.ops import attention as plain_attention
+from ledits_min.engine.ops import add_conv, add_linear, conv, feed_forward, group_norm_silu, upsample_conv
+from ledits_min.engine.ops import attention as plain_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 KeysValues = Mapping["Attention", tuple[Tensor, Tensor]]  # what a text is to every cross-attention

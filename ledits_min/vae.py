@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.ops import add_conv, attention, conv, group_norm_silu, upsample_conv
+from ledits_min.engine.ops import add_conv, attention, conv, group_norm_silu, upsample_conv
 
 _EPS = 1e-6  # of every GroupNorm in this network
 

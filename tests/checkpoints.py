@@ -1,8 +1,8 @@
-"""Random checkpoints of any size in every dialect, written by rules that know nothing of weights/ldm.py.
+"""Random checkpoints of any size in every dialect, written by rules that know nothing of weights/names/ldm.py.
 
-Reached through the `checkpoints` fixture. Names and shapes of our modules come from weights/shapes.py, which the tests
-hold against the modules themselves; LDM names are computed here by arithmetic on the block numbers, where
-weights/ldm.py walks along the network with a running counter.
+Reached through the `checkpoints` fixture. Names and shapes of our modules come from weights/read/shapes.py, which the
+tests hold against the modules themselves; LDM names are computed here by arithmetic on the block numbers, where
+weights/names/ldm.py walks along the network with a running counter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.families import Config
-from ledits_min.weights.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
+from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 
 State = dict[str, Tensor]
 Listing = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)

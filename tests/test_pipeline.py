@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from ledits_min import Concept, InputError, Inversion, LEdits
-from ledits_min.archive import FORMAT
 from ledits_min.config import RunError
-from ledits_min.image import fit_size
+from ledits_min.files.inversion import FORMAT
+from ledits_min.files.picture import fit_size
 from ledits_min.inversion import draw_noise
 
 SAMPLES = sorted((Path(__file__).parents[1] / "weights/tiny/samples").glob("*.png"))

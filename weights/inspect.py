@@ -10,11 +10,11 @@ from typing import Any
 
 from ledits_min.config import InputError
 from ledits_min.families import SDXL
-from ledits_min.weights.family import PARTS, Layout, Stored, identify, old_attention_names
-from ledits_min.weights.folder import FOLDERS, option, part_tensors
-from ledits_min.weights.header import quoted, read_header
-from ledits_min.weights.shapes import FLOAT_DTYPES
-from ledits_min.weights.survey import (
+from ledits_min.files.header import quoted, read_header
+from ledits_min.weights.read.family import PARTS, Layout, Stored, identify, old_attention_names
+from ledits_min.weights.read.folder import FOLDERS, option, part_tensors
+from ledits_min.weights.read.shapes import FLOAT_DTYPES
+from ledits_min.weights.read.survey import (
     Survey,
     describe_ignored,
     find_model,

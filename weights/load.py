@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ledits_min.config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.families import Config
+from ledits_min.files.header import quoted, read_header
 from ledits_min.weights import merge
-from ledits_min.weights.family import PARTS, Stored
-from ledits_min.weights.header import quoted, read_header
 from ledits_min.weights.lora import LoraSource
-from ledits_min.weights.prediction import looks_like_v
-from ledits_min.weights.shapes import expected_shapes
-from ledits_min.weights.survey import Survey, settle, survey_whole, typed_configs
+from ledits_min.weights.read.family import PARTS, Stored
+from ledits_min.weights.read.prediction import looks_like_v
+from ledits_min.weights.read.shapes import expected_shapes
+from ledits_min.weights.read.survey import Survey, settle, survey_whole, typed_configs
 
 FINGERPRINT_BYTES = 65536
 TENSORS_PER_MAPPING = 16

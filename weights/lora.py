@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ledits_min.config import InputError, UNetConfig, check_number
-from ledits_min.weights import ldm
-from ledits_min.weights.family import Stored, stored
-from ledits_min.weights.folder import read_json
-from ledits_min.weights.header import Header, quoted, read_header
-from ledits_min.weights.shapes import FLOAT_DTYPES, Shape, Shapes
+from ledits_min.files.header import Header, quoted, read_header
+from ledits_min.weights.names import ldm
+from ledits_min.weights.read.family import Stored, stored
+from ledits_min.weights.read.folder import read_json
+from ledits_min.weights.read.shapes import FLOAT_DTYPES, Shape, Shapes
 
 MAX_SCALE = 100.0
 LoraSource = str | Path | tuple[str | Path, float]

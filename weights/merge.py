@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ledits_min.config import InputError
-from ledits_min.weights.family import Stored
-from ledits_min.weights.header import quoted
+from ledits_min.files.header import quoted
 from ledits_min.weights.lora import Lora, Update
+from ledits_min.weights.read.family import Stored
 
 
 def merge(states: Mapping[str, dict[str, Tensor]], loras: Sequence[Lora], dtype: torch.dtype) -> None:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.terminal import notice, waiting
 from ledits_min.config import InputError
-from ledits_min.weights.header import MAX_HEADER_BYTES, quoted
+from ledits_min.files.header import MAX_HEADER_BYTES, quoted
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ledits_min import Inversion, LEdits, Result
-    from ledits_min.archive import InversionSettings
+    from ledits_min.files.inversion import InversionSettings
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -43,7 +43,7 @@ def check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path |
 
 
 def open_picture(args: argparse.Namespace) -> Image.Image:
-    from ledits_min.image import open_image
+    from ledits_min.files.picture import open_image
 
     notices: list[str] = []
     picture = open_image(args.image, notices=notices)
@@ -75,7 +75,7 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> LEdits:
-    from ledits_min.weights.survey import survey_whole
+    from ledits_min.weights.read.survey import survey_whole
 
     survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
     with waiting(f"loading {quoted(args.model, 60)}"):

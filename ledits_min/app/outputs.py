@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
-from ledits_min.archive import Inversion, InversionSettings
 from ledits_min.config import InputError
-from ledits_min.image import OUTPUT_SIDES
+from ledits_min.files.header import quoted
+from ledits_min.files.inversion import Inversion, InversionSettings
+from ledits_min.files.picture import OUTPUT_SIDES
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
-from ledits_min.weights.header import quoted
 
 if TYPE_CHECKING:
     from ledits_min.pipeline import LEdits  # for the type alone: a name that cannot be written is refused before it

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ledits_min.config import InputError, RunError
-from ledits_min.weights.header import quoted
+from ledits_min.files.header import quoted
 
 
 class Clock:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ledits_min import LEdits
-from ledits_min.app import batch
+from ledits_min.app.batch import run as batch
 from ledits_min.app.cli import main
 
 SAMPLES = Path(__file__).resolve().parents[2] / "weights/tiny/samples"

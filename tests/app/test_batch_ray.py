@@ -64,7 +64,7 @@ def test_without_ray_there_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "ledits_min.app.batch_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "ledits_min.app.batch.ray_engine", raising=False)
     samples = str(Path(__file__).resolve().parents[2] / "weights/tiny/samples")
     argv = ["batch", samples, "-o", str(tmp_path / "out"), "--add", "hat", "--steps", "2", "--skip", "1"]
     assert main([*argv, "--engine", "ray"]) == 2

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ledits_min import Concept, LEdits, __version__
-from ledits_min.app import commands, outputs
-from ledits_min.app.cli import main
-from ledits_min.app.options import build_parser
+from ledits_min.app import outputs
+from ledits_min.app.cli import commands, main
+from ledits_min.app.cli.options import build_parser
 
 SAMPLES = Path(__file__).resolve().parents[2] / "weights/tiny/samples"
 FAST = ["--steps", "10", "--skip", "3"]

@@ -78,7 +78,7 @@ def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsy
 
 
 def test_no_weight_is_converted() -> None:
-    from ledits_min.app.explain import without_weights
+    from ledits_min.app.cli.explain import without_weights
 
     ledits, device = without_weights("tiny", "cpu", "float32")
     assert device == torch.device("cpu")

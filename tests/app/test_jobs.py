@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ledits_min.app.jobs import COLUMNS, Job, read_jobs
-from ledits_min.app.options import build_parser
+from ledits_min.app.batch.jobs import COLUMNS, Job, read_jobs
+from ledits_min.app.cli.options import build_parser
 from ledits_min.config import InputError
 
 FULL = {
@@ -158,5 +158,5 @@ def test_any_row_is_taken_or_told(tmp_path_factory: pytest.TempPathFactory, row:
 
 
 def test_reading_a_table_needs_no_torch() -> None:
-    code = "import sys, ledits_min.app.jobs; sys.exit('torch' in sys.modules)"
+    code = "import sys, ledits_min.app.batch.jobs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

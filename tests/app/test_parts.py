@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ledits_min import LEdits
 from ledits_min.app.cli import main
-from ledits_min.app.options import build_parser
+from ledits_min.app.cli.options import build_parser
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
 from ledits_min.families import SDXL_VAE
 

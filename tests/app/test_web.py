@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ledits_min.weights.survey import TINY
+from ledits_min.weights.read.survey import TINY
 
 pytest.importorskip("gradio", reason="the [web] extra is not installed")
 pytest.importorskip("playwright", reason="playwright, which drives the browser, is not installed")

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from ledits_min import Concept, InputError, Inversion, LEdits, Stopped
-from ledits_min.app import web_session
 from ledits_min.app.cli import main
-from ledits_min.app.options import build_parser
-from ledits_min.app.web_session import Basis, Change, Edit, Models, Session, warnings_to_visitors
-from ledits_min.app.web_text import as_command, as_python
-from ledits_min.weights.survey import TINY
+from ledits_min.app.cli.options import build_parser
+from ledits_min.app.web import session as web_session
+from ledits_min.app.web.session import Basis, Change, Edit, Models, Session, warnings_to_visitors
+from ledits_min.app.web.text import as_command, as_python
+from ledits_min.weights.read.survey import TINY
 
 SAMPLE = TINY / "samples" / "portrait1.png"
 OTHER = TINY / "samples" / "portrait2.png"
@@ -74,7 +74,8 @@ def pixels(made: Edit) -> np.ndarray[Any, Any]:
 
 
 def test_the_page_takes_no_picture_before_the_visit_has_begun(models: Models, tmp_path: Path) -> None:
-    page = pytest.importorskip("ledits_min.app.web", reason="the [web] extra is not installed").Page(models, tmp_path)
+    web = pytest.importorskip("ledits_min.app.web.page", reason="the [web] extra is not installed")
+    page = web.Page(models, tmp_path)
     config = page.blocks.get_config_file()
     (empty,) = (part for part in config["components"] if part["props"].get("elem_id") == "empty")
     assert empty["props"]["visible"] is False

@@ -62,7 +62,7 @@ def study(success: float = 0.99, rho: float | None = 0.95) -> dict[str, Any]:
     both = {"alone": {"a": rate(1.0)}, "beside_the_other": {"a": rate(0.9)}, "both": measured(0.9)}
     seeds = {"seeds": 2, "portraits": 2, "edits_differ_levels": 9.0, "reconstructions_differ_levels": 0.1}
     return {
-        "command": "python bench/study.py",
+        "command": "python bench/study/__main__.py",
         "conditions": {
             "counts": {"portraits": 4, "captions": 2, "each": 2},
             "settings": {"local": setting},
@@ -150,10 +150,10 @@ def test_a_dash_where_the_ideal_is_a_matter_of_taste(report: Report, tmp_path: P
 
 def test_other_files_are_shown_by_their_shape(report: Report, tmp_path: Path) -> None:
     bench = {"op[case]": {"seconds": {"min": 1.0, "median": 2.0, "max": 3.0}, "rounds": 3, "peak_MiB": 7}}
-    tune = {"command": "python bench/tune.py", "note": "more steps:", "rows": [{"skip": 14, "success": 0.9}]}
+    tune = {"command": "python bench/study/tune.py", "note": "more steps:", "rows": [{"skip": 14, "success": 0.9}]}
     text = report(write(tmp_path / "results", op=bench, tune_more=tune, odd={"x": 1}), tmp_path)
     assert "## op.json" in text and "peak_MiB 7" in text
-    assert "more steps: `python bench/tune.py`" in text and "| 14 | 0.9 |" in text
+    assert "more steps: `python bench/study/tune.py`" in text and "| 14 | 0.9 |" in text
     assert "Not shown above: odd.json." in text
 
 

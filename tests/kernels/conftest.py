@@ -50,7 +50,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def inputs() -> ModuleType:
-    """bench/inputs.py, the makers of random inputs that benchmarks and these tests share."""
+    """bench/kernels/inputs.py, the makers of random inputs that benchmarks and these tests share."""
     name = "ledits_min_bench_inputs"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "inputs.py")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min import ops
+from ledits_min.engine import ops
 
 REGISTERS = 48
 

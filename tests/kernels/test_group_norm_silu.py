@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ledits_min import ops
 from ledits_min.config import SD15_UNET, SD15_VAE
+from ledits_min.engine import ops
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 

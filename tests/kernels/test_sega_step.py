@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ledits_min import ops
 from ledits_min.config import ScheduleConfig
 from ledits_min.edit import edit, levels
-from ledits_min.ops import EditPlan, EditState
+from ledits_min.engine import ops
+from ledits_min.engine.ops import EditPlan, EditState
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import percentile_mask
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min import ops
 from ledits_min.config import ScheduleConfig
 from ledits_min.edit import invert
+from ledits_min.engine import ops
 from ledits_min.schedule import make_schedule
 
 REGISTERS = 64

@@ -27,8 +27,8 @@ from transformers.models.clip import CLIPTextModel
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from ledits_min.text import build_text_model
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
-from ledits_min.weights.shapes import unet_shapes, vae_shapes
-from ledits_min.weights.survey import check_complete, survey_file
+from ledits_min.weights.read.shapes import unet_shapes, vae_shapes
+from ledits_min.weights.read.survey import check_complete, survey_file
 
 State = dict[str, Tensor]
 

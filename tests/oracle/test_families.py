@@ -31,8 +31,8 @@ from ledits_min.text import TextEncoderPair, build_text_model, load_tokenizer
 from ledits_min.unet import Attention, UNet, sinusoids
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
-from ledits_min.weights.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
-from ledits_min.weights.survey import check_complete, survey_file
+from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
+from ledits_min.weights.read.survey import check_complete, survey_file
 
 Fill = Callable[[nn.Module, int], nn.Module]
 Error = Callable[[Tensor, Tensor], float]

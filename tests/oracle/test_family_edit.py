@@ -23,10 +23,10 @@ from transformers.models.clip import CLIPTextModel
 
 from ledits_min import Concept, LEdits, PromptToPrompt
 from ledits_min.config import ScheduleConfig
-from ledits_min.image import to_tensor
+from ledits_min.files.picture import to_tensor
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.load import fetch
-from ledits_min.weights.survey import check_complete, survey_file
+from ledits_min.weights.read.survey import check_complete, survey_file
 
 Error = Callable[[Tensor, Tensor], float]
 

@@ -34,7 +34,7 @@ from ledits_min.text import build_text_model
 from ledits_min.unet import UNet
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.lora import survey_lora
-from ledits_min.weights.shapes import text_shapes, unet_shapes
+from ledits_min.weights.read.shapes import text_shapes, unet_shapes
 
 State = dict[str, Tensor]
 Error = Callable[[Tensor, Tensor], float]

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, InputError
-from ledits_min.weights.ema import choose_weights
-from ledits_min.weights.family import Stored, stored
-from ledits_min.weights.header import read_header
+from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
+from ledits_min.weights.read.ema import choose_weights
+from ledits_min.weights.read.family import Stored, stored
 
 PLAIN, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 

@@ -16,11 +16,11 @@ from huggingface_hub import constants
 
 from ledits_min.config import SD15_SCHEDULE, SD15_VAE, InputError
 from ledits_min.families import SD15, SD20, SD20_UNET, SD21_UNET, SDXL, SDXL_VAE, Family
-from ledits_min.weights.header import read_header
+from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
-from ledits_min.weights.ldm import UNET_PREFIX
 from ledits_min.weights.load import load_checkpoint
-from ledits_min.weights.survey import survey_whole
+from ledits_min.weights.names.ldm import UNET_PREFIX
+from ledits_min.weights.read.survey import survey_whole
 
 Listing = dict[str, Any]
 V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ledits_min.config import InputError
-from ledits_min.weights.hub import is_hub_id
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
+from ledits_min.weights.read.hub import is_hub_id
 
 FIRST, SECOND = "1" * 40, "2" * 40
 

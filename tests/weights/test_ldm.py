@@ -17,9 +17,9 @@ from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, UNetConfig, VAECon
 from ledits_min.text import build_text_model
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
-from ledits_min.weights.ldm import UNET_PREFIX, VAE_PREFIX, unet_table, vae_table
-from ledits_min.weights.legacy import flat_text_name, modern_vae_name
-from ledits_min.weights.shapes import text_shapes, unet_shapes, vae_shapes
+from ledits_min.weights.names.ldm import UNET_PREFIX, VAE_PREFIX, unet_table, vae_table
+from ledits_min.weights.names.legacy import flat_text_name, modern_vae_name
+from ledits_min.weights.read.shapes import text_shapes, unet_shapes, vae_shapes
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 

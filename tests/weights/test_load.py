@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, InputError
+from ledits_min.files.header import read_header
 from ledits_min.text import build_text_model
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
-from ledits_min.weights.header import read_header
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
-from ledits_min.weights.survey import check_complete, survey_file
+from ledits_min.weights.read.survey import check_complete, survey_file
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ledits_min.config import SD15_TEXT, SD15_UNET, InputError
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.lora import lora_pairs, survey_lora
-from ledits_min.weights.shapes import text_shapes, unet_shapes
+from ledits_min.weights.read.shapes import text_shapes, unet_shapes
 
 State = dict[str, Tensor]
 Factors = dict[str, Tensor]  # down, up, perhaps mid and alpha

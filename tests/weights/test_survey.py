@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, InputError, ScheduleConfig
 from ledits_min.weights.load import load_checkpoint
-from ledits_min.weights.survey import survey_file
+from ledits_min.weights.read.survey import survey_file
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"

@@ -11,5 +11,5 @@ vae         64 x 64 pictures <-> 4 x 16 x 16 latents, whitened before they are u
 text        the text encoder learns to read captions before the diffusion starts: without that, prompts collapse
 diffusion   the UNet learns to predict noise under captions
 export      write weights/tiny: a diffusers folder in fp16, sample portraits, train_log.json
-evaluate    autoencoder, oracle and generation on unseen portraits; edits are measured by bench/study.py
+evaluate    autoencoder, oracle and generation on unseen portraits; edits are measured by bench/study/__main__.py
 """

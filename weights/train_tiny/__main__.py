@@ -43,7 +43,7 @@ def main() -> None:
     elif arguments.stage == "export":
         export.export(run, arguments.seed, arguments.model)
     elif arguments.stage == "evaluate":
-        from ledits_min.weights.train_tiny.evaluate import evaluate
+        from bench.study.evaluate import evaluate
 
         evaluate(run, arguments.model)
     else:

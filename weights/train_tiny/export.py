@@ -33,8 +33,8 @@ from ledits_min.weights.train_tiny.vae import load_vae, psnr, reconstruct
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
-# The settings of the study's local edits (bench/tune.py): what is small and is added, or removed by a phrase. Hats,
-# hair, shirts, backgrounds and what is removed in reverse want those of train_tiny/edits.py's GLOBAL.
+# The settings of the study's local edits (bench/study/tune.py): what is small and is added, or removed by a phrase.
+# Hats, hair, shirts, backgrounds and what is removed in reverse want those of bench/study/edits.py's GLOBAL.
 DEFAULTS = {
     "num_steps": 25,
     "skip": 4,

@@ -1,0 +1,89 @@
+"""Random inputs that tests/kernels and bench share; both load this file by its path, through a fixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ledits_min.config import ScheduleConfig
+from ledits_min.engine.ops import EditPlan, Level
+from ledits_min.schedule import make_schedule
+from ledits_min.sega import ConceptTerm
+
+
+def levels(steps: int, eta: float = 1.0) -> list[Level]:
+    """(alpha_bar_t, alpha_bar_prev, sigma_t) of a whole run of `steps` steps on Stable Diffusion's schedule."""
+    schedule = make_schedule(ScheduleConfig(), steps)
+    columns = schedule.alpha_bar_t, schedule.alpha_bar_prev, schedule.sigmas(eta)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def term(text: str, **changes: float | bool | None) -> ConceptTerm:
+    """A concept that acts from the first step on."""
+    settings = {
+        "guidance_scale": 7.0, "threshold": 0.95, "warmup_steps": 0, "cooldown_steps": None, "weight": 1.0,
+        "reverse": False,
+    }  # fmt: skip
+    return ConceptTerm(text=text, **(settings | changes))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit's plan and everything the network and the inversion would have brought."""
+
+    plan: EditPlan
+    x_t: Tensor
+    residuals: Tensor
+    branches: list[Tensor]
+
+
+def edit(
+    plan: EditPlan,
+    size: tuple[int, int],
+    batch: int = 1,
+    channels: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    channels_last: bool = False,
+    seed: int = 0,
+) -> Edit:
+    """Predictions as a network's: every branch close to a common one, so that differences are small."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, batch, channels, *size, generator=generator)
+
+    branches = []
+    for step in range(len(plan.levels)):
+        maps = (normal(1) + 0.1 * normal(len(plan.texts(step)))).to(device, dtype)
+        if channels_last:
+            maps = maps.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, maps.shape[:2])
+        branches.append(maps)
+    return Edit(plan, normal().to(device), 0.1 * normal(len(plan.levels)).to(device), branches)
+
+
+def norm(
+    channels: int, groups: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> nn.GroupNorm:
+    """A GroupNorm with weights that are no ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.GroupNorm(groups, channels, eps=1e-5)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2.0, generator=generator)
+        layer.bias.normal_(generator=generator)
+    return layer.to(device, dtype).requires_grad_(False)
+
+
+def feature_map(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    offset: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """(B, C, h, w) in channels-last memory, around `offset`."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(shape, generator=generator) * 3.0 + offset
+    return maps.to(device, dtype).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,266 @@
+"""The two sides of the race that `bench.speed` times: our edit, and the published algorithm.
+
+The peer stands on diffusers' own UNet and VAE. It inverts every step, one by one and those it will skip too, evaluates
+2 + K branches at every editing step, and takes torch.quantile for the masks. Both sides have the same random weights,
+contexts, picture and noise, channels-last memory and torch's scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
+from ledits_min.edit import levels
+from ledits_min.engine.loop import Network
+from ledits_min.engine.ops import EditPlan
+from ledits_min.engine.request import Start
+from ledits_min.engine.runner import Runner
+from ledits_min.files.picture import open_image, to_tensor
+from ledits_min.inversion import draw_noise
+from ledits_min.schedule import Schedule, make_schedule
+from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.text import Context
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
+
+T = TypeVar("T")
+SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
+SIDES = ("ours", "peer")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENS = 77
+QUICK_UNET = replace(SD15_UNET, block_out_channels=(64, 64, 128, 128), norm_num_groups=16)
+QUICK_VAE = replace(SD15_VAE, block_out_channels=(32, 32, 64, 64), norm_num_groups=16)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit; `contexts` holds those of the empty prompt, of source and target (which may be "") and of the terms."""
+
+    schedule: Schedule
+    skip: int
+    image: Tensor
+    noise: Tensor
+    contexts: dict[str, Context]
+    source: str
+    target: str
+    terms: list[ConceptTerm]
+    source_guidance_scale: float = 3.5
+    guidance_scale: float = 7.5
+
+
+@dataclass
+class Side:
+    """What one side made of it."""
+
+    latents: Tensor | None = None
+    picture: Tensor | None = None
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    unet_seconds: float = 0.0  # of `seconds`, in the loops
+    preparing: dict[str, float] = field(default_factory=dict)  # of `seconds` too: compiling, recording of graphs
+    again: Callable[[], object] | None = None  # edits the same inversion once more, as who tries a second concept does
+
+    def timed(self, phase: str, run: Callable[[], T]) -> T:
+        synchronize()
+        started = time.perf_counter()
+        result = run()
+        synchronize()
+        self.seconds[phase] = time.perf_counter() - started
+        return result
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def build_ours(quick: bool, device: torch.device) -> tuple[UNet, VAE]:
+    with torch.device("meta"):
+        unet, vae = UNet(QUICK_UNET if quick else SD15_UNET), VAE(QUICK_VAE if quick else SD15_VAE)
+    fill((unet, vae), device)
+    return unet, vae
+
+
+def build_theirs(quick: bool, device: torch.device) -> tuple[Any, Any]:
+    unet_config, vae_config = (QUICK_UNET, QUICK_VAE) if quick else (SD15_UNET, SD15_VAE)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config.to_json())
+        vae = AutoencoderKL.from_config(vae_config.to_json())
+    fill((unet, vae), device)
+    return unet, vae
+
+
+def fill(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
+    """Random float32 weights that keep activations near one and predictions small; the same for the same names."""
+    for seed, network in enumerate(networks):
+        weights: dict[str, Tensor] = {}
+        for name, tensor in network.state_dict().items():
+            generator = torch.Generator().manual_seed(1000 * seed + zlib.crc32(name.encode()))
+            values = torch.randn(tensor.shape, generator=generator)
+            scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
+            scale *= 0.1 if name.startswith("conv_out") else 1.0
+            values = values * scale + (tensor.dim() == 1 and name.endswith("weight"))
+            layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            weights[name] = values.to(device).contiguous(memory_format=layout)
+        network.load_state_dict(weights, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+
+
+def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device: torch.device) -> Job:
+    generator = torch.Generator().manual_seed(5)
+    names = ["hat", "beard", "smile", "sunglasses"][: args.concepts]
+    source, target = ("a face", "a statue") if args.prompts else ("", "")
+    texts = dict.fromkeys(["", source, target, *names])
+    common = torch.randn(1, TOKENS, width, generator=generator)
+    contexts = {
+        text: Context((common + 0.3 * torch.randn(1, TOKENS, width, generator=generator)).to(device)) for text in texts
+    }
+    image = to_tensor([open_image(SAMPLE)], (args.size, args.size)).to(device).repeat(args.images, 1, 1, 1)
+    latents = (4, args.size // 8, args.size // 8)
+    return Job(
+        make_schedule(SD15_SCHEDULE, steps), skip, image, draw_noise(range(args.images), steps, latents).to(device),
+        contexts, source, target, [Concept(name).resolve(EditDefaults()) for name in names],
+    )  # fmt: skip
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+class TimedRunner(Runner):
+    """It keeps the time spent in the network's calls, whether those are graphs or not."""
+
+    unet_seconds = 0.0
+
+    def run(self, loop: Callable[[Network, Any], T], *more: Any, **options: Any) -> T:
+        spans: list[Callable[[], float]] = []
+
+        def timed_loop(network: Network, advance: Any) -> T:
+            def timed(x_t: Tensor, *numbers: Tensor) -> Tensor:
+                if x_t.device.type == "cuda":
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    eps = network(x_t, *numbers)
+                    end.record()
+                    spans.append(lambda: start.elapsed_time(end) / 1000.0)
+                    return eps
+                started = time.perf_counter()
+                eps = network(x_t, *numbers)
+                seconds = time.perf_counter() - started
+                spans.append(lambda: seconds)
+                return eps
+
+            return loop(timed, advance)
+
+        result = super().run(timed_loop, *more, **options)
+        synchronize()
+        self.unet_seconds += sum(span() for span in spans)
+        return result
+
+
+def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
+    runner, side = TimedRunner(*networks, "epsilon", TOKENS), Side()
+    sigmas = job.schedule.sigmas(1.0)
+    table = [levels(job.schedule, sigmas, step) for step in range(job.skip, job.schedule.num_steps)]
+    plan = EditPlan(table, job.terms, job.target, job.guidance_scale)
+    x_0 = side.timed("encode", lambda: runner.encode(job.image))
+    x_T, residuals, (side.latents, _, _) = side.timed("invert and edit", lambda: runner.invert_and_edit(
+        job.contexts, plan, x_0, job.noise[job.skip :], job.schedule, job.skip, 1.0, job.source,
+        job.source_guidance_scale, progress=False, trace=False,
+    ))  # fmt: skip
+    side.picture = side.timed("decode", lambda: runner.decode(side.latents))
+    side.evaluations = sum(runner.evaluations.values())
+    side.unet_seconds = runner.unet_seconds
+    side.preparing = runner.preparation.take()
+    start = Start(x_T, residuals, job.schedule, job.skip, 1.0)
+    side.again = lambda: runner.edit("editing", job.contexts, plan, start, progress=False, trace=False)
+    return side
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------
+
+
+def run_peer(networks: tuple[Any, Any], job: Job) -> Side:
+    """One picture after the other."""
+    sides = []
+    for i in range(len(job.image)):
+        one = replace(job, image=job.image[i : i + 1], noise=job.noise[:, i : i + 1])
+        sides.append(run_peer_once(networks, one))
+    side = sides[0]
+    for other in sides[1:]:
+        assert side.latents is not None and other.latents is not None
+        side.latents = torch.cat([side.latents, other.latents])
+        side.evaluations += other.evaluations
+        side.seconds = {phase: seconds + other.seconds[phase] for phase, seconds in side.seconds.items()}
+    return side
+
+
+def run_peer_once(networks: tuple[Any, Any], job: Job) -> Side:
+    unet, vae = networks
+    side, dtype = Side(), next(unet.parameters()).dtype
+    factor = vae.config.scaling_factor
+
+    def predict(x_t: Tensor, step: int, texts: list[str]) -> Tensor:
+        """One batch of all branches: float32 (branches, 4, h, w)."""
+        side.evaluations += len(texts)
+        context = torch.cat([job.contexts[text].tokens for text in texts]).to(dtype)
+        batch = x_t.to(dtype).expand(len(texts), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        t = job.schedule.timesteps[step].to(x_t.device)
+        eps: Tensor = unet(batch, t, encoder_hidden_states=context).sample
+        return eps.float()
+
+    x_0 = side.timed("encode", lambda: vae.encode(job.image.to(dtype)).latent_dist.mode().float() * factor)
+    x_T, residuals = side.timed("invert", lambda: invert_one_by_one(predict, job, x_0))
+    side.latents = side.timed("edit", lambda: edit_one_by_one(predict, job, x_T, residuals))
+    side.picture = side.timed("decode", lambda: vae.decode((side.latents / factor).to(dtype)).sample.float())
+    return side
+
+
+Predict = Callable[[Tensor, int, list[str]], Tensor]
+
+
+def mean(schedule: Schedule, step: int, x_t: Tensor, eps: Tensor) -> Tensor:
+    """mu_t of DDPM (eta = 1)."""
+    now, before = float(schedule.alpha_bar_t[step]), float(schedule.alpha_bar_prev[step])
+    variance = (1 - before) / (1 - now) * (1 - now / before)
+    pred_x0 = (x_t - (1 - now) ** 0.5 * eps) / now**0.5
+    return before**0.5 * pred_x0 + (1 - before - variance) ** 0.5 * eps
+
+
+def invert_one_by_one(predict: Predict, job: Job, x_0: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x_T of the first step that is edited, and the residuals of all steps."""
+    schedule = job.schedule
+    xs = [
+        float(level) ** 0.5 * x_0 + (1 - float(level)) ** 0.5 * noise
+        for level, noise in zip(schedule.alpha_bar_t, job.noise, strict=True)
+    ]
+    xs.append(x_0)
+    residuals = []
+    for step in range(schedule.num_steps):
+        eps = predict(xs[step], step, ["", job.source] if job.source else [""])
+        guided = eps[:1] + job.source_guidance_scale * (eps[1:] - eps[:1]) if job.source else eps
+        residuals.append(xs[step + 1] - mean(schedule, step, xs[step], guided))
+    return xs[job.skip], residuals
+
+
+def edit_one_by_one(predict: Predict, job: Job, x_t: Tensor, residuals: list[Tensor]) -> Tensor:
+    for i, step in enumerate(range(job.skip, job.schedule.num_steps)):
+        eps = predict(x_t, step, ["", job.target, *(term.text for term in job.terms)])
+        guided = eps[:1] + job.guidance_scale * (eps[1:2] - eps[:1])
+        for term, concept in zip(job.terms, eps[2:], strict=True):
+            if i >= term.warmup_steps:
+                guidance = (concept - eps[:1]) * (-term.guidance_scale if term.reverse else term.guidance_scale)
+                strength = guidance.abs().flatten(2)
+                edge = torch.quantile(strength, term.threshold, dim=2, keepdim=True)
+                guided = guided + torch.where(strength >= edge, guidance.flatten(2), 0.0).view(guidance.shape)
+        x_t = mean(job.schedule, step, x_t, guided) + residuals[step]
+    return x_t

@@ -1,0 +1,1 @@
+"""`ledits batch`: a table or a folder of pictures, in shared batches."""

@@ -1,0 +1,409 @@
+"""`ledits batch`: a job table in batches that the whole table fixes, so that a run can be killed at any moment, resumed
+as often as it takes, and leaves the bytes of an undisturbed one.
+
+Half precision rounds differently in batches of other shapes. So a batch is cut from all the jobs that differ in picture
+and seed alone, whether they are done or not, and is computed whole where any of them is missing. A job is done when
+its output is whole and carries the hash of all that decides its pixels; nothing else is remembered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+from ledits_min.app import outputs
+from ledits_min.app.batch.jobs import Job
+from ledits_min.app.inputs import check_prompt, edit_settings, inversion_settings, load_model
+from ledits_min.app.terminal import disk_is_full, one_line, tell
+from ledits_min.config import InputError, RunError
+from ledits_min.engine.plan import count
+from ledits_min.engine.progress import progress_bar
+from ledits_min.files.header import quoted
+from ledits_min.files.picture import atomic_write, fit_size, open_image, save_image, upright_size
+from ledits_min.p2p import PromptToPrompt, check_prompts
+from ledits_min.sega import Concept
+
+if TYPE_CHECKING:
+    from ledits_min.pipeline import LEdits
+
+HASH = "ledits_job"  # the text of a PNG that holds its job's hash
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+ERRORS = "errors.jsonl"
+AHEAD, BEHIND = 2, 4  # batches that are decoded before their turn, and that wait to be written
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that can be tried.
+
+    picture   sha256 of the file's bytes
+    settings  everything else that decides the pixels, every default resolved
+    """
+
+    job: Job
+    picture: str
+    settings: dict[str, Any]
+
+    @cached_property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps([self.picture, self.settings], sort_keys=True).encode()).hexdigest()
+
+    def is_done(self, folder: Path) -> bool:
+        return finished_hash(folder / self.job.output) == self.hash
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What errors.jsonl says of a job."""
+
+    line: int
+    image: str
+    output: str
+    reason: str
+
+    @classmethod
+    def of(cls, job: Job, error: BaseException | str) -> Failure:
+        reason = error if isinstance(error, str) else one_line(error)
+        return cls(job.line, job.image, job.output, " ".join(reason.split()))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks that differ in picture and seed alone, and the lines of those that are missing."""
+
+    tasks: tuple[Task, ...]
+    missing: tuple[int, ...]
+
+
+@dataclass
+class Outcome:
+    """How the missing tasks of a batch ended: the lines of jobs that are done now, and the failures."""
+
+    done: list[int] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+# --- what is to be done ---------------------------------------------------------------------------------------------
+
+
+def plan(
+    jobs: Sequence[Job], ledits: LEdits, folder: Path, batch_size: int, attention: PromptToPrompt | None
+) -> tuple[list[Batch], list[Failure]]:
+    """The batches that hold a missing job, in the table's order, and the jobs that cannot be tried.
+
+    `ledits` needs no weights. Pictures are read for their hashes and sizes; nothing is decoded.
+    """
+    groups: dict[str, list[Task]] = {}
+    failures = []
+    look, check_text = cache(_look), cache(lambda text: check_prompt(ledits, text))
+    with progress_bar("reading", len(jobs), "job", wanted=True) as bar:
+        for job in jobs:
+            try:
+                if job.fault:
+                    raise InputError(job.fault)
+                picture, size = look(job.path)
+                task = _task(job, picture, size, ledits, attention)
+                for text in _texts(task.settings):
+                    check_text(text)
+            except (InputError, OSError) as error:
+                failures.append(Failure.of(job, error))
+            else:
+                shared = {name: value for name, value in task.settings.items() if name != "seeds"}
+                groups.setdefault(json.dumps(shared), []).append(task)
+            bar.update()
+    batches = []
+    for tasks in groups.values():
+        for start in range(0, len(tasks), batch_size):
+            some = tuple(tasks[start : start + batch_size])
+            batches.append(Batch(some, tuple(task.job.line for task in some if not task.is_done(folder))))
+    return [batch for batch in batches if batch.missing], failures
+
+
+def _look(path: Path) -> tuple[str, tuple[int, int]]:
+    """sha256 and upright size of a picture."""
+    size = upright_size(path)
+    return _sha256(path), size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _task(
+    job: Job, picture: str, size: tuple[int, int], ledits: LEdits, attention: PromptToPrompt | None
+) -> Task:  # fmt: skip
+    """The job with every default resolved; InputError where the model refuses a value."""
+    args = argparse.Namespace(**job.options)
+    made = replace(inversion_settings(args, ledits), seeds=(args.seed or 0,))
+    edit = edit_settings(args, ledits)
+    if attention is not None:
+        check_prompts(made.source, edit["target"], edit["negative"])
+    worked_at = fit_size(size, args.size, ledits.native_size, ledits.vae.config.factor)
+    concepts = [Concept(**fields) for fields in args.concepts]
+    return Task(job, picture, outputs.planned_settings(ledits, made, worked_at, concepts, attention, edit))
+
+
+def _texts(settings: dict[str, Any]) -> list[str]:
+    texts = [settings["source"], settings["target"], settings["negative"]]
+    return texts + [concept["text"] for concept in settings["concepts"]]
+
+
+def finished_hash(path: Path) -> str | None:
+    """The hash that a whole PNG carries; "" for a whole picture without one, None for anything else."""
+    try:
+        with Image.open(path) as image:
+            found = str(image.info.get(HASH, ""))
+            image.verify()  # the checksums of all that follows, the last one aside
+        whole = not found or path.read_bytes().endswith(PNG_END)
+    except Exception:  # noqa: BLE001 - whatever Pillow says of a damaged file: it is not whole
+        return None
+    return found if whole else None
+
+
+# --- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Opened:
+    """A batch with its pictures decoded; no members where none is left that could be done.
+
+    members  the tasks whose picture is whole, in order, and the pictures
+    missing  those of them that are to be written
+    """
+
+    members: list[tuple[Task, Image.Image]] = field(default_factory=list)
+    missing: list[Task] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+class Editor:
+    """Does one batch after another; `open`, `edit` and `save` may each have a thread of its own."""
+
+    def __init__(self, ledits: LEdits, folder: Path, attention: PromptToPrompt | None, overwrite: bool) -> None:
+        self.ledits, self.folder, self.attention, self.overwrite = ledits, folder, attention, overwrite
+
+    def __call__(self, batch: Batch) -> Outcome:
+        return self.save(*self.edit(self.open(batch)))
+
+    def open(self, batch: Batch) -> Opened:
+        """Decode the pictures: first of what is missing, then, if any of that can be done, of its neighbours."""
+        opened, pictures = Opened(), dict[int, Image.Image]()
+        missing = [task for task in batch.tasks if task.job.line in batch.missing]
+        for task in missing:
+            if task.is_done(self.folder):  # by a worker that died before it could say so
+                opened.outcome.done.append(task.job.line)
+                continue
+            try:
+                pictures[task.job.line] = _decoded(task)
+                self._check_place(self.folder / task.job.output)
+                opened.missing.append(task)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
+                opened.outcome.failures.append(Failure.of(task.job, error))
+        if opened.missing:
+            failed = {failure.line for failure in opened.outcome.failures}
+            for task in batch.tasks:
+                if task.job.line not in pictures and task.job.line not in failed:
+                    with suppress(InputError, OSError):  # changed or gone since the plan was made: nobody's neighbour
+                        pictures[task.job.line] = _decoded(task)
+            opened.members = [(task, pictures[task.job.line]) for task in batch.tasks if task.job.line in pictures]
+        return opened
+
+    def _check_place(self, path: Path) -> None:
+        if not self.overwrite and finished_hash(path) == "":
+            raise InputError(f"{quoted(path)} exists and is no output of a batch; pass --overwrite to replace it")
+
+    def edit(self, opened: Opened) -> tuple[list[tuple[Task, Image.Image]], Outcome]:
+        """All members together; where that fails, what is missing one by one, so that only the guilty fail."""
+        results, outcome = [], opened.outcome
+        groups = [opened.members] if opened.missing else []
+        while groups:
+            group = groups.pop(0)
+            try:
+                images = self._edit_together(group)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends these jobs and no others
+                if len(group) > 1:
+                    groups = [[member] for member in opened.members if member[0] in opened.missing]
+                else:
+                    outcome.failures.append(Failure.of(group[0][0].job, error))
+                continue
+            edited = [(task, image) for (task, _), image in zip(group, images, strict=True)]
+            results += [(task, image) for task, image in edited if task in opened.missing]
+        return results, outcome
+
+    def _edit_together(self, members: Sequence[tuple[Task, Image.Image]]) -> list[Image.Image]:
+        settings, seeds = members[0][0].settings, [task.settings["seeds"][0] for task, _ in members]
+        names = ("source", "source_guidance_scale", "num_steps", "skip", "eta", "target", "guidance_scale", "negative")
+        _, result = self.ledits.invert_and_edit(
+            [picture for _, picture in members],
+            **{name: settings[name] for name in (*names, "momentum_scale", "momentum_beta", "output_size")},
+            seed=seeds,
+            size=tuple(settings["size"]),
+            concepts=[Concept(**fields) for fields in settings["concepts"]],
+            attention=self.attention,
+            progress=False,
+        )
+        return result.images
+
+    def save(self, results: Sequence[tuple[Task, Image.Image]], outcome: Outcome) -> Outcome:
+        """Write each output whole. A full disk ends the run; whatever else stands in the way ends that job."""
+        for task, image in results:
+            try:
+                save_image(image, self.folder / task.job.output, {**outputs.metadata(task.settings), HASH: task.hash})
+                outcome.done.append(task.job.line)
+            except (InputError, OSError) as error:
+                if disk_is_full(error):
+                    raise
+                outcome.failures.append(Failure.of(task.job, error))
+        return outcome
+
+
+def _decoded(task: Task) -> Image.Image:
+    picture = open_image(task.job.path)
+    if _sha256(task.job.path) != task.picture:
+        raise InputError(f"{quoted(task.job.path)} was changed during the run; run it again")
+    return picture
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+Outcomes = Generator[Outcome, None, None]
+
+
+class Engine(Protocol):
+    """How batches are done. `ledits` is for planning, and may be without weights."""
+
+    ledits: LEdits
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def outcomes(self, batches: Sequence[Batch], folder: Path, attention: PromptToPrompt | None) -> Outcomes:
+        """One a batch, in any order."""
+
+
+class LocalEngine:
+    """This process: pictures are decoded ahead in one thread, and written behind in another."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.ledits, self.overwrite = load_model(args), args.overwrite
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledits.close()
+
+    def outcomes(self, batches: Sequence[Batch], folder: Path, attention: PromptToPrompt | None) -> Outcomes:
+        editor = Editor(self.ledits, folder, attention, self.overwrite)
+        waiting = iter(batches)
+        decoder, writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        try:
+            opened = deque(decoder.submit(editor.open, batch) for batch in islice(waiting, AHEAD))
+            saved: deque[Future[Outcome]] = deque()
+            while opened:
+                edited = editor.edit(opened.popleft().result())
+                opened.extend(decoder.submit(editor.open, batch) for batch in islice(waiting, 1))
+                saved.append(writer.submit(editor.save, *edited))
+                while saved and (saved[0].done() or len(saved) > BEHIND):
+                    yield saved.popleft().result()
+            while saved:
+                yield saved.popleft().result()
+        finally:
+            decoder.shutdown(cancel_futures=True)
+            writer.shutdown()  # what is edited is written, however the run ends
+
+
+def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[argparse.Namespace], Engine]) -> None:
+    """Do what is missing of the table; RunError where jobs failed."""
+    began = time.perf_counter()
+    folder = Path(args.output)
+    _check_folder(folder, jobs)
+    attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
+    with held(folder), make_engine(args) as engine:
+        batches, failures = plan(jobs, engine.ledits, folder, args.batch_size, attention)
+        write_errors(folder, failures)
+        missing = sum(len(batch.missing) for batch in batches)
+        already, wrote = len(jobs) - len(failures) - missing, 0
+        with (
+            progress_bar("batch", missing, "job", wanted=True) as bar,
+            closing(engine.outcomes(batches, folder, attention)) as outcomes,
+        ):
+            for outcome in outcomes:
+                wrote += len(outcome.done)
+                bar.update(len(outcome.done) + len(outcome.failures))
+                if outcome.failures:
+                    failures += outcome.failures
+                    bar.set_postfix(failed=len(failures))
+                    write_errors(folder, failures)
+    seconds = time.perf_counter() - began
+    were = f"; {already} of {len(jobs)} were done already" if already else ""
+    tell(f"wrote {count(wrote, 'picture')} to {quoted(folder)} in {seconds:.1f} s{were}")
+    if failures:
+        jobs_failed = f"{len(failures)} of {count(len(jobs), 'job')} failed"
+        raise RunError(f"{jobs_failed}; {quoted(folder / ERRORS)} says why, a line each")
+
+
+def write_errors(folder: Path, failures: Sequence[Failure]) -> None:
+    """One line a failed job, in the table's order; no file where none failed."""
+    if not failures:
+        (folder / ERRORS).unlink(missing_ok=True)
+        return
+    lines = (json.dumps(asdict(failure)) for failure in sorted(failures, key=lambda failure: failure.line))
+    atomic_write(folder / ERRORS, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _check_folder(folder: Path, jobs: Sequence[Job]) -> None:
+    """InputError where the outputs cannot go there, or would replace the pictures they are made of."""
+    inputs = {os.path.realpath(job.path) for job in jobs}
+    for job in jobs:
+        if job.output and os.path.realpath(folder / job.output) in inputs:
+            raise InputError(f"-o {quoted(folder)}: {quoted(job.output)} there is an input of this run; choose another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", error)
+        raise InputError(f"-o {quoted(folder)} cannot be used: {reason}; choose another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"-o {quoted(folder)} cannot be written to; choose another folder")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else's while it lasts, and rid of what a killed run was writing."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"-o {quoted(folder)}: another batch is writing there; wait for it, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        _sweep(folder)
+        yield
+        _sweep(folder)  # a worker of Ray may have been killed
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    for left in folder.glob(".ledits-*.tmp"):
+        left.unlink(missing_ok=True)

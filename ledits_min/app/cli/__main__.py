@@ -1,0 +1,5 @@
+import sys
+
+from ledits_min.app.cli import main
+
+sys.exit(main())

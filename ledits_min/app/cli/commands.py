@@ -1,0 +1,240 @@
+"""The commands of `ledits`, each a function of its parsed options; only one that runs imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ledits_min.app.batch.jobs import read_jobs
+from ledits_min.app.cli.options import check_ranges
+from ledits_min.app.inputs import (
+    check_outputs,
+    check_prompt,
+    edit_picture,
+    edit_settings,
+    inversion_settings,
+    invert_picture,
+    is_saved_inversion,
+    load_inversion,
+    load_model,
+    open_picture,
+    parts,
+)
+from ledits_min.app.terminal import Clock, tell, tell_written
+from ledits_min.config import InputError, check_whole
+from ledits_min.files.header import quoted
+
+if TYPE_CHECKING:
+    from ledits_min import Concept
+
+
+def run_edit(args: argparse.Namespace) -> None:
+    check_ranges(args)
+    from ledits_min import Concept, PromptToPrompt
+    from ledits_min.app import outputs
+    from ledits_min.app.cli.explain import latent_size, plan_edit
+    from ledits_min.files.picture import atomic_write, check_output_picture, save_image
+    from ledits_min.p2p import check_prompts
+
+    concepts = [Concept(**fields) for fields in args.concepts or []]
+    attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
+    if args.masks is not None and not concepts:
+        raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
+
+    saved = is_saved_inversion(args.image)
+    if args.explain:
+        _tell_plan(args, concepts)
+        return
+    out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
+    check_outputs(args, {
+        "-o": (out, outputs.PICTURES),
+        "--masks": (args.masks, outputs.PICTURES),
+        "--report": (args.report, (".json",)),
+        "--save-inversion": (args.save_inversion, (".safetensors",)),
+    })  # fmt: skip
+
+    clock = Clock()
+    made = load_inversion(args) if saved else None
+    if attention is not None:
+        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
+    picture = outputs.original_picture(made) if made else open_picture(args)
+    check_output_picture(out, picture.size)
+    ledits = load_model(args)
+    for text in (args.target, args.negative, *(concept.text for concept in concepts)):
+        check_prompt(ledits, text)  # now, not after minutes of inversion
+    _warn_of_doubtful(args, concepts)
+    clock.lap("load")
+    settings = edit_settings(args, ledits)
+    edit = {**settings, "concepts": concepts, "trace": args.report is not None, "attention": attention}
+    if made is None and args.save_inversion is None:
+        inversion, result = edit_picture(args, ledits, picture, **edit)
+    else:  # what is saved must give the same picture again, to the last bit, so it is not made in the edit's batches
+        inversion = made or invert_picture(args, ledits, picture)
+        clock.lap("invert", ledits.runner.preparation.take())
+        result = ledits.edit(inversion, **edit)
+    clock.lap("edit", ledits.runner.preparation.take())
+
+    masks = [mask[0] for mask in result.masks]
+    values = outputs.settings(ledits, inversion, concepts, attention, settings)
+    if args.masks is not None:
+        save_image(outputs.mask_picture(picture, concepts, masks), args.masks)
+    if args.save_inversion is not None:
+        inversion.save(args.save_inversion)
+    if args.report is not None:
+        plan = None
+        if attention is None:  # Prompt-to-Prompt keeps to the plain loop
+            plan = plan_edit(
+                ledits, inversion.settings, latent_size(inversion), concepts, settings, ledits.device,
+                inverted=saved, apart=args.save_inversion is not None,
+            )  # fmt: skip
+        evaluations = {"planned": plan and plan.to_json(), "evaluated": ledits.runner.evaluations}
+        content = outputs.report(
+            values, masks, result.trace, clock.laps, args.said, str(ledits.device), evaluations
+        )  # fmt: skip
+        atomic_write(args.report, content)
+    save_image(result.images[0], out, outputs.metadata(values))  # last: where it is, the others are
+    tell_written(clock, [out, args.masks, args.report, args.save_inversion])
+
+
+def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
+    """What the same command without --explain would evaluate. No weight is read and nothing is written."""
+    if args.p2p is not None:
+        raise InputError("--explain does not know --p2p; leave one of them out")
+    from ledits_min.app.cli.explain import fitted_size, latent_size, plan_edit, without_weights
+
+    made = load_inversion(args) if is_saved_inversion(args.image) else None
+    ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
+    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+        check_prompt(ledits, text)
+    if made is not None:
+        settings, latents = made.settings, latent_size(made)
+    else:
+        settings = inversion_settings(args, ledits)
+        latents = fitted_size(ledits, open_picture(args), args.size)
+    plan = plan_edit(
+        ledits, settings, latents, concepts, edit_settings(args, ledits), device,
+        inverted=made is not None, apart=args.save_inversion is not None,
+    )  # fmt: skip
+    for line in plan.lines():
+        tell(line)
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from ledits_min.app.sweep import grid as sweep
+
+    grid = sweep.Grid.of(args)
+    from ledits_min import Concept
+    from ledits_min.app import outputs
+    from ledits_min.files.picture import atomic_write, save_image
+    from ledits_min.p2p import check_prompts
+
+    out = Path(f"{Path(args.image).stem}.sweep.png" if args.output is None else args.output)
+    beside = Path(f"{os.path.splitext(out)[0]}.json")
+    check_outputs(args, {"-o": (out, outputs.PICTURES), "the numbers beside -o,": (beside, (".json",))})
+    clock = Clock()
+    made = load_inversion(args) if is_saved_inversion(args.image) else None
+    if args.p2p is not None:
+        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
+    picture = outputs.original_picture(made) if made else open_picture(args)
+    ledits = load_model(args)
+    concepts = [Concept(**fields) for fields in sweep.concepts_of(grid.cells[0][0])]
+    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+        check_prompt(ledits, text)
+    _warn_of_doubtful(args, concepts)
+    clock.lap("load")
+    side = sweep.cell_side(grid, picture)
+    edited, inversions = sweep.run(grid, ledits, picture, made, side)
+    clock.lap("sweep", ledits.runner.preparation.take())
+
+    shared = outputs.common([one.settings for row in edited for one in row])
+    sheet = sweep.draw(grid, edited, picture, side, outputs.parameters(shared))
+    atomic_write(beside, sweep.numbers(grid, edited, inversions, shared, clock, args.said, str(ledits.device)))
+    save_image(sheet, out, outputs.metadata(shared))
+    tell_written(clock, [out, beside])
+
+
+def run_invert(args: argparse.Namespace) -> None:
+    check_ranges(args)
+    if is_saved_inversion(args.image):
+        raise InputError(f"{quoted(args.image)} is a saved inversion already or a model; pass a picture")
+    check_outputs(args, {"-o": (args.output, (".safetensors",))})
+    clock = Clock()
+    picture = open_picture(args)
+    inversion = invert_picture(args, load_model(args), picture)
+    inversion.save(args.output)
+    tell_written(clock, [args.output])
+
+
+def run_batch(args: argparse.Namespace) -> None:
+    check_ranges(args)
+    check_whole("--batch-size", args.batch_size, 1, 1024)
+    check_whole("--workers", args.workers, 1, 4096, optional=True)
+    if args.workers is not None and args.engine != "ray":
+        raise InputError("--workers belongs to --engine ray; the local engine is one process")
+    jobs = read_jobs(Path(args.jobs), args)
+    from ledits_min.app.batch.run import LocalEngine, run
+
+    if args.engine == "ray":
+        from ledits_min.app.batch.ray_engine import RayEngine
+
+        run(jobs, args, RayEngine)
+    else:
+        run(jobs, args, LocalEngine)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from ledits_min.app import outputs
+    from ledits_min.app.cli import demo
+    from ledits_min.files.picture import save_image
+
+    check_outputs(args, {"-o": (args.output, outputs.PICTURES)})
+    clock = Clock()
+    args.image = args.image or demo.SAMPLE
+    picture = open_picture(args)
+    save_image(demo.demo_sheet(load_model(args), picture), args.output)
+    tell_written(clock, [args.output])
+
+
+def run_web(args: argparse.Namespace) -> None:
+    from ledits_min.app.web.server import check_web, serve
+
+    check_web(args)
+    serve(args)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from ledits_min.weights.inspect import inspect
+
+    report = inspect(args.checkpoint, **parts(args))
+    tell(str(report))
+    if report.verdict == "refused":
+        raise InputError(report.reason)
+
+
+def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
+    """Say what is allowed and hardly meant."""
+    if not concepts and not args.target:
+        warnings.warn("nothing to change is asked for; the picture is only reconstructed", stacklevel=2)
+    directions: dict[str, list[bool]] = {}
+    for concept in concepts:
+        directions.setdefault(concept.text, []).append(concept.reverse)
+    for text, reversed_ in directions.items():
+        if len(set(reversed_)) > 1:
+            warnings.warn(f"{quoted(text, 60)} is both added and removed", stacklevel=2)
+        elif len(reversed_) > 1:
+            warnings.warn(f"{quoted(text, 60)} is given {len(reversed_)} times; each counts", stacklevel=2)
+
+
+COMMANDS = {
+    "edit": run_edit,
+    "batch": run_batch,
+    "invert": run_invert,
+    "sweep": run_sweep,
+    "web": run_web,
+    "demo": run_demo,
+    "inspect": run_inspect,
+}

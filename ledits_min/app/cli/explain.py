@@ -1,0 +1,80 @@
+"""What `ledits edit` will evaluate: printed by --explain instead of running, kept in the report beside what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ledits_min.engine.loop import batch_limit
+from ledits_min.engine.plan import Phase, Plan, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.files.picture import fit_size
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ledits_min.files.inversion import Inversion, InversionSettings
+    from ledits_min.pipeline import LEdits
+    from ledits_min.sega import Concept
+
+
+def without_weights(model: str, device: str, dtype: str, **parts: Any) -> tuple[LEdits, torch.device]:
+    """`LEdits.from_pretrained` without the weights: networks that know their shapes and cannot run; and the device."""
+    from ledits_min.engine.networks import resolve_device, resolve_dtype
+    from ledits_min.pipeline import LEdits
+    from ledits_min.weights.load import load_checkpoint
+
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    checkpoint = load_checkpoint(model, dtype=chosen_dtype, **parts)
+    ledits = LEdits.from_checkpoint(checkpoint, torch.device("meta"), chosen_dtype, embedded=model == "tiny")
+    return ledits, chosen_device
+
+
+def latent_size(inversion: Inversion) -> tuple[int, int]:
+    """Of the latents that an inversion holds, (h, w)."""
+    height, width = inversion.latents.shape[-2:]
+    return height, width
+
+
+def fitted_size(ledits: LEdits, picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Of the latents that a picture would have at `--size`, (h, w)."""
+    factor = ledits.vae.config.factor
+    width, height = fit_size(picture.size, size, ledits.native_size, factor)
+    return height // factor, width // factor
+
+
+def plan_edit(
+    ledits: LEdits,
+    settings: InversionSettings,
+    latents: tuple[int, int],
+    concepts: Sequence[Concept],
+    edit: Mapping[str, Any],
+    device: torch.device,
+    *,
+    inverted: bool = False,
+    apart: bool = False,
+) -> Plan:
+    """The plan that `LEdits.invert_and_edit` follows on `device` for one picture with latents (h, w).
+
+    edit holds `LEdits.edit`'s target, guidance_scale, negative, momentum_scale and output_size. With `inverted` the
+    inversion is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
+    """
+    terms = [concept.resolve(ledits.defaults) for concept in concepts]
+    live = [term for term in terms if not term.is_noop(base=edit["negative"])]
+    costs = ledits.runner.costs(latents, device)
+    limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
+    guidance = {name: edit[name] for name in ("negative", "target", "guidance_scale", "momentum_scale")}
+    guidance |= {"terms": live, "images": 1, "capacity": limit}
+    source = steps, settings.source, settings.source_guidance_scale
+    phases: tuple[Phase, ...]
+    if inverted or apart:
+        phases = (editing_phase("editing", steps, **guidance),)
+        if not inverted:
+            phases = (inversion_phase(*source, 1, limit, settings.num_steps), *phases)
+    else:
+        phases = (one_pass_phase(*source, **guidance, num_steps=settings.num_steps),)
+    # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
+    decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
+    return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)

@@ -1,0 +1,1 @@
+"""`ledits sweep`: one or two numbers of an edit against each other."""

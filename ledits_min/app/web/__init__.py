@@ -1,0 +1,1 @@
+"""`ledits web`: a local page to edit pictures."""

@@ -1,0 +1,1 @@
+"""The loops of `edit`, made fast. Nobody has to read this to learn LEDITS."""

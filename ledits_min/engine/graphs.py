@@ -1,0 +1,93 @@
+"""The network's calls as CUDA graphs: recorded once a batch size, then replayed without the host's launching kernels.
+
+What differs between two steps (x_t, and the numbers of steps, texts and pictures) is data in fixed buffers, so one
+graph serves all steps with equally many live branches.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ledits_min.config import InputError
+from ledits_min.engine.memory import is_out_of_memory
+from ledits_min.engine.preparation import Preparation
+
+Call = Callable[..., Tensor]
+Replay = Callable[[], object]
+
+
+def use_graphs(device: torch.device) -> bool:
+    """LEDITS_GRAPHS: auto (a CUDA device has graphs, the default) or off. InputError for another value."""
+    mode = os.environ.get("LEDITS_GRAPHS", "auto")
+    if mode not in ("auto", "off"):
+        raise InputError(f"LEDITS_GRAPHS is {mode!r}; it must be 'auto' or 'off'")
+    return mode == "auto" and device.type == "cuda"
+
+
+def record_on_cuda(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    """The work that `call` launches as a graph, and the tensor that every replay writes its result to."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph.replay, output
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A recorded call: fill `inputs`, `replay`, read `output`."""
+
+    inputs: list[Tensor]
+    replay: Replay
+    output: Tensor
+
+
+class Graphed:
+    """A network(x_t, *numbers) -> eps that is recorded when it meets a batch size again, and replayed from then on.
+
+    A batch size is the number of x_t and that of evaluations, which may share them.
+
+    A size that is met once is not worth recording, and the first, plain call does what a recording may not: it compiles
+    kernels and finds out whether the memory is enough. Where recording fails, that size stays plain, with a warning.
+    """
+
+    def __init__(
+        self,
+        network: Call,
+        preparation: Preparation,
+        record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda,
+    ) -> None:
+        self.network, self.preparation, self.record = network, preparation, record
+        self.met: set[tuple[int, int]] = set()
+        self.tapes: dict[tuple[int, int], Tape | None] = {}  # None: it could not be recorded
+
+    def __call__(self, x_t: Tensor, *numbers: Tensor) -> Tensor:
+        size = len(x_t), len(numbers[0])
+        if size not in self.met:
+            self.met.add(size)
+            return self.network(x_t, *numbers)
+        if size not in self.tapes:
+            with self.preparation.timed("record"):
+                self.tapes[size] = self._recorded(x_t, numbers)
+        tape = self.tapes[size]
+        if tape is None:
+            return self.network(x_t, *numbers)
+        for buffer, value in zip(tape.inputs, (x_t, *numbers), strict=True):
+            buffer.copy_(value)
+        tape.replay()
+        return tape.output.clone()  # the next replay writes over it
+
+    def _recorded(self, x_t: Tensor, numbers: tuple[Tensor, ...]) -> Tape | None:
+        inputs = [value.clone() for value in (x_t, *numbers)]
+        try:
+            replay, output = self.record(lambda: self.network(*inputs))
+        except RuntimeError as error:
+            why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
+            warnings.warn(f"{len(numbers[0])} evaluations a call run without a CUDA graph: {why}", stacklevel=4)
+            return None
+        return Tape(inputs, replay, output)

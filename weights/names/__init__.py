@@ -1,0 +1,1 @@
+"""What the same weight is called in every dialect."""

@@ -1,0 +1,92 @@
+"""Find a Hugging Face model in the local cache; nothing here can reach a network.
+
+The cache keeps one folder a repository, models--ORG--NAME. In it refs/REVISION holds a commit, and snapshots/COMMIT
+the repository's files, as links to blobs/. Only its place is asked of the library (HF_HUB_CACHE, HF_HOME, ...).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from ledits_min.config import InputError
+from ledits_min.files.header import quoted
+from ledits_min.weights.read.folder import FOLDERS, STEMS
+
+_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@(?P<revision>\w[\w./-]{0,127}))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{4,64}")
+_ALWAYS = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*")
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether `model` reads as org/name or org/name@revision. What exists as a path is a path: ask that first."""
+    return isinstance(model, str) and _ID.fullmatch(model) is not None and ".." not in model
+
+
+def cached_model(model: str, supplied: Collection[str] = ()) -> Path:
+    """The snapshot folder of org/name[@revision], with weights for every part that is not `supplied` from elsewhere.
+
+    Raises InputError with the command that fetches exactly the files that are read.
+    """
+    parts = [part for part in ("unet", "vae", "text") if part not in supplied]
+    # A family may have a second text encoder, in text_encoder_2/.
+    folders = {**FOLDERS, "text": f"{FOLDERS['text']}*"}
+    wanted = [*_ALWAYS, *(f"{folders[part]}/{STEMS[part]}.safetensors" for part in parts)]
+    snapshot = _snapshot(model, wanted)
+    if "text_2" not in supplied and (snapshot / FOLDERS["text_2"]).is_dir():
+        parts.append("text_2")  # SDXL's; the patterns above fetch it with the first one
+    if absent := [part for part in parts if not _has_weights(snapshot / FOLDERS[part])]:
+        raise InputError(
+            f"{quoted(model)} is in the Hugging Face cache without the {' and '.join(absent)} as .safetensors; run: "
+            f"{_command(model, wanted)}"
+        )
+    return snapshot
+
+
+def cached_part(model: str, part: str) -> Path:
+    """The snapshot folder of org/name[@revision] to take one part from: its files are at the top or in a folder."""
+    files = "config.json", f"{STEMS[part]}.safetensors"
+    return _snapshot(model, [*files, *(f"{FOLDERS[part]}/{file}" for file in files)])
+
+
+def _snapshot(model: str, wanted: Iterable[str]) -> Path:
+    name, revision = _split(model)
+    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / _commit(folder, revision or "main")
+    if not snapshot.is_dir():
+        raise InputError(
+            f"{quoted(model)} is no file or folder here and not in the Hugging Face cache {quoted(cache)}; nothing is "
+            f"ever downloaded by this program, so run: {_command(model, wanted)}"
+        )
+    return snapshot
+
+
+def _command(model: str, wanted: Iterable[str]) -> str:
+    name, revision = _split(model)
+    at = [] if revision is None else ["--revision", revision]
+    return shlex.join(["hf", "download", name, *at, *(word for pattern in wanted for word in ("--include", pattern))])
+
+
+def _split(model: str) -> tuple[str, str | None]:
+    match = _ID.fullmatch(model)
+    assert match is not None
+    return match["id"], match["revision"]
+
+
+def _commit(folder: Path, revision: str) -> str:
+    """A branch or tag as the commit it stood for when it was fetched; a commit as itself."""
+    try:
+        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return revision
+    return commit if _COMMIT.fullmatch(commit) else revision
+
+
+def _has_weights(folder: Path) -> bool:
+    """Links whose blob was never fetched do not count."""
+    return folder.is_dir() and any(path.suffix == ".safetensors" and path.is_file() for path in folder.iterdir())

@@ -1,0 +1,81 @@
+"""Whether a checkpoint predicts eps or v, and its noise schedule: what files say of it, and a guess where they do not.
+
+Nothing in the layout tells. In this order: --prediction-type; a scheduler config; the marker tensors v_pred and ztsnr;
+the metadata of a single file (modelspec.prediction_type, modelspec.architecture); for SD 2.x, which comes in both
+kinds, the guess of `looks_like_v`; eps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ledits_min.config import SD15_SCHEDULE, InputError, ScheduleConfig
+from ledits_min.files.header import quoted
+from ledits_min.weights.read.family import SUPPORTED, Layout
+
+_DISTILLED = "distilled to a few steps, it has no noise levels between them; pass the checkpoint it was distilled from"
+PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+# The tensor that the guess looks at, by our name, and the least spread of its values in a model that predicts v.
+TELLING_TENSOR = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+LEAST_SPREAD_OF_V = 0.09
+UNDECIDED = (
+    "eps or v: neither metadata nor a marker says it, so one weight is looked at when it loads; pass --prediction-type "
+    "(prediction_type=) to be sure"
+)
+
+
+def prediction_type_named(value: str) -> str:
+    """eps and v in their short and their long spelling."""
+    if value not in PREDICTION_TYPES:
+        raise InputError(f"prediction type {quoted(value, 40)} is unknown; the choices are eps and v")
+    return PREDICTION_TYPES[value]
+
+
+def schedule_of_file(layout: Layout, metadata: Mapping[str, str], source: str) -> tuple[ScheduleConfig | None, str]:
+    """(schedule, why) if marker tensors or metadata of a single file say how it was trained, else (None, "").
+
+    InputError for kinds of training that are not supported: zero terminal SNR, distillation to a few steps.
+    """
+    title = f"{metadata.get('modelspec.architecture', '')} {metadata.get('modelspec.title', '')}".lower()
+    if distilled := next((word for word in re.split(r"[^a-z]+", title) if word in ("turbo", "lightning", "lcm")), None):
+        raise InputError(f"{source} is a {distilled} model by its metadata: {_DISTILLED}")
+    if "ztsnr" in layout.markers:
+        raise InputError(f"{source} was trained with zero terminal SNR, not supported; {SUPPORTED}")
+    declared = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
+    if "v_pred" in layout.markers:
+        kind, why = "v_prediction", "the file holds the marker tensor v_pred"
+    elif declared is not None:
+        kind, why = declared, "the file's metadata says so (modelspec.prediction_type)"
+    elif "-v2-768-v" in title:
+        kind, why = "v_prediction", "the file's metadata says so (modelspec.architecture)"
+    elif "-v2-512" in title:
+        kind, why = "epsilon", "the file's metadata says so (modelspec.architecture)"
+    else:
+        return None, ""
+    return replace(SD15_SCHEDULE, prediction_type=kind), f"{kind}: {why}"
+
+
+def schedule_of_folder(mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
+    """The schedule of a scheduler config; InputError for one that is made for a few steps (turbo, LCM, TCD)."""
+    sampler = mapping.get("_class_name")
+    few = sampler == "EulerAncestralDiscreteScheduler" and mapping.get("timestep_spacing") == "trailing"
+    if few or sampler in ("LCMScheduler", "TCDScheduler"):
+        kind = "turbo" if few else str(sampler)
+        raise InputError(f"{source} is the schedule of a {kind} model: {_DISTILLED}, or put its scheduler config here")
+    return ScheduleConfig.from_json(mapping, source)
+
+
+def looks_like_v(spread: float) -> tuple[str, str]:
+    """(prediction type, note) guessed from the standard deviation of `TELLING_TENSOR`: above 0.09 it is v.
+
+    Source: ComfyUI, supported_models.py, SD20.model_type. It is an observation on published models, not a law.
+    """
+    kind = "v_prediction" if spread > LEAST_SPREAD_OF_V else "epsilon"
+    sign = ">" if spread > LEAST_SPREAD_OF_V else "<="
+    return kind, (
+        f"{kind}: guessed, since {TELLING_TENSOR} spreads {spread:.3f} {sign} {LEAST_SPREAD_OF_V}; "
+        "pass --prediction-type (prediction_type=) if the edit is noise"
+    )
