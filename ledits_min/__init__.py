@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 
 if TYPE_CHECKING:
     from ledits_min.engine.progress import Progress, Stopped

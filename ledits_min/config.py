@@ -1,32 +1,13 @@
-"""Frozen descriptions of the networks and the noise schedule, and the only reader of their `config.json` files.
+"""Frozen descriptions of the networks and the noise schedule, and those of the published families.
 
-Nothing here imports torch, so that `ledits --help` and header inspection stay instant.
+Names and meanings of the fields are those of diffusers' and transformers' configs; files/configs.py reads and checks
+them. Nothing here imports torch, so that `ledits --help` and header inspection stay instant.
+Sources: the configs published with stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-from ledits_min.errors import InputError, Reader, RunError, check_number, check_whole, short
-
-__all__ = [
-    "SD15_SCHEDULE",
-    "SD15_TEXT",
-    "SD15_UNET",
-    "SD15_VAE",
-    "EditDefaults",
-    "InputError",
-    "RunError",
-    "ScheduleConfig",
-    "TextConfig",
-    "UNetConfig",
-    "VAEConfig",
-    "check_number",
-    "check_whole",
-]  # fmt: skip
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -53,84 +34,10 @@ class UNetConfig:
     addition_time_embed_dim: int = 0  # sinusoids a size number, 0 where there is no added embedding
     projection_class_embeddings_input_dim: int = 0  # width of the added embedding's input, 0 where there is none
 
-    def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types", "num_attention_heads", "transformer_layers_per_block"):
-            entries = len(getattr(self, name))
-            if entries != levels and not (name == "transformer_layers_per_block" and entries == 0):
-                raise InputError(
-                    f"unet config: {name} has {entries} entries but block_out_channels has "
-                    f"{levels}; both must have one entry a level"
-                )
-        _check_types("down_block_types", self.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
-        _check_types("up_block_types", self.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
-        no_added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        _check_positive("unet", self, zero_allowed=no_added)
-        if len({bool(getattr(self, name)) for name in no_added}) > 1 or self.addition_time_embed_dim % 2:
-            raise InputError(
-                f"unet config: addition_time_embed_dim {self.addition_time_embed_dim} must be even, and be there "
-                "exactly where projection_class_embeddings_input_dim is"
-            )
-        if self.block_out_channels[0] % 2:
-            raise InputError(
-                f"unet config: the first width {self.block_out_channels[0]} must be even, since the timestep is "
-                "described by pairs of a sine and a cosine"
-            )
-        for width, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
-            if width % self.norm_num_groups or width % heads:
-                raise InputError(
-                    f"unet config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups} "
-                    f"and of its {heads} attention heads"
-                )
-
     @property
     def depths(self) -> tuple[int, ...]:
         """Layers of a transformer, for each level."""
         return self.transformer_layers_per_block or (1,) * len(self.block_out_channels)
-
-    @classmethod
-    def from_json(cls, mapping: Mapping[str, Any], source: str) -> UNetConfig:
-        """Read a diffusers `unet/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
-        read = Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
-        widths = read.wholes("block_out_channels", _UNET_WIDTHS)
-        heads = read.wholes("attention_head_dim", 8, repeat=len(widths))
-        depths = read.wholes("transformer_layers_per_block", 1, repeat=len(widths))
-        config = cls(
-            in_channels=read.whole("in_channels", 4),
-            out_channels=read.whole("out_channels", 4),
-            block_out_channels=widths,
-            down_block_types=read.strings("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)),
-            up_block_types=read.strings("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
-            layers_per_block=read.whole("layers_per_block", 2),
-            num_attention_heads=heads,
-            cross_attention_dim=read.whole("cross_attention_dim", 1280),
-            norm_num_groups=read.whole("norm_num_groups", 32),
-            norm_eps=read.number("norm_eps", 1e-5),
-            use_linear_projection=read.flag("use_linear_projection", False),
-            sample_size=read.whole("sample_size", 64),
-            transformer_layers_per_block=() if set(depths) == {1} and len(depths) == len(widths) else depths,
-            upcast_attention=read.flag("upcast_attention", False),
-            addition_time_embed_dim=read.whole("addition_time_embed_dim", 0),
-            projection_class_embeddings_input_dim=read.whole("projection_class_embeddings_input_dim", 0),
-        )
-        kind, wanted = read.string("addition_embed_type", ""), "text_time" if config.addition_time_embed_dim else ""
-        if kind != wanted:
-            raise InputError(
-                f"{source}: addition_embed_type {short(kind)} with addition_time_embed_dim "
-                f"{config.addition_time_embed_dim} is not supported; 'text_time' with a width, or neither, is"
-            )
-        read.refuse_the_rest()
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The diffusers-style dictionary that `from_json` reads back."""
-        values = _as_json(self)
-        values["attention_head_dim"] = values.pop("num_attention_heads")
-        values["transformer_layers_per_block"] = list(self.depths)
-        values["addition_embed_type"] = "text_time" if self.addition_time_embed_dim else None
-        for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            values[name] = values[name] or None
-        return {"_class_name": "UNet2DConditionModel", **values}
 
 
 @dataclass(frozen=True)
@@ -148,48 +55,11 @@ class VAEConfig:
     sample_size: int
     force_upcast: bool = True  # SDXL's overflows float16; the others' configs say so too, and do not mean it
 
-    def __post_init__(self) -> None:
-        _check_positive("vae", self)
-        for width in self.block_out_channels:
-            if width % self.norm_num_groups:
-                raise InputError(
-                    f"vae config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups}"
-                )
-
     @property
     def factor(self) -> int:
         """Pixels per latent along one side: every level but the last halves the picture."""
         halvings = len(self.block_out_channels) - 1
         return 1 << halvings
-
-    @classmethod
-    def from_json(cls, mapping: Mapping[str, Any], source: str) -> VAEConfig:
-        """Read a diffusers `vae/config.json`; `source` names the file in messages. Refuses what it cannot honour."""
-        read = Reader(mapping, source, "AutoencoderKL", _VAE_DEFAULTS)
-        widths = read.wholes("block_out_channels", (64,))
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if read.strings(key, (kind,)) != (kind,) * len(widths):
-                raise InputError(f"{source}: {key} must be {kind!r} at each of the {len(widths)} levels")
-        config = cls(
-            in_channels=read.whole("in_channels", 3),
-            out_channels=read.whole("out_channels", 3),
-            latent_channels=read.whole("latent_channels", 4),
-            block_out_channels=widths,
-            layers_per_block=read.whole("layers_per_block", 1),
-            norm_num_groups=read.whole("norm_num_groups", 32),
-            scaling_factor=read.number("scaling_factor", 0.18215),
-            mid_block_add_attention=read.flag("mid_block_add_attention", True),
-            sample_size=read.whole("sample_size", 32),
-            force_upcast=read.flag("force_upcast", True),
-        )
-        read.refuse_the_rest()
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The diffusers-style dictionary that `from_json` reads back."""
-        levels = len(self.block_out_channels)
-        kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-        return {"_class_name": "AutoencoderKL", **_as_json(self), **kinds}
 
 
 @dataclass(frozen=True)
@@ -209,49 +79,6 @@ class TextConfig:
     pad_token_id: int
     projection_dim: int = 0  # width of the pooled text; 0 where the model has no projection
 
-    def __post_init__(self) -> None:
-        zero_allowed = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
-        _check_positive("text_encoder", self, zero_allowed)
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"text_encoder config: hidden_size {self.hidden_size} must be a multiple of its "
-                f"{self.num_attention_heads} attention heads"
-            )
-        _check_types("hidden_act", (self.hidden_act,), ("quick_gelu", "gelu"))
-
-    @classmethod
-    def from_json(cls, mapping: Mapping[str, Any], source: str) -> TextConfig:
-        """Read a Hugging Face `text_encoder/config.json`; training-only keys (dropout, initialisers) are ignored."""
-        read = Reader(mapping, source, None, {})
-        kind = mapping.get("model_type", "clip_text_model")
-        if kind != "clip_text_model":
-            raise InputError(f"{source}: model_type is {short(kind)}; only a 'clip_text_model' can be the text encoder")
-        # Every config names a width of the projection; only some models have one.
-        projects = read.strings("architectures", ()) == ("CLIPTextModelWithProjection",)
-        return cls(
-            vocab_size=read.whole("vocab_size", 49408),
-            hidden_size=read.whole("hidden_size", 512),
-            intermediate_size=read.whole("intermediate_size", 2048),
-            num_hidden_layers=read.whole("num_hidden_layers", 12),
-            num_attention_heads=read.whole("num_attention_heads", 8),
-            max_position_embeddings=read.whole("max_position_embeddings", 77),
-            hidden_act=read.string("hidden_act", "quick_gelu"),
-            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
-            bos_token_id=read.whole("bos_token_id", 49406),
-            eos_token_id=read.whole("eos_token_id", 49407),
-            pad_token_id=read.whole("pad_token_id", 1),
-            projection_dim=read.whole("projection_dim", 512) if projects else 0,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The Hugging-Face-style dictionary that `from_json` reads back."""
-        values, kind = _as_json(self), "CLIPTextModel"
-        if self.projection_dim:
-            kind = "CLIPTextModelWithProjection"
-        else:
-            del values["projection_dim"]
-        return {"architectures": [kind], "model_type": "clip_text_model", **values}
-
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -263,44 +90,6 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"
     steps_offset: int = 1
     prediction_type: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        _check_types("beta_schedule", (self.beta_schedule,), ("scaled_linear", "linear"))
-        _check_types("prediction_type", (self.prediction_type,), ("epsilon", "v_prediction"))
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise InputError(
-                f"scheduler config: beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy "
-                "0 < beta_start <= beta_end < 1"
-            )
-        if not 2 <= self.num_train_timesteps <= 100_000 or self.steps_offset not in (0, 1):
-            raise InputError(
-                f"scheduler config: num_train_timesteps {self.num_train_timesteps} must lie in 2 .. 100000 and "
-                f"steps_offset {self.steps_offset} must be 0 or 1"
-            )
-
-    @classmethod
-    def from_json(cls, mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
-        """Read a diffusers `scheduler/scheduler_config.json`.
-
-        Only the keys that define the noise schedule count: which sampler the file names does not matter, because
-        LEDITS brings its own. Keys that would change the schedule in a way we do not implement are refused.
-        """
-        read = Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
-        config = cls(
-            num_train_timesteps=read.whole("num_train_timesteps", 1000),
-            beta_start=read.number("beta_start", 0.00085),
-            beta_end=read.number("beta_end", 0.012),
-            beta_schedule=read.string("beta_schedule", "scaled_linear"),
-            steps_offset=read.whole("steps_offset", 1),
-            prediction_type=read.string("prediction_type", "epsilon"),
-        )
-        read.refuse_if_changed()
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The diffusers-style dictionary that `from_json` reads back."""
-        sampler = {"clip_sample": False, "set_alpha_to_one": False}
-        return {"_class_name": "DDIMScheduler", **_as_json(self), **sampler}
 
 
 @dataclass(frozen=True)
@@ -315,89 +104,13 @@ class EditDefaults:
     threshold: float = 0.95
     warmup_steps: int = 1
 
-    def __post_init__(self) -> None:
-        check_whole("default num_steps", self.num_steps, 1, 50_000)
-        check_whole("default skip", self.skip, 0, self.num_steps - 1)
-        check_whole("default warmup_steps", self.warmup_steps, 0, 100_000)
-        check_number("default threshold", self.threshold, 0.0, 1.0)
-        for name in ("guidance_scale", "source_guidance_scale", "concept_guidance_scale"):
-            check_number(f"default {name}", getattr(self, name), 0.0, 1000.0)
 
-    @classmethod
-    def from_json(cls, mapping: Mapping[str, Any], source: str) -> EditDefaults:
-        """Read a `ledits.json`; every key is optional, an unknown one is refused."""
-        paper, read = cls(), Reader(mapping, source, None, {})
-        unknown = sorted(set(mapping) - {field.name for field in fields(cls)})
-        if unknown:
-            known = ", ".join(field.name for field in fields(cls))
-            raise InputError(f"{source}: unknown key {short(unknown[0])}; the keys are {known}")
-        return cls(
-            num_steps=read.whole("num_steps", paper.num_steps),
-            skip=read.whole("skip", paper.skip),
-            guidance_scale=read.number("guidance_scale", paper.guidance_scale),
-            source_guidance_scale=read.number("source_guidance_scale", paper.source_guidance_scale),
-            concept_guidance_scale=read.number("concept_guidance_scale", paper.concept_guidance_scale),
-            threshold=read.number("threshold", paper.threshold),
-            warmup_steps=read.whole("warmup_steps", paper.warmup_steps),
-        )
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    """The fields of a config, tuples as lists."""
-    return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
-
-
-def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
-    for value in values:
-        if value not in known:
-            raise InputError(f"config: {name} {short(value)} is not supported; the choices are {', '.join(known)}")
-
-
-_MOST_LAYERS = 256  # names and shapes are listed before a weight is looked at: a config must not promise millions
-_LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
-
-
-def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in _LAYERS:
-            for layers in value if isinstance(value, tuple) else (value,):
-                check_whole(f"{part} config: {field.name}", layers, 1, _MOST_LAYERS)
-        least = 0 if field.name in zero_allowed else 1
-        if (type(value) is int and not least <= value <= 2**20) or (type(value) is float and not value > 0.0):
-            raise InputError(f"{part} config: {field.name} = {value} is out of range; a positive number is wanted")
-
-
-_UNET_WIDTHS = (320, 640, 1280, 1280)
-
-# What diffusers' UNet2DConditionModel means when a key is left out. A config may repeat these values, nothing else.
-_UNET_DEFAULTS: dict[str, Any] = {
-    "act_fn": "silu",
-    "addition_embed_type_num_heads": 64,
-    "center_input_sample": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "dual_cross_attention": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-    "attention_type": "default",
-}
-_VAE_DEFAULTS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-_SCHEDULE_DEFAULTS: dict[str, Any] = {"rescale_betas_zero_snr": False, "trained_betas": None}
+# --- the published families -------------------------------------------------------------------------------------------
 
 SD15_UNET = UNetConfig(
     in_channels=4,
     out_channels=4,
-    block_out_channels=_UNET_WIDTHS,
+    block_out_channels=(320, 640, 1280, 1280),
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     layers_per_block=2,
@@ -433,3 +146,56 @@ SD15_TEXT = TextConfig(
     pad_token_id=49407,
 )
 SD15_SCHEDULE = ScheduleConfig()
+
+# 2.0 and 2.1 have one layout. They come as 512-base, which predicts eps, and as 768, which predicts v: see SD20, SD21.
+SD20_UNET = replace(
+    SD15_UNET,
+    num_attention_heads=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    upcast_attention=True,
+)
+SD21_UNET = replace(SD20_UNET, sample_size=96)
+# OpenCLIP-H without its 24th layer: Stable Diffusion 2 reads the 23rd, behind the final LayerNorm.
+SD21_TEXT = TextConfig(
+    vocab_size=49408,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    max_position_embeddings=77,
+    hidden_act="gelu",
+    layer_norm_eps=1e-5,
+    bos_token_id=49406,
+    eos_token_id=49407,
+    pad_token_id=0,
+)
+SD21_SCHEDULE = replace(SD15_SCHEDULE, prediction_type="v_prediction")
+
+SDXL_UNET = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    num_attention_heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    norm_num_groups=32,
+    norm_eps=1e-5,
+    use_linear_projection=True,
+    sample_size=128,
+    transformer_layers_per_block=(1, 2, 10),
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SDXL_VAE = replace(SD15_VAE, scaling_factor=0.13025, sample_size=1024)
+# OpenCLIP-bigG; the other text encoder is SD 1.x's.
+SDXL_TEXT_2 = replace(
+    SD21_TEXT,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+)

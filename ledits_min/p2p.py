@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.config import InputError, check_number
 from ledits_min.edit import Step, levels
+from ledits_min.errors import InputError, check_number
 from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
 from ledits_min.inversion import posterior_mean
 from ledits_min.schedule import Schedule

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min.config import EditDefaults, InputError, ScheduleConfig, check_number, check_whole
+from ledits_min.config import EditDefaults, ScheduleConfig
 from ledits_min.edit import levels
 from ledits_min.engine.beside import check_attention, edit_beside, source_row
 from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
@@ -20,6 +20,8 @@ from ledits_min.engine.prepare import ImageLike, Prepared, encode_pictures, open
 from ledits_min.engine.progress import Callback
 from ledits_min.engine.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
 from ledits_min.engine.runner import Edited, Runner
+from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.files.configs import read_config
 from ledits_min.files.inversion import Inversion, InversionSettings, check_settings
 from ledits_min.files.picture import fit_size, lay_change, to_images
 from ledits_min.inversion import draw_noise
@@ -117,7 +119,7 @@ class LEdits:
             vae=networks.vae,
             text=networks.text,
             schedule=checkpoint.schedule_config,
-            defaults=EditDefaults.from_json(checkpoint.defaults, "ledits.json"),
+            defaults=read_config(EditDefaults, checkpoint.defaults, "ledits.json"),
             fingerprint=checkpoint.fingerprint,
             notes=checkpoint.notes,
             embedded=embedded,

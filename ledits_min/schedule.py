@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ledits_min.config import InputError, ScheduleConfig
+from ledits_min.config import ScheduleConfig
+from ledits_min.errors import InputError
 
 Scalar = TypeVar("Scalar", float, Tensor)
 MARGIN = 1e-6  # nearer to 0 and 1 than this, 1 - alpha_bar_prev - sigma_t^2 is rounding error and may be negative

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ledits_min.config import EditDefaults, InputError, check_number, check_whole
+from ledits_min.config import EditDefaults
+from ledits_min.errors import InputError, check_number, check_whole
 
 
 @dataclass(frozen=True)

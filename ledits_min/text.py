@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
-from ledits_min.config import InputError, TextConfig
-from ledits_min.files.header import quoted
-from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+from ledits_min.config import TextConfig
+from ledits_min.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -169,66 +163,3 @@ def build_text_model(config: TextConfig) -> CLIPTextModel:
     model.embeddings.position_ids = torch.nn.Buffer(positions, persistent=False)
     model.eval()
     return model
-
-
-def load_tokenizer(folder: Path | None, config: TextConfig) -> Any:
-    """The tokenizer in `folder`: vocab.json with merges.txt, or tokenizer.json alone; None: CLIP's, shipped here.
-
-    What stands behind the end of a prompt is what the folder's files say, else what the published models were trained
-    with: the end token again in OpenAI's CLIP, token 0, which is "!", in OpenCLIP. The kind of gelu tells them apart.
-    InputError where the folder holds neither, or files that are no tokenizer.
-    """
-    max_length = config.max_position_embeddings
-    if folder is None:
-        vocabulary, merges_of = clip_vocabulary(), list(clip_merges())
-        pad = "!" if config.hidden_act == "gelu" else END
-        return CLIPTokenizer(vocab=vocabulary, merges=merges_of, model_max_length=max_length, pad_token=pad)  # type: ignore[arg-type]
-    special = _special_tokens(folder)
-    tokenizer: Any
-    vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
-    try:
-        if vocab.is_file() and merges.is_file():
-            lines = merges.read_text(encoding="utf-8").splitlines()
-            pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-            words = json.loads(vocab.read_text(encoding="utf-8"))
-            tokenizer = CLIPTokenizer(vocab=words, merges=pairs, model_max_length=max_length, **special)  # type: ignore[arg-type]
-            return _tried_out(tokenizer, max_length)
-        if whole.is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(whole), model_max_length=max_length, **special)
-            return _tried_out(tokenizer, max_length)
-    except InputError:
-        raise
-    # The tokenizers library raises bare Exceptions for files it cannot use, and panics, which are not even that.
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = quoted(error, 100) if str(error) else type(error).__name__
-        raise InputError(f"{quoted(folder)}: its files are no tokenizer ({reason}); fetch them again") from None
-    raise InputError(f"{quoted(folder)}: no tokenizer there; vocab.json with merges.txt is wanted, or tokenizer.json")
-
-
-def _tried_out(tokenizer: Any, max_length: int) -> Any:
-    """The tokenizer itself; what is wrong with its tables shows only when it meets words, known and unknown."""
-    tokenizer(["a portrait", "\N{SNOWMAN} zyxwv", ""], padding="max_length", truncation=True, max_length=max_length)
-    for name in _SPECIAL_TOKENS:
-        getattr(tokenizer, f"{name}_id")
-    return tokenizer
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """bos, eos, unk and pad token as the folder's own files name them; a token may be a string or an object."""
-    found: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            mapping = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{quoted(path)}: not readable as JSON ({type(error).__name__}); fetch it again") from None
-        for key in _SPECIAL_TOKENS:
-            token = mapping.get(key) if isinstance(mapping, dict) else None
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                found[key] = text
-    return found

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.families import Config
+from ledits_min.files.configs import config_json
+from ledits_min.weights.read.families import Config
 from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 
 State = dict[str, Tensor]
@@ -155,16 +156,18 @@ def write_folder(
     states = states or random_states(unet, vae, text, seed)
     dotted = f".{variant}" if variant else ""
     files = {
-        "unet": (unet.to_json(), states["unet"], "diffusion_pytorch_model"),
-        "vae": (vae.to_json(), old_vae(states["vae"]) if old_vae_names else states["vae"], "diffusion_pytorch_model"),
-        "text_encoder": (text.to_json(), text_as(states["text"], text_layout), "model"),
+        "unet": (config_json(unet), states["unet"], "diffusion_pytorch_model"),
+        "vae": (
+            config_json(vae), old_vae(states["vae"]) if old_vae_names else states["vae"], "diffusion_pytorch_model"
+        ),
+        "text_encoder": (config_json(text), text_as(states["text"], text_layout), "model"),
     }
     for folder, (config, state, stem) in files.items():
         (path / folder).mkdir(parents=True, exist_ok=True)
         (path / folder / "config.json").write_text(json.dumps(config))
         save(path / folder / f"{stem}{dotted}.safetensors", state, dtype)
     (path / "scheduler").mkdir(exist_ok=True)
-    (path / "scheduler/scheduler_config.json").write_text(json.dumps(schedule.to_json()))
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps(config_json(schedule)))
     (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return {part: dict(state) for part, state in states.items()}
 
@@ -234,11 +237,11 @@ def write_family_folder(
     for part, config in REDUCED[family].items():
         folder, stem = _FOLDERS[part]
         (path / folder).mkdir(parents=True)
-        (path / folder / "config.json").write_text(json.dumps(config.to_json()))
+        (path / folder / "config.json").write_text(json.dumps(config_json(config)))
         state = text_as(states[part], "projecting" if part == "text_2" else "flat") if "text" in part else states[part]
         save(path / folder / f"{stem}.safetensors", state, dtype)
     (path / "scheduler").mkdir()
-    (path / "scheduler/scheduler_config.json").write_text(json.dumps(schedule.to_json()))
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps(config_json(schedule)))
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     (path / "model_index.json").write_text(json.dumps(index if family == "SDXL" else {}))
     return states

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,16 +15,6 @@ from ledits_min.config import (
     SD15_TEXT,
     SD15_UNET,
     SD15_VAE,
-    EditDefaults,
-    InputError,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-    check_number,
-    check_whole,
-)
-from ledits_min.families import (
     SD20_UNET,
     SD21_SCHEDULE,
     SD21_TEXT,
@@ -31,8 +22,15 @@ from ledits_min.families import (
     SDXL_TEXT_2,
     SDXL_UNET,
     SDXL_VAE,
-    family_of,
+    EditDefaults,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
 )
+from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.files.configs import config_json, read_config
+from ledits_min.weights.read.families import family_of
 
 # The files of Stable Diffusion 1.5 as they were published.
 PUBLISHED_UNET: dict[str, Any] = {
@@ -158,11 +156,11 @@ PUBLISHED_SCHEDULE: dict[str, Any] = {
 class TestAccepted:
     @pytest.mark.parametrize("mapping", [PUBLISHED_UNET, RESAVED_UNET])
     def test_unet(self, mapping: dict[str, Any]) -> None:
-        assert UNetConfig.from_json(mapping, "unet/config.json") == SD15_UNET
+        assert read_config(UNetConfig, mapping, "unet/config.json") == SD15_UNET
 
     @pytest.mark.parametrize("mapping", [PUBLISHED_VAE, RESAVED_VAE])
     def test_vae(self, mapping: dict[str, Any]) -> None:
-        assert VAEConfig.from_json(mapping, "vae/config.json") == SD15_VAE
+        assert read_config(VAEConfig, mapping, "vae/config.json") == SD15_VAE
         assert SD15_VAE.factor == 8
 
     def test_unets_of_the_other_families(self) -> None:
@@ -175,9 +173,9 @@ class TestAccepted:
             "use_linear_projection": True,
             "upcast_attention": True,
         }
-        assert UNetConfig.from_json(second, "unet") == SD20_UNET
-        assert UNetConfig.from_json({**second, "sample_size": 96}, "unet") == SD21_UNET
-        plain = UNetConfig.from_json({**second, "upcast_attention": False}, "unet")
+        assert read_config(UNetConfig, second, "unet") == SD20_UNET
+        assert read_config(UNetConfig, {**second, "sample_size": 96}, "unet") == SD21_UNET
+        plain = read_config(UNetConfig, {**second, "upcast_attention": False}, "unet")
         assert plain == replace(SD20_UNET, upcast_attention=False)
         for config, name in ((plain, "SD 2.x"), (SD21_UNET, "SD 2.x"), (SD15_UNET, "SD 1.x"), (SDXL_UNET, "SDXL")):
             family = family_of(config)
@@ -199,7 +197,7 @@ class TestAccepted:
             "upcast_attention": None,
             "use_linear_projection": True,
         }
-        assert UNetConfig.from_json(xl, "unet") == SDXL_UNET
+        assert read_config(UNetConfig, xl, "unet") == SDXL_UNET
 
     def test_text_models_of_the_other_families(self) -> None:
         second = {
@@ -212,7 +210,7 @@ class TestAccepted:
             "projection_dim": 512,
         }
         ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-        assert TextConfig.from_json(second, "text") == replace(SD21_TEXT, **ids)
+        assert read_config(TextConfig, second, "text") == replace(SD21_TEXT, **ids)
         big = {
             **second,
             "architectures": ["CLIPTextModelWithProjection"],
@@ -222,26 +220,26 @@ class TestAccepted:
             "num_hidden_layers": 32,
             "projection_dim": 1280,
         }
-        assert TextConfig.from_json(big, "text") == replace(SDXL_TEXT_2, **ids)
+        assert read_config(TextConfig, big, "text") == replace(SDXL_TEXT_2, **ids)
 
     def test_text(self) -> None:
-        found = TextConfig.from_json(PUBLISHED_TEXT, "text_encoder/config.json")
+        found = read_config(TextConfig, PUBLISHED_TEXT, "text_encoder/config.json")
         assert found == replace(SD15_TEXT, bos_token_id=0, eos_token_id=2, pad_token_id=1)
 
     def test_schedule(self) -> None:
-        assert ScheduleConfig.from_json(PUBLISHED_SCHEDULE, "scheduler_config.json") == SD15_SCHEDULE
+        assert read_config(ScheduleConfig, PUBLISHED_SCHEDULE, "scheduler_config.json") == SD15_SCHEDULE
 
     def test_heads_that_differ_by_level(self) -> None:
-        config = UNetConfig.from_json({**PUBLISHED_UNET, "attention_head_dim": [5, 10, 20, 20]}, "unet")
+        config = read_config(UNetConfig, {**PUBLISHED_UNET, "attention_head_dim": [5, 10, 20, 20]}, "unet")
         assert config.num_attention_heads == (5, 10, 20, 20)
 
     def test_a_key_that_is_missing_or_null_means_the_default(self) -> None:
         without = {key: value for key, value in PUBLISHED_UNET.items() if key not in ("in_channels", "norm_eps")}
-        assert UNetConfig.from_json({**without, "norm_eps": None}, "unet") == SD15_UNET
+        assert read_config(UNetConfig, {**without, "norm_eps": None}, "unet") == SD15_UNET
 
     def test_edit_defaults(self) -> None:
-        assert EditDefaults.from_json({}, "ledits.json") == EditDefaults()
-        found = EditDefaults.from_json({"num_steps": 50, "threshold": 0.9, "guidance_scale": 7}, "ledits.json")
+        assert read_config(EditDefaults, {}, "ledits.json") == EditDefaults()
+        found = read_config(EditDefaults, {"num_steps": 50, "threshold": 0.9, "guidance_scale": 7}, "ledits.json")
         assert found == EditDefaults(num_steps=50, threshold=0.9, guidance_scale=7.0)
 
 
@@ -280,8 +278,8 @@ SMALL_SCHEDULE = ScheduleConfig(300, 1e-4, 0.02, "linear", 0, "v_prediction")
     ids=lambda config: type(config).__name__,
 )
 def test_round_trip_through_a_file(config: UNetConfig | VAEConfig | TextConfig | ScheduleConfig) -> None:
-    written = json.dumps(config.to_json())
-    assert type(config).from_json(json.loads(written), "somewhere") == config
+    written = json.dumps(config_json(config))
+    assert read_config(type(config), json.loads(written), "somewhere") == config
 
 
 Read = Callable[[dict[str, Any], str], object]
@@ -330,7 +328,7 @@ class TestRefused:
         ],
     )
     def test_unet_settings_that_are_not_the_default(self, key: str, value: Any) -> None:
-        refuse(UNetConfig.from_json, {**PUBLISHED_UNET, key: value}, "some/config.json", repr(key)[1:-1])
+        refuse(partial(read_config, UNetConfig), {**PUBLISHED_UNET, key: value}, "some/config.json", repr(key)[1:-1])
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -346,61 +344,61 @@ class TestRefused:
         ],
     )
     def test_vae_settings_that_are_not_the_default(self, key: str, value: Any) -> None:
-        refuse(VAEConfig.from_json, {**PUBLISHED_VAE, key: value}, "some/config.json", key)
+        refuse(partial(read_config, VAEConfig), {**PUBLISHED_VAE, key: value}, "some/config.json", key)
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [("trained_betas", [0.1, 0.2]), ("rescale_betas_zero_snr", True)],
     )
     def test_schedules_that_are_not_implemented(self, key: str, value: Any) -> None:
-        refuse(ScheduleConfig.from_json, {**PUBLISHED_SCHEDULE, key: value}, "some/config.json", key)
+        refuse(partial(read_config, ScheduleConfig), {**PUBLISHED_SCHEDULE, key: value}, "some/config.json", key)
 
     @pytest.mark.parametrize(
         ("read", "base", "key", "value"),
         [
-            (UNetConfig.from_json, PUBLISHED_UNET, "in_channels", "4"),
-            (UNetConfig.from_json, PUBLISHED_UNET, "in_channels", 4.0),
-            (UNetConfig.from_json, PUBLISHED_UNET, "in_channels", True),
-            (UNetConfig.from_json, PUBLISHED_UNET, "in_channels", 10**30),
-            (UNetConfig.from_json, PUBLISHED_UNET, "in_channels", 0),
-            (UNetConfig.from_json, PUBLISHED_UNET, "layers_per_block", [2, 2, 2, 2]),
-            (UNetConfig.from_json, PUBLISHED_UNET, "block_out_channels", 320),
-            (UNetConfig.from_json, PUBLISHED_UNET, "block_out_channels", []),
-            (UNetConfig.from_json, PUBLISHED_UNET, "block_out_channels", [320, "640"]),
-            (UNetConfig.from_json, PUBLISHED_UNET, "block_out_channels", [-320] * 4),
-            (UNetConfig.from_json, PUBLISHED_UNET, "block_out_channels", [320, 640]),
-            (UNetConfig.from_json, PUBLISHED_UNET, "attention_head_dim", [8, 8]),
-            (UNetConfig.from_json, PUBLISHED_UNET, "attention_head_dim", 0),
-            (UNetConfig.from_json, PUBLISHED_UNET, "attention_head_dim", 7),
-            (UNetConfig.from_json, PUBLISHED_UNET, "norm_num_groups", 33),
-            (UNetConfig.from_json, PUBLISHED_UNET, "transformer_layers_per_block", [1, 2, 10]),
-            (UNetConfig.from_json, PUBLISHED_UNET, "addition_time_embed_dim", 256),
-            (UNetConfig.from_json, PUBLISHED_UNET, "projection_class_embeddings_input_dim", 2816),
-            (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", "small"),
-            (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", float("nan")),
-            (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", 10**400),
-            (UNetConfig.from_json, PUBLISHED_UNET, "norm_eps", -1.0),
-            (UNetConfig.from_json, PUBLISHED_UNET, "use_linear_projection", "no"),
-            (UNetConfig.from_json, PUBLISHED_UNET, "down_block_types", "DownBlock2D"),
-            (UNetConfig.from_json, PUBLISHED_UNET, "down_block_types", ["AttnDownBlock2D"] * 4),
-            (UNetConfig.from_json, PUBLISHED_UNET, "_class_name", "UNet2DModel"),
-            (VAEConfig.from_json, PUBLISHED_VAE, "scaling_factor", 0),
-            (VAEConfig.from_json, PUBLISHED_VAE, "scaling_factor", float("inf")),
-            (VAEConfig.from_json, PUBLISHED_VAE, "norm_num_groups", 48),
-            (VAEConfig.from_json, PUBLISHED_VAE, "_class_name", "AutoencoderTiny"),
-            (TextConfig.from_json, PUBLISHED_TEXT, "hidden_size", None),
-            (TextConfig.from_json, PUBLISHED_TEXT, "hidden_size", 770),
-            (TextConfig.from_json, PUBLISHED_TEXT, "hidden_act", "relu"),
-            (TextConfig.from_json, PUBLISHED_TEXT, "model_type", "t5"),
-            (TextConfig.from_json, PUBLISHED_TEXT, "pad_token_id", -1),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "prediction_type", "sample"),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "beta_schedule", "squaredcos_cap_v2"),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "beta_start", 0.5),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "beta_end", 1.0),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "steps_offset", 2),
-            (ScheduleConfig.from_json, PUBLISHED_SCHEDULE, "num_train_timesteps", 1),
-            (EditDefaults.from_json, {}, "num_steps", "fifty"),
-            (EditDefaults.from_json, {}, "stepz", 50),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "in_channels", "4"),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "in_channels", 4.0),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "in_channels", True),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "in_channels", 10**30),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "in_channels", 0),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "layers_per_block", [2, 2, 2, 2]),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "block_out_channels", 320),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "block_out_channels", []),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "block_out_channels", [320, "640"]),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "block_out_channels", [-320] * 4),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "block_out_channels", [320, 640]),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "attention_head_dim", [8, 8]),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "attention_head_dim", 0),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "attention_head_dim", 7),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_num_groups", 33),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "transformer_layers_per_block", [1, 2, 10]),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "addition_time_embed_dim", 256),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "projection_class_embeddings_input_dim", 2816),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", "small"),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", float("nan")),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", 10**400),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", -1.0),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "use_linear_projection", "no"),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "down_block_types", "DownBlock2D"),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "down_block_types", ["AttnDownBlock2D"] * 4),
+            (partial(read_config, UNetConfig), PUBLISHED_UNET, "_class_name", "UNet2DModel"),
+            (partial(read_config, VAEConfig), PUBLISHED_VAE, "scaling_factor", 0),
+            (partial(read_config, VAEConfig), PUBLISHED_VAE, "scaling_factor", float("inf")),
+            (partial(read_config, VAEConfig), PUBLISHED_VAE, "norm_num_groups", 48),
+            (partial(read_config, VAEConfig), PUBLISHED_VAE, "_class_name", "AutoencoderTiny"),
+            (partial(read_config, TextConfig), PUBLISHED_TEXT, "hidden_size", None),
+            (partial(read_config, TextConfig), PUBLISHED_TEXT, "hidden_size", 770),
+            (partial(read_config, TextConfig), PUBLISHED_TEXT, "hidden_act", "relu"),
+            (partial(read_config, TextConfig), PUBLISHED_TEXT, "model_type", "t5"),
+            (partial(read_config, TextConfig), PUBLISHED_TEXT, "pad_token_id", -1),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "prediction_type", "sample"),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "beta_schedule", "squaredcos_cap_v2"),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "beta_start", 0.5),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "beta_end", 1.0),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "steps_offset", 2),
+            (partial(read_config, ScheduleConfig), PUBLISHED_SCHEDULE, "num_train_timesteps", 1),
+            (partial(read_config, EditDefaults), {}, "num_steps", "fifty"),
+            (partial(read_config, EditDefaults), {}, "stepz", 50),
         ],
     )
     def test_wrong_values_by_name(self, read: Read, base: dict[str, Any], key: str, value: Any) -> None:
@@ -413,11 +411,11 @@ class TestRefused:
     @pytest.mark.parametrize("config", [UNetConfig, VAEConfig, TextConfig, ScheduleConfig, EditDefaults])
     @pytest.mark.parametrize("value", [[], [1], "text", 3, None, True])
     def test_a_file_that_holds_no_object(self, config: Any, value: Any) -> None:
-        refuse(config.from_json, value, "some/config.json", "JSON object")
+        refuse(partial(read_config, config), value, "some/config.json", "JSON object")
 
     def test_an_odd_first_width(self) -> None:
         odd = {**PUBLISHED_UNET, "block_out_channels": [15, 30, 30, 30], "norm_num_groups": 5, "attention_head_dim": 5}
-        refuse(UNetConfig.from_json, odd, "15", "even")
+        refuse(partial(read_config, UNetConfig), odd, "15", "even")
 
 
 class TestRanges:

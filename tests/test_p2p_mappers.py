@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ledits_min.config import SD15_TEXT
 from ledits_min.p2p import TokenMapper, align, refine_mapper, replace_mapper, token_mapper
-from ledits_min.text import TextEncoder, load_tokenizer
+from ledits_min.text import TextEncoder
+from ledits_min.weights.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1] / "weights/tiny"
 LENGTH = 24

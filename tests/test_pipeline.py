@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from ledits_min import Concept, InputError, Inversion, LEdits
-from ledits_min.config import RunError
+from ledits_min.errors import RunError
+from ledits_min.files.configs import config_json
 from ledits_min.files.inversion import FORMAT
 from ledits_min.files.picture import fit_size
 from ledits_min.inversion import draw_noise
@@ -187,7 +188,7 @@ def test_a_damaged_saved_inversion_is_refused(inversion: Inversion, tmp_path: Pa
     inversion.save(path)
     tensors = load_file(path)
     settings = {
-        "fingerprint": inversion.settings.fingerprint, "schedule": inversion.settings.schedule.to_json(),
+        "fingerprint": inversion.settings.fingerprint, "schedule": config_json(inversion.settings.schedule),
         "num_steps": 10, "skip": 3, "eta": 1.0, "source": "", "source_guidance_scale": 3.5, "seeds": [0],
     }  # fmt: skip
     kind = FORMAT

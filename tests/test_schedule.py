@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ledits_min.config import InputError, ScheduleConfig
+from ledits_min.config import ScheduleConfig
+from ledits_min.errors import InputError
 from ledits_min.schedule import make_schedule, sigma, sqrt
 
 

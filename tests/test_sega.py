@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ledits_min.config import EditDefaults, InputError
+from ledits_min.config import EditDefaults
+from ledits_min.errors import InputError
 from ledits_min.sega import Concept, ConceptTerm, Guidance, edit_direction, percentile_mask, semantic_guidance
 
 TERM = Concept("hat", guidance_scale=2.0, threshold=0.5, warmup_steps=0).resolve(EditDefaults())

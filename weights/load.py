@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ledits_min.config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.families import Config
-from ledits_min.files.header import quoted, read_header
+from ledits_min.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.configs import config_json
+from ledits_min.files.header import read_header
 from ledits_min.weights import merge
 from ledits_min.weights.lora import LoraSource
+from ledits_min.weights.read.families import Config
 from ledits_min.weights.read.family import PARTS, Stored
 from ledits_min.weights.read.prediction import looks_like_v
 from ledits_min.weights.read.shapes import expected_shapes
@@ -178,7 +180,7 @@ def _fingerprint(survey: Survey) -> str:
     The bytes are read, not mapped, so that nothing stays resident; a NaN or infinity among them is refused.
     """
     parts = [part for part in PARTS if part in survey.parts]
-    configs = [survey.configs[part].to_json() for part in parts] + [survey.schedule.to_json()]
+    configs = [config_json(survey.configs[part]) for part in parts] + [config_json(survey.schedule)]
     configs += [{"zeros_for_empty_prompt": survey.zeros_for_empty_prompt}] if "text_2" in parts else []
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     used = [tensor for part in parts for tensor in survey.parts[part].values()]

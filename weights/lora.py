@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ledits_min.config import InputError, UNetConfig, check_number
-from ledits_min.files.header import Header, quoted, read_header
+from ledits_min.config import UNetConfig
+from ledits_min.errors import InputError, check_number, quoted
+from ledits_min.files.header import Header, read_header
 from ledits_min.weights.names import ldm
 from ledits_min.weights.read.family import Stored, stored
 from ledits_min.weights.read.folder import read_json

@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ledits_min.config import InputError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, quoted
 from ledits_min.weights.lora import Lora, Update
 from ledits_min.weights.read.family import Stored
 

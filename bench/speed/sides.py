@@ -25,6 +25,7 @@ from ledits_min.engine.loop import Network
 from ledits_min.engine.ops import EditPlan
 from ledits_min.engine.request import Start
 from ledits_min.engine.runner import Runner
+from ledits_min.files.configs import config_json
 from ledits_min.files.picture import open_image, to_tensor
 from ledits_min.inversion import draw_noise
 from ledits_min.schedule import Schedule, make_schedule
@@ -94,8 +95,8 @@ def build_ours(quick: bool, device: torch.device) -> tuple[UNet, VAE]:
 def build_theirs(quick: bool, device: torch.device) -> tuple[Any, Any]:
     unet_config, vae_config = (QUICK_UNET, QUICK_VAE) if quick else (SD15_UNET, SD15_VAE)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config.to_json())
-        vae = AutoencoderKL.from_config(vae_config.to_json())
+        unet = UNet2DConditionModel.from_config(config_json(unet_config))
+        vae = AutoencoderKL.from_config(config_json(vae_config))
     fill((unet, vae), device)
     return unet, vae
 

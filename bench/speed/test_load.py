@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE
+from ledits_min.files.configs import config_json
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.names.ldm import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unet_table, vae_table
 from ledits_min.weights.read.shapes import text_shapes, unet_shapes, vae_shapes
@@ -85,10 +86,10 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of configs that diffusers would fetch from a network."""
     folder = tmp_path_factory.mktemp("configs")
     parts = {
-        "unet": ("config.json", SD15_UNET.to_json(), ["diffusers", "UNet2DConditionModel"]),
-        "vae": ("config.json", SD15_VAE.to_json(), ["diffusers", "AutoencoderKL"]),
-        "text_encoder": ("config.json", SD15_TEXT.to_json(), ["transformers", "CLIPTextModel"]),
-        "scheduler": ("scheduler_config.json", SD15_SCHEDULE.to_json(), ["diffusers", "DDIMScheduler"]),
+        "unet": ("config.json", config_json(SD15_UNET), ["diffusers", "UNet2DConditionModel"]),
+        "vae": ("config.json", config_json(SD15_VAE), ["diffusers", "AutoencoderKL"]),
+        "text_encoder": ("config.json", config_json(SD15_TEXT), ["transformers", "CLIPTextModel"]),
+        "scheduler": ("scheduler_config.json", config_json(SD15_SCHEDULE), ["diffusers", "DDIMScheduler"]),
         "tokenizer": ("vocab.json", clip_vocabulary(), ["transformers", "CLIPTokenizer"]),
     }
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.0"}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ledits_min.config import UNetConfig, VAEConfig
-from ledits_min.families import SD15, SD20, SDXL, Family
+from ledits_min.files.configs import config_json
 from ledits_min.weights.names.ldm import (
     OPENCLIP_PREFIX,
     TEXT_PREFIX,
@@ -30,6 +30,7 @@ from ledits_min.weights.names.ldm import (
     unet_table,
     vae_table,
 )
+from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.folder import FOLDERS, STEMS
 from ledits_min.weights.read.shapes import expected_shapes
 
@@ -72,7 +73,7 @@ def random_states(family: Family) -> dict[str, dict[str, Tensor]]:
 def write_folder(path: Path, family: Family) -> None:
     for part, state in random_states(family).items():
         (path / FOLDERS[part]).mkdir(parents=True)
-        (path / FOLDERS[part] / "config.json").write_text(json.dumps(family.configs[part].to_json()))
+        (path / FOLDERS[part] / "config.json").write_text(json.dumps(config_json(family.configs[part])))
         save_file(state, path / FOLDERS[part] / f"{STEMS[part]}.safetensors")
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from ledits_min.families import SDXL
+from ledits_min.files.configs import config_json
+from ledits_min.weights.read.families import SDXL
 from ledits_min.weights.read.folder import FOLDERS, STEMS
 from ledits_min.weights.read.shapes import expected_shapes
 
@@ -103,7 +104,7 @@ def model(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"{NEEDED / 1e9:.0f} GB of free memory are needed")
     for seed, (part, config) in enumerate(SDXL.configs.items()):
         (tmp_path / FOLDERS[part]).mkdir()
-        (tmp_path / FOLDERS[part] / "config.json").write_text(json.dumps(config.to_json()))
+        (tmp_path / FOLDERS[part] / "config.json").write_text(json.dumps(config_json(config)))
         write_random(tmp_path / FOLDERS[part] / f"{STEMS[part]}.safetensors", dict(expected_shapes(config)), seed)
     (tmp_path / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": True}))
     yield tmp_path

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.terminal import notice, waiting
-from ledits_min.config import InputError
-from ledits_min.files.header import MAX_HEADER_BYTES, quoted
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.header import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
-from ledits_min.config import InputError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, quoted
 from ledits_min.files.inversion import Inversion, InversionSettings
 from ledits_min.files.picture import OUTPUT_SIDES
 from ledits_min.p2p import PromptToPrompt

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from ledits_min.config import InputError, RunError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, RunError, quoted
 
 
 class Clock:

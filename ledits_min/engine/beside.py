@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ledits_min import p2p
-from ledits_min.config import InputError, RunError
 from ledits_min.edit import Step
 from ledits_min.engine.denoiser import plain_eps_model
 from ledits_min.engine.ops import EditPlan
@@ -16,6 +15,7 @@ from ledits_min.engine.progress import Callback, Progress, progress_bar, tell
 from ledits_min.engine.record import Recorder
 from ledits_min.engine.request import Start
 from ledits_min.engine.runner import Edited, Runner
+from ledits_min.errors import InputError, RunError
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 

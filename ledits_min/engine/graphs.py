@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ledits_min.config import InputError
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.preparation import Preparation
+from ledits_min.errors import InputError
 
 Call = Callable[..., Tensor]
 Replay = Callable[[], object]

@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ledits_min.config import RunError
 from ledits_min.edit import Step, levels
 from ledits_min.engine import ops
 from ledits_min.engine.memory import is_out_of_memory, total_memory
 from ledits_min.engine.ops import EditPlan, EditState, Level
 from ledits_min.engine.plan import Costs, Phase, Row, capacity, split_evenly
 from ledits_min.engine.tiling import in_tiles
+from ledits_min.errors import RunError
 from ledits_min.guidance import edited_eps, guided_texts
 from ledits_min.schedule import Schedule
 from ledits_min.vae import VAE

@@ -9,13 +9,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ledits_min.config import InputError, TextConfig
+from ledits_min.config import TextConfig
 from ledits_min.engine.cpu import computes_in_bfloat16
 from ledits_min.engine.memory import total_memory
-from ledits_min.text import TextEncoder, TextEncoderPair, build_text_model, load_tokenizer
+from ledits_min.errors import InputError
+from ledits_min.text import TextEncoder, TextEncoderPair, build_text_model
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 from ledits_min.weights.load import Checkpoint
+from ledits_min.weights.tokenizer import load_tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min import inversion
-from ledits_min.config import InputError
 from ledits_min.engine import cpu
+from ledits_min.errors import InputError
 from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
 from ledits_min.inversion import posterior_mean
 from ledits_min.schedule import sqrt

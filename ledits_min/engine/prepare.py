@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min.config import InputError, UNetConfig
+from ledits_min.config import UNetConfig
 from ledits_min.engine.runner import Runner
+from ledits_min.errors import InputError
 from ledits_min.files.inversion import Inversion, InversionSettings
 from ledits_min.files.picture import fit_size, open_image, to_tensor
 from ledits_min.text import Context, TextEncoder, TextEncoderPair

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ledits_min.config import RunError
+from ledits_min.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ledits_min.config import EditDefaults, InputError, check_number, check_whole
+from ledits_min.config import EditDefaults
+from ledits_min.errors import InputError, check_number, check_whole
 from ledits_min.schedule import Schedule
 from ledits_min.sega import Concept, ConceptTerm
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ledits_min.config import RunError
 from ledits_min.edit import Step
 from ledits_min.engine import loop as loops
 from ledits_min.engine.cpu import transforms_weights
@@ -23,6 +22,7 @@ from ledits_min.engine.preparation import Preparation
 from ledits_min.engine.progress import Callback, Progress, progress_bar, tell
 from ledits_min.engine.record import Recorder
 from ledits_min.engine.request import Start
+from ledits_min.errors import RunError
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context
 from ledits_min.unet import UNet

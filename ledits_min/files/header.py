@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
-from ledits_min.config import InputError
+from ledits_min.errors import InputError, quoted
 
 # The format allows 100 MB. The largest header of a published checkpoint is 45 times smaller than this, and a hostile
 # one takes up to 30 times its size in memory: 0.5 GB here, 3 GB there.
@@ -73,12 +73,6 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     size: int
-
-
-def quoted(value: object, limit: int = 160) -> str:
-    """One printable line for a message: control characters escaped, very long values cut in the middle."""
-    text = ascii(str(value)) if not str(value).isprintable() else f"'{value}'"
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 3 :]}"
 
 
 def read_header(path: str | Path) -> Header:

@@ -11,8 +11,10 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ledits_min.config import InputError, ScheduleConfig, check_number, check_whole
-from ledits_min.files.header import TensorInfo, quoted, read_header
+from ledits_min.config import ScheduleConfig
+from ledits_min.errors import InputError, check_number, check_whole, quoted
+from ledits_min.files.configs import read_config
+from ledits_min.files.header import TensorInfo, read_header
 from ledits_min.files.picture import atomic_write
 
 FORMAT = "ledits_min inversion 1"
@@ -86,7 +88,7 @@ def _read_settings(text: str, path: str) -> InversionSettings:
     """Parse and check the settings of a saved inversion; every value is held to the range the interface allows."""
     try:
         values: dict[str, Any] = json.loads(text)
-        values["schedule"] = ScheduleConfig.from_json(values["schedule"], path)
+        values["schedule"] = read_config(ScheduleConfig, values["schedule"], path)
         values["seeds"] = tuple(values["seeds"])
         settings = InversionSettings(**values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

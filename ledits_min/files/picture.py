@@ -19,8 +19,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ledits_min.config import InputError, RunError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, RunError, quoted
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # short: Pillow's other readers were attacked
 MAX_PIXELS = 64_000_000

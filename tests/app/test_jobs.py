@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ledits_min.app.batch.jobs import COLUMNS, Job, read_jobs
 from ledits_min.app.cli.options import build_parser
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 
 FULL = {
     "image": "p.png", "output": "o.png", "add": ["hat:scale=3", "beard"], "remove": "glasses", "source": "a face",

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from ledits_min import LEdits
 from ledits_min.app.cli import main
 from ledits_min.app.cli.options import build_parser
-from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
-from ledits_min.families import SDXL_VAE
+from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, SDXL_VAE
+from ledits_min.files.configs import config_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "weights/tiny"
@@ -155,7 +155,7 @@ def as_dialect(checkpoints: ModuleType, dialect: str, target: Path) -> Path:
         checkpoints.save(target / "vae.safetensors", checkpoints.old_vae(states["vae"]), torch.float16)
     else:
         (target / "vae").mkdir()
-        (target / "vae/config.json").write_text(json.dumps(SD15_VAE.to_json()))
+        (target / "vae/config.json").write_text(json.dumps(config_json(SD15_VAE)))
         name = "diffusion_pytorch_model.fp16.safetensors"
         checkpoints.save(target / "vae" / name, states["vae"], torch.float16)
         return target if dialect == "whole folder" else target / "vae"
@@ -199,7 +199,7 @@ def test_parts_that_do_not_belong(checkpoints: ModuleType, place: Path, capsys: 
     checkpoints.write_hollow(place / "sd15.safetensors", checkpoints.ldm_listing(SD15_UNET, SD15_VAE, SD15_TEXT))
     (place / "xl/vae").mkdir(parents=True)
     shutil.copy(place / "model/vae/diffusion_pytorch_model.safetensors", place / "xl/vae")
-    (place / "xl/vae/config.json").write_text(json.dumps(SDXL_VAE.to_json()))
+    (place / "xl/vae/config.json").write_text(json.dumps(config_json(SDXL_VAE)))
     for options, says in (
         ("--model model --vae factor8", "one latent of 8 x 8 pixels, the one that the unet was trained with 4 x 4"),
         ("--model model --vae sd15.safetensors", "one latent of 8 x 8 pixels"),

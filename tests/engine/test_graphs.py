@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ledits_min import Concept, LEdits
-from ledits_min.config import InputError
 from ledits_min.engine import graphs
 from ledits_min.engine.graphs import Graphed, Replay, use_graphs
 from ledits_min.engine.preparation import Preparation
+from ledits_min.errors import InputError
 
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ledits_min import edit as plain
-from ledits_min.config import EditDefaults, RunError, ScheduleConfig
+from ledits_min.config import EditDefaults, ScheduleConfig
 from ledits_min.edit import Step, levels
 from ledits_min.engine import loop as engine
 from ledits_min.engine.ops import EditPlan, EditState
 from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.errors import RunError
 from ledits_min.inversion import draw_noise
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import Concept, ConceptTerm

@@ -13,8 +13,10 @@ from ledits_min import InputError
 from ledits_min.config import TextConfig
 from ledits_min.engine import networks
 from ledits_min.engine.networks import build_networks, resolve_dtype
-from ledits_min.text import TextEncoder, build_text_model, load_tokenizer
+from ledits_min.files.configs import read_config
+from ledits_min.text import TextEncoder, build_text_model
 from ledits_min.weights.load import load_checkpoint
+from ledits_min.weights.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "weights/tiny"
 
@@ -52,7 +54,7 @@ def test_a_prompt_has_the_text_encoders_length_whatever_the_tokenizer_says(tmp_p
     shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
     file = tmp_path / "tokenizer/tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
-    config = TextConfig.from_json(json.loads((TINY / "text_encoder/config.json").read_text()), "config.json")
+    config = read_config(TextConfig, json.loads((TINY / "text_encoder/config.json").read_text()), "config.json")
     encoder = TextEncoder(load_tokenizer(tmp_path / "tokenizer", config), build_text_model(config))
     assert encoder.tokenizer.model_max_length == config.max_position_embeddings
     assert encoder.encode(["a portrait"]).tokens.shape[1] == config.max_position_embeddings
@@ -62,7 +64,7 @@ def test_unknown_words_are_named_where_a_tokenizer_does_not_split(tmp_path: Path
     shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
     file = tmp_path / "tokenizer/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": None}))
-    config = TextConfig.from_json(json.loads((TINY / "text_encoder/config.json").read_text()), "config.json")
+    config = read_config(TextConfig, json.loads((TINY / "text_encoder/config.json").read_text()), "config.json")
     encoder = TextEncoder(load_tokenizer(tmp_path / "tokenizer", config), build_text_model(config))
     with pytest.raises(InputError, match="does not know 'a zebra'"):
         encoder.check("a zebra")

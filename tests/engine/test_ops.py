@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ledits_min.config import InputError
 from ledits_min.engine import ops
 from ledits_min.engine.ops import use_triton
+from ledits_min.errors import InputError
 
 
 @pytest.fixture

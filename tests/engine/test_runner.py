@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ledits_min import Concept, InputError, Inversion, LEdits, Progress, PromptToPrompt, Stopped
 from ledits_min import edit as plain
-from ledits_min.config import SD15_UNET, RunError, ScheduleConfig
+from ledits_min.config import SD15_UNET, ScheduleConfig
 from ledits_min.engine.denoiser import Denoiser, plain_eps_model
+from ledits_min.errors import RunError
 from ledits_min.inversion import draw_noise, eps_from_v
 from ledits_min.schedule import make_schedule
 from ledits_min.text import Context

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ledits_min.config import InputError
-from ledits_min.files.header import DTYPE_BITS, MAX_HEADER_BYTES, parse_header, quoted, read_header
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.header import DTYPE_BITS, MAX_HEADER_BYTES, parse_header, read_header
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 VALID = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(4, np.float16)}, {"format": "pt"})

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from ledits_min.config import InputError, RunError
+from ledits_min.errors import InputError, RunError
 from ledits_min.files.picture import (
     MAX_SIDE,
     MIN_LATENTS,

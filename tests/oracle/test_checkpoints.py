@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.models.clip import CLIPTextModel
 
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
+from ledits_min.files.configs import config_json
 from ledits_min.text import build_text_model
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
 from ledits_min.weights.read.shapes import unet_shapes, vae_shapes
@@ -64,8 +65,8 @@ def test_ldm_names_as_diffusers_converts_them(
     checkpoints.write_ldm(path, unet, vae, ema=True, buffers=True, position_ids=torch.arange(77)[None])
     ours, theirs = load_ldm(checkpoints, path, unet, vae), load_file(path)
 
-    assert_equal(ours.unet, convert_ldm_unet_checkpoint(dict(theirs), unet.to_json()))
-    assert_equal(ours.vae, convert_ldm_vae_checkpoint(dict(theirs), vae.to_json()))
+    assert_equal(ours.unet, convert_ldm_unet_checkpoint(dict(theirs), config_json(unet)))
+    assert_equal(ours.vae, convert_ldm_vae_checkpoint(dict(theirs), config_json(vae)))
     text = convert_ldm_clip_checkpoint(dict(theirs))
     text = {name.removeprefix("text_model."): tensor for name, tensor in text.items() if "position_ids" not in name}
     assert_equal(ours.text, text)
@@ -77,7 +78,7 @@ def test_a_swapped_tensor_is_noticed(checkpoints: ModuleType, tmp_path: Path) ->
     unet, vae = checkpoints.REDUCED_UNET, checkpoints.REDUCED_VAE
     checkpoints.write_ldm(path)
     state = load_file(path)
-    wanted = convert_ldm_unet_checkpoint(dict(state), unet.to_json())
+    wanted = convert_ldm_unet_checkpoint(dict(state), config_json(unet))
     block = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1"
     first, second = f"{block}.to_q.weight", f"{block}.to_k.weight"
     state[first], state[second] = state[second], state[first]
@@ -88,8 +89,8 @@ def test_a_swapped_tensor_is_noticed(checkpoints: ModuleType, tmp_path: Path) ->
 
 def test_full_size_names_and_shapes_are_those_of_diffusers() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(SD15_UNET.to_json())
-        vae = AutoencoderKL.from_config(SD15_VAE.to_json())
+        unet = UNet2DConditionModel.from_config(config_json(SD15_UNET))
+        vae = AutoencoderKL.from_config(config_json(SD15_VAE))
     assert {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()} == unet_shapes(SD15_UNET)
     assert {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()} == vae_shapes(SD15_VAE)
 
@@ -98,8 +99,8 @@ def test_full_size_ldm_names_as_diffusers_converts_them(checkpoints: ModuleType,
     """A published listing, tensors without storage: what diffusers makes of it fits our modules by name and shape."""
     keys = layouts["sd15_ldm_pruned_with_ema"]["keys"]
     state = {name: torch.empty(shape, device="meta") for name, (_, shape) in keys.items()}
-    unet = convert_ldm_unet_checkpoint(dict(state), SD15_UNET.to_json())
-    vae = convert_ldm_vae_checkpoint(dict(state), SD15_VAE.to_json())
+    unet = convert_ldm_unet_checkpoint(dict(state), config_json(SD15_UNET))
+    vae = convert_ldm_vae_checkpoint(dict(state), config_json(SD15_VAE))
     assert {name: tuple(tensor.shape) for name, tensor in unet.items()} == unet_shapes(SD15_UNET)
     assert {name: tuple(tensor.shape) for name, tensor in vae.items()} == vae_shapes(SD15_VAE)
     listing = checkpoints.ldm_listing(SD15_UNET, SD15_VAE, SD15_TEXT)

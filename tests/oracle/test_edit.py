@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ledits_min.config import EditDefaults, ScheduleConfig, UNetConfig
 from ledits_min.edit import EpsModel, edit, invert
+from ledits_min.files.configs import config_json
 from ledits_min.inversion import eps_from_v
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept
@@ -211,7 +212,7 @@ class Reference:
 
 
 def networks(fill: Fill) -> tuple[UNet, UNet2DConditionModel]:
-    theirs = UNet2DConditionModel.from_config(UNET.to_json())
+    theirs = UNet2DConditionModel.from_config(config_json(UNET))
     fill(theirs, 3)
     unet = UNet(UNET)
     unet.load_state_dict(theirs.state_dict(), strict=True)

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip import CLIPTextModel
 
-from ledits_min.config import TextConfig, UNetConfig, VAEConfig
-from ledits_min.families import SD15, SD20, SDXL, SDXL_UNET, Family
+from ledits_min.config import SDXL_UNET, TextConfig, UNetConfig, VAEConfig
+from ledits_min.files.configs import config_json
 from ledits_min.pipeline import LEdits
-from ledits_min.text import TextEncoderPair, build_text_model, load_tokenizer
+from ledits_min.text import TextEncoderPair, build_text_model
 from ledits_min.unet import Attention, UNet, sinusoids
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
+from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 from ledits_min.weights.read.survey import check_complete, survey_file
+from ledits_min.weights.tokenizer import load_tokenizer
 
 Fill = Callable[[nn.Module, int], nn.Module]
 Error = Callable[[Tensor, Tensor], float]
@@ -66,7 +68,7 @@ def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
 def twins(config: UNetConfig, fill: Fill) -> tuple[UNet, UNet2DConditionModel]:
     """Both networks on the same tensors; each must take the other's state dict whole."""
     with torch.device("meta"):
-        ours, theirs = UNet(config), UNet2DConditionModel.from_config(config.to_json())
+        ours, theirs = UNet(config), UNet2DConditionModel.from_config(config_json(config))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     fill(theirs, 0)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
@@ -143,8 +145,8 @@ def test_single_files_as_diffusers_converts_them(checkpoints: ModuleType, tmp_pa
     theirs = checkpoints.family_ldm_state(family, configs, checkpoints.family_states(family))
     # diffusers knows SD 2's unread layer by its number 23, ours here is number 2.
     theirs = {name: tensor for name, tensor in theirs.items() if "model.model.transformer.resblocks.2." not in name}
-    assert_equal(ours.unet, convert_ldm_unet_checkpoint(dict(theirs), configs["unet"].to_json()))
-    assert_equal(ours.vae, convert_ldm_vae_checkpoint(dict(theirs), configs["vae"].to_json()))
+    assert_equal(ours.unet, convert_ldm_unet_checkpoint(dict(theirs), config_json(configs["unet"])))
+    assert_equal(ours.vae, convert_ldm_vae_checkpoint(dict(theirs), config_json(configs["vae"])))
     part, prefix = (
         ("text_2", "conditioner.embedders.1.model.") if family == "SDXL" else ("text", "cond_stage_model.model.")
     )
@@ -159,9 +161,9 @@ def test_full_size_names_and_shapes_are_those_of_diffusers_and_transformers(fami
         with torch.device("meta"):
             theirs: nn.Module
             if isinstance(config, UNetConfig):
-                theirs = UNet2DConditionModel.from_config(config.to_json())
+                theirs = UNet2DConditionModel.from_config(config_json(config))
             elif isinstance(config, VAEConfig):
-                theirs = AutoencoderKL.from_config(config.to_json())
+                theirs = AutoencoderKL.from_config(config_json(config))
             else:
                 kind: Any = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
                 theirs = kind._from_config(build_text_model(config).config)
@@ -245,7 +247,7 @@ def test_text_of_sdxl_is_what_diffusers_pipeline_makes_of_it(
 ) -> None:
     states, configs = checkpoints.family_states("SDXL"), checkpoints.REDUCED["SDXL"]
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel.from_config(configs["unet"].to_json()), None
+        unet, vae = UNet2DConditionModel.from_config(config_json(configs["unet"])), None
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=their_text_model(configs["text"], states["text"]),

@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.clip import CLIPTextModel
 
-from ledits_min.config import SD15_TEXT, SD15_UNET
-from ledits_min.families import SDXL_TEXT_2, SDXL_UNET
+from ledits_min.config import SD15_TEXT, SD15_UNET, SDXL_TEXT_2, SDXL_UNET
 from ledits_min.text import build_text_model
 from ledits_min.unet import UNet
 from ledits_min.weights.load import load_checkpoint

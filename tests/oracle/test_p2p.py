@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ledits_min.config import ScheduleConfig, UNetConfig
 from ledits_min.edit import invert
+from ledits_min.files.configs import config_json
 from ledits_min.p2p import AttentionControl, PromptToPrompt, SourceRow, edit
 from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
@@ -169,7 +170,7 @@ def ours(case: Case, unet: UNet, table: dict[str, Tensor], x_0: Tensor, noise: T
 @pytest.mark.parametrize("name", CASES)
 def test_final_latents(name: str, fill: Fill, error: Error) -> None:
     case = CASES[name]
-    theirs = UNet2DConditionModel.from_config(UNET.to_json())
+    theirs = UNet2DConditionModel.from_config(config_json(UNET))
     fill(theirs, 3)
     unet = UNet(UNET)
     unet.load_state_dict(theirs.state_dict(), strict=True)

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ledits_min.config import ScheduleConfig
+from ledits_min.files.configs import config_json, read_config
 from ledits_min.inversion import eps_from_v, noisy_latents, posterior_mean, predict_x0
 from ledits_min.schedule import make_schedule
 
@@ -23,7 +24,7 @@ STEPS = [1, 2, 3, 7, 10, 20, 33, 48, 50, 51, 99, 100, 128, 150]
 
 
 def their_scheduler(config: ScheduleConfig, num_steps: int) -> DDIMScheduler:
-    scheduler = DDIMScheduler.from_config(config.to_json())
+    scheduler = DDIMScheduler.from_config(config_json(config))
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -44,7 +45,7 @@ def test_tables(config: ScheduleConfig) -> None:
 
 
 def test_every_number_of_steps_of_stable_diffusion() -> None:
-    theirs = DDIMScheduler.from_config(ScheduleConfig().to_json())
+    theirs = DDIMScheduler.from_config(config_json(ScheduleConfig()))
     for num_steps in range(1, 501):
         theirs.set_timesteps(num_steps)
         ours = make_schedule(ScheduleConfig(), num_steps)
@@ -58,8 +59,8 @@ def test_every_number_of_steps_of_stable_diffusion() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_config_that_diffusers_wrote_is_read(config: ScheduleConfig, name: str) -> None:
     """Which sampler a checkpoint names does not matter; the noise schedule in its file does."""
-    written = json.loads(getattr(diffusers, name).from_config(config.to_json()).to_json_string())
-    assert ScheduleConfig.from_json(written, "scheduler_config.json") == config
+    written = json.loads(getattr(diffusers, name).from_config(config_json(config)).to_json_string())
+    assert read_config(ScheduleConfig, written, "scheduler_config.json") == config
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])

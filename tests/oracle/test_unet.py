@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ledits_min.config import SD15_UNET, UNetConfig
+from ledits_min.files.configs import config_json, read_config
 from ledits_min.unet import UNet
 
 Fill = Callable[[nn.Module, int], nn.Module]
@@ -95,7 +96,7 @@ CASES = {
 def twins(config: UNetConfig, fill: Fill) -> tuple[UNet, UNet2DConditionModel]:
     """Both networks on the same tensors; each must take the other's state dict whole."""
     with torch.device("meta"):
-        ours, theirs = UNet(config), UNet2DConditionModel.from_config(config.to_json())
+        ours, theirs = UNet(config), UNet2DConditionModel.from_config(config_json(config))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     fill(theirs, 0)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
@@ -135,9 +136,9 @@ def test_same_answer_at_the_size_of_stable_diffusion(fill: Fill, error: Error) -
 def test_a_config_that_diffusers_wrote_is_read(config: UNetConfig) -> None:
     """Its every key, with the default it has there."""
     with torch.device("meta"):
-        written = json.loads(UNet2DConditionModel.from_config(config.to_json()).to_json_string())
+        written = json.loads(UNet2DConditionModel.from_config(config_json(config)).to_json_string())
     assert len(written) > 40
-    assert UNetConfig.from_json(written, "unet/config.json") == config
+    assert read_config(UNetConfig, written, "unet/config.json") == config
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])

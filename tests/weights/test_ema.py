@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, InputError
+from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
+from ledits_min.errors import InputError
 from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint

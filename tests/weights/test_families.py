@@ -14,12 +14,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from ledits_min.config import SD15_SCHEDULE, SD15_VAE, InputError
-from ledits_min.families import SD15, SD20, SD20_UNET, SD21_UNET, SDXL, SDXL_VAE, Family
+from ledits_min.config import SD15_SCHEDULE, SD15_VAE, SD20_UNET, SD21_UNET, SDXL_VAE
+from ledits_min.errors import InputError
+from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.names.ldm import UNET_PREFIX
+from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.survey import survey_whole
 
 Listing = dict[str, Any]
@@ -112,7 +114,7 @@ def test_parts_of_two_families_do_not_mix(hollow: Callable[..., Path], checkpoin
     for model, config in ((xl, SD15_VAE), (two, SDXL_VAE)):
         folder = tmp_path / f"vae{config.scaling_factor}"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config.to_json()))
+        (folder / "config.json").write_text(json.dumps(config_json(config)))
         names = {name: ("F16", shape) for name, shape in checkpoints.vae_shapes(config).items()}
         checkpoints.write_hollow(folder / "diffusion_pytorch_model.safetensors", names)
         with pytest.raises(InputError, match="belongs to another family than the unet"):
@@ -261,7 +263,7 @@ def test_distilled_files_are_refused_by_their_metadata(hollow: Callable[..., Pat
 def test_a_folder_without_scheduler_config_is_guessed_too(checkpoints: ModuleType, tmp_path: Path) -> None:
     """SD 2's unet at full size; the other parts need not be there for the question to come up."""
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/config.json").write_text(json.dumps(SD21_UNET.to_json()))
+    (tmp_path / "unet/config.json").write_text(json.dumps(config_json(SD21_UNET)))
     names = {name: ("F16", shape) for name, shape in checkpoints.unet_shapes(SD21_UNET).items()}
     checkpoints.write_hollow(tmp_path / "unet/diffusion_pytorch_model.safetensors", names)
     notes = "\n".join(inspect(tmp_path).oddities)

@@ -16,7 +16,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.hub import is_hub_id

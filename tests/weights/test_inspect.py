@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE, InputError
+from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
+from ledits_min.errors import InputError
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.read.family import ANY_VAE
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, InputError
+from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE
+from ledits_min.errors import InputError
 from ledits_min.files.header import read_header
 from ledits_min.text import build_text_model
 from ledits_min.unet import UNet

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ledits_min.config import SD15_TEXT, SD15_UNET, InputError
+from ledits_min.config import SD15_TEXT, SD15_UNET
+from ledits_min.errors import InputError
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.lora import lora_pairs, survey_lora
 from ledits_min.weights.read.shapes import text_shapes, unet_shapes

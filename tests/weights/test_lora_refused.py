@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 from ledits_min.weights.load import load_checkpoint
 
 State = dict[str, Tensor]

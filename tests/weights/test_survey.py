@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, InputError, ScheduleConfig
+from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, ScheduleConfig
+from ledits_min.errors import InputError
+from ledits_min.files.configs import config_json
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.survey import survey_file
 
@@ -258,7 +260,7 @@ def test_missing_parts_are_supplied_from_files(checkpoints: ModuleType, tmp_path
         load_checkpoint(files["unet", "bare"], vae=files["text", "bare"])
     folder = tmp_path / "sdxl_vae"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(replace(SD15_VAE, scaling_factor=0.13025).to_json()))
+    (folder / "config.json").write_text(json.dumps(config_json(replace(SD15_VAE, scaling_factor=0.13025))))
     checkpoints.write_hollow(folder / "diffusion_pytorch_model.safetensors", {
         name: ("F16", shape) for name, shape in checkpoints.vae_shapes(SD15_VAE).items()
     })  # fmt: skip

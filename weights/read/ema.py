@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ledits_min.config import InputError, UNetConfig
+from ledits_min.config import UNetConfig
+from ledits_min.errors import InputError
 from ledits_min.weights.names import ldm, legacy
 from ledits_min.weights.read.family import Stored
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ledits_min.config import InputError, TextConfig, UNetConfig
-from ledits_min.families import FAMILIES, Config
-from ledits_min.files.header import Header, TensorInfo, quoted
+from ledits_min.config import TextConfig, UNetConfig
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.header import Header, TensorInfo
 from ledits_min.weights.names import ldm, legacy, openclip
+from ledits_min.weights.read.families import FAMILIES, Config
 
 PARTS = ("unet", "vae", "text", "text_2")
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and XL checkpoints"

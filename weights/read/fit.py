@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ledits_min.config import InputError, TextConfig, UNetConfig, VAEConfig
-from ledits_min.families import Config, family_of, parts_of
+from ledits_min.config import TextConfig, UNetConfig, VAEConfig
+from ledits_min.errors import InputError
+from ledits_min.weights.read.families import Config, family_of, parts_of
 from ledits_min.weights.read.folder import option
 
 CLIP_VOCABULARY = 49408

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ledits_min.config import InputError
-from ledits_min.files.header import PICKLE_ADVICE, PICKLE_SUFFIXES, quoted, read_header
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.header import PICKLE_ADVICE, PICKLE_SUFFIXES, read_header
 from ledits_min.weights.read.family import Stored, stored
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "text_2": "model"}

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ledits_min.config import InputError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, quoted
 from ledits_min.weights.read.folder import FOLDERS, STEMS
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@(?P<revision>\w[\w./-]{0,127}))?", re.ASCII)

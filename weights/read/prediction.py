@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ledits_min.config import SD15_SCHEDULE, InputError, ScheduleConfig
-from ledits_min.files.header import quoted
+from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.configs import read_config
 from ledits_min.weights.read.family import SUPPORTED, Layout
 
 _DISTILLED = "distilled to a few steps, it has no noise levels between them; pass the checkpoint it was distilled from"
@@ -65,7 +66,7 @@ def schedule_of_folder(mapping: Mapping[str, Any], source: str) -> ScheduleConfi
     if few or sampler in ("LCMScheduler", "TCDScheduler"):
         kind = "turbo" if few else str(sampler)
         raise InputError(f"{source} is the schedule of a {kind} model: {_DISTILLED}, or put its scheduler config here")
-    return ScheduleConfig.from_json(mapping, source)
+    return read_config(ScheduleConfig, mapping, source)
 
 
 def looks_like_v(spread: float) -> tuple[str, str]:

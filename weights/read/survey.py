@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ledits_min.config import SD15_SCHEDULE, InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.families import FAMILIES, SD20, SD21, Config, family_of
-from ledits_min.files.header import Header, quoted, read_header
+from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ledits_min.errors import InputError, quoted
+from ledits_min.files.configs import read_config
+from ledits_min.files.header import Header, read_header
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.ema import choose_weights
+from ledits_min.weights.read.families import FAMILIES, SD20, SD21, Config, family_of
 from ledits_min.weights.read.family import PARTS, SUPPORTED, Layout, Stored, configs_of, identify, our_names, stored
 from ledits_min.weights.read.fit import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
@@ -155,7 +157,7 @@ def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False)
         if part not in supplied and (path / FOLDERS[part]).is_dir():
             _take_folder(survey, part, path / FOLDERS[part])
     if "vae" in supplied and (own := path / FOLDERS["vae"] / "config.json").is_file():
-        survey.own_vae = VAEConfig.from_json(read_json(own), quoted(own))
+        survey.own_vae = read_config(VAEConfig, read_json(own), quoted(own))
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         survey.schedule = schedule_of_folder(read_json(scheduler), quoted(scheduler))
@@ -266,14 +268,14 @@ def _take_folder(survey: Survey, part: str, folder: Path) -> None:
     mapping, config_source = read_json(folder / "config.json"), quoted(folder / "config.json")
     config: Config
     if part == "unet":
-        config = UNetConfig.from_json(mapping, config_source)
+        config = read_config(UNetConfig, mapping, config_source)
     elif part == "vae":
-        config = VAEConfig.from_json(mapping, config_source)
+        config = read_config(VAEConfig, mapping, config_source)
         check_scale(survey.configs.get("unet"), config, config_source)
     else:
         # The folder's name says whether its text is pooled; some configs name the other class.
         kind = "CLIPTextModelWithProjection" if part == "text_2" else "CLIPTextModel"
-        config = TextConfig.from_json({**mapping, "architectures": [kind]}, config_source)
+        config = read_config(TextConfig, {**mapping, "architectures": [kind]}, config_source)
     _add_part(survey, part, layout, config, source)
     survey.notes.extend(notes)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ledits_min.files.configs import config_json
 from ledits_min.weights.train_tiny.classifier import ORACLE, accuracy, load_classifier
 from ledits_min.weights.train_tiny.diffusion import CONFIG as UNET_CONFIG
 from ledits_min.weights.train_tiny.diffusion import SCHEDULE, load_unet
@@ -88,9 +89,9 @@ def export_model(run: Path, folder: Path) -> None:
     """Write the averaged weights of a run as a diffusers folder with fp16 weights."""
     tokenizer, encoder = load_text(run)
     modules = {
-        "unet": (load_unet(run), UNET_CONFIG.to_json()),
-        "vae": (load_vae(run), VAE_CONFIG.to_json()),
-        "text_encoder": (encoder, text_config(tokenizer).to_json()),
+        "unet": (load_unet(run), config_json(UNET_CONFIG)),
+        "vae": (load_vae(run), config_json(VAE_CONFIG)),
+        "text_encoder": (encoder, config_json(text_config(tokenizer))),
     }
     for name, (module, config) in modules.items():
         write_json(folder / name / "config.json", config)
@@ -100,7 +101,7 @@ def export_model(run: Path, folder: Path) -> None:
         save_file(tensors, folder / name / file, {"format": "pt"})
         (folder / name / file).chmod(0o644)
     export_tokenizer(folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE.to_json())
+    write_json(folder / "scheduler" / "scheduler_config.json", config_json(SCHEDULE))
     save_file(halves(load_classifier(run)), folder / ORACLE, {"format": "pt"})
     (folder / ORACLE).chmod(0o644)
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **PARTS})

@@ -17,8 +17,7 @@ from typing import Any
 
 from ledits_min.app.cli.options import check_ranges
 from ledits_min.app.values import parse_concept, parse_number, parse_prompt, parse_size, parse_whole
-from ledits_min.config import InputError
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, quoted
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 NAME_BYTES = 255  # what file systems take

@@ -17,7 +17,7 @@ from typing import NoReturn
 from ledits_min.app.cli.commands import COMMANDS
 from ledits_min.app.cli.options import build_parser
 from ledits_min.app.terminal import one_line, say, warnings_as_lines
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 
 
 class _Terminated(BaseException):

@@ -25,8 +25,7 @@ from ledits_min.app.inputs import (
     parts,
 )
 from ledits_min.app.terminal import Clock, tell, tell_written
-from ledits_min.config import InputError, check_whole
-from ledits_min.files.header import quoted
+from ledits_min.errors import InputError, check_whole, quoted
 
 if TYPE_CHECKING:
     from ledits_min import Concept

@@ -21,7 +21,7 @@ from ledits_min.app.values import (
     parse_size,
     parse_whole,
 )
-from ledits_min.config import InputError, check_number, check_whole
+from ledits_min.errors import InputError, check_number, check_whole
 
 LIST = ",..."  # how --help marks an option that takes a list
 ValueAction = Literal["store"] | type["Listed"]

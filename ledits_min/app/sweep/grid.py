@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ledits_min.app.cli.options import check_ranges
 from ledits_min.app.inputs import edit_settings, inversion_settings, invert_picture
 from ledits_min.app.values import CONCEPT_KEYS, P2P_KEYS
-from ledits_min.config import InputError
+from ledits_min.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

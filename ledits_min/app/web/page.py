@@ -30,7 +30,7 @@ from ledits_min.app.web.layout import (
 )
 from ledits_min.app.web.session import Basis, Change, Edit, Facts, Models, Picture, Session, words
 from ledits_min.app.web.text import as_command, as_python
-from ledits_min.config import check_whole
+from ledits_min.errors import check_whole
 
 SHOWN_SIDES = (640, 1280)  # the longer side of a picture on the page, least and most
 STYLE = Path(__file__).with_name("web.css")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ledits_min.app.inputs import parts
 from ledits_min.app.terminal import say, tell
-from ledits_min.config import InputError, check_whole
+from ledits_min.errors import InputError, check_whole
 
 MAX_UPLOAD = "32mb"
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from ledits_min import Concept, InputError, Inversion, LEdits, Progress
 from ledits_min.app import outputs
 from ledits_min.app.inputs import check_prompt
-from ledits_min.config import EditDefaults, check_number
-from ledits_min.files.header import quoted
+from ledits_min.config import EditDefaults
+from ledits_min.errors import check_number, quoted
 from ledits_min.files.picture import open_image, save_image
 
 MAX_PIXELS = 24_000_000  # of a picture: every edit in the history is as large

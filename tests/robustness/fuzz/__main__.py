@@ -143,7 +143,7 @@ def _read_one(kind: Any, watch: _Watch, show: bool) -> dict[str, Any]:
 
 def _judged(error: BaseException) -> tuple[str, str]:
     """The outcome that an exception stands for."""
-    from ledits_min.config import InputError, RunError
+    from ledits_min.errors import InputError, RunError
 
     says = str(error)
     if not isinstance(error, InputError | RunError):

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from ledits_min import Concept, Inversion, LEdits
 from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, TextConfig, UNetConfig, VAEConfig
+from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
 from ledits_min.files.inversion import FORMAT
 from ledits_min.files.picture import open_image, to_tensor
@@ -53,11 +54,11 @@ def write_model(folder: Path) -> None:
         ("text_encoder", text, text_shapes(text), "model.safetensors"),
     ):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config.to_json()))  # type: ignore[attr-defined]
+        (folder / name / "config.json").write_text(json.dumps(config_json(config)))  # type: ignore[attr-defined]
         state = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         save_file(state, folder / name / stem, {"format": "pt"})
     (folder / "scheduler").mkdir()
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SD15_SCHEDULE.to_json()))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config_json(SD15_SCHEDULE)))
     shutil.copy(TINY / "model_index.json", folder)
     shutil.copy(TINY / "ledits.json", folder)
 

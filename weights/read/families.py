@@ -13,6 +13,13 @@ from ledits_min.config import (
     SD15_TEXT,
     SD15_UNET,
     SD15_VAE,
+    SD20_UNET,
+    SD21_SCHEDULE,
+    SD21_TEXT,
+    SD21_UNET,
+    SDXL_TEXT_2,
+    SDXL_UNET,
+    SDXL_VAE,
     ScheduleConfig,
     TextConfig,
     UNetConfig,
@@ -31,59 +38,6 @@ class Family:
     configs: Mapping[str, Config]
     schedule: ScheduleConfig = SD15_SCHEDULE
 
-
-# 2.0 and 2.1 have one layout. They come as 512-base, which predicts eps, and as 768, which predicts v: see SD20, SD21.
-SD20_UNET = replace(
-    SD15_UNET,
-    num_attention_heads=(5, 10, 20, 20),
-    cross_attention_dim=1024,
-    use_linear_projection=True,
-    upcast_attention=True,
-)
-SD21_UNET = replace(SD20_UNET, sample_size=96)
-# OpenCLIP-H without its 24th layer: Stable Diffusion 2 reads the 23rd, behind the final LayerNorm.
-SD21_TEXT = TextConfig(
-    vocab_size=49408,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=23,
-    num_attention_heads=16,
-    max_position_embeddings=77,
-    hidden_act="gelu",
-    layer_norm_eps=1e-5,
-    bos_token_id=49406,
-    eos_token_id=49407,
-    pad_token_id=0,
-)
-SD21_SCHEDULE = replace(SD15_SCHEDULE, prediction_type="v_prediction")
-
-SDXL_UNET = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=2,
-    num_attention_heads=(5, 10, 20),
-    cross_attention_dim=2048,
-    norm_num_groups=32,
-    norm_eps=1e-5,
-    use_linear_projection=True,
-    sample_size=128,
-    transformer_layers_per_block=(1, 2, 10),
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-SDXL_VAE = replace(SD15_VAE, scaling_factor=0.13025, sample_size=1024)
-# OpenCLIP-bigG; the other text encoder is SD 1.x's.
-SDXL_TEXT_2 = replace(
-    SD21_TEXT,
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    projection_dim=1280,
-)
 
 SD15 = Family("SD 1.x", "Stable Diffusion 1.x", {"unet": SD15_UNET, "vae": SD15_VAE, "text": SD15_TEXT})
 SD20 = Family("SD 2.x", "Stable Diffusion 2.x", {"unet": SD20_UNET, "vae": SD15_VAE, "text": SD21_TEXT})
