@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 
@@ -38,3 +40,11 @@ def quoted(value: object, limit: int = 160) -> str:
     """One printable line for a message: control characters escaped, very long values cut in the middle."""
     text = ascii(str(value)) if not str(value).isprintable() else f"'{value}'"
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 3 :]}"
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line which called into this package, however deep inside it arises."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ledits_min.", "torch.")):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth)

@@ -1,12 +1,44 @@
-"""Classifier-free guidance [2207.12598], and which texts the network must be asked about at a step."""
+"""What an edit is asked to do, and classifier-free guidance [2207.12598]: which texts the network must be asked about
+at a step, and what their predictions become.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ledits_min.sega import ConceptTerm, Guidance, semantic_guidance
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """Where an edit goes, every default resolved.
+
+    target, guidance_scale  the target prompt and how strongly it pulls; "" is the empty prompt
+    negative                the text of eps_uncond
+    concepts                what to add or remove
+    momentum_scale, _beta   SEGA's momentum, 0 <= value < 1
+    """
+
+    target: str = ""
+    guidance_scale: float = 15.0
+    negative: str = ""
+    concepts: tuple[ConceptTerm, ...] = ()
+    momentum_scale: float = 0.0
+    momentum_beta: float = 0.6
+
+    @property
+    def terms(self) -> tuple[ConceptTerm, ...]:
+        """The concepts that are any: one whose text is that of eps_uncond points nowhere."""
+        return tuple(term for term in self.concepts if term.text != self.negative)
+
+    def texts(self, step: int) -> tuple[str, ...]:
+        """The distinct texts to evaluate at one step; equal texts are one branch, idle concepts are none."""
+        live = [term.text for term in self.terms if term.matters(step, self.momentum_scale)]
+        base = [self.negative] if live else []  # a direction is a difference from eps_uncond
+        return tuple(dict.fromkeys([*base, *guided_texts(self.negative, self.target, self.guidance_scale), *live]))
 
 
 def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, scale: float) -> Tensor:
@@ -23,7 +55,7 @@ def guided_texts(base: str, text: str, scale: float) -> tuple[str, ...]:
     return (base, text)
 
 
-def guided_eps(eps: dict[str, Tensor], base: str, text: str, scale: float) -> Tensor:
+def guided_eps(eps: Mapping[str, Tensor], base: str, text: str, scale: float) -> Tensor:
     """Classifier-free guidance from predictions keyed by text; `eps` holds at least `guided_texts(...)`."""
     needed = guided_texts(base, text, scale)
     if len(needed) == 1:
@@ -31,44 +63,23 @@ def guided_eps(eps: dict[str, Tensor], base: str, text: str, scale: float) -> Te
     return classifier_free_guidance(eps[base], eps[text], scale)
 
 
-def step_texts(
-    negative: str,
-    target: str,
-    guidance_scale: float,
-    terms: Sequence[ConceptTerm],
-    step: int,
-    momentum_scale: float,
-) -> tuple[str, ...]:
-    """The distinct texts to evaluate at one editing step; equal texts are one branch, idle concepts are none.
-
-    `negative` is the text of eps_uncond. Concepts need eps_uncond too, since a direction is a difference from it.
-    """
-    live = [term.text for term in terms if term.matters(step, momentum_scale)]
-    base = [negative] if live else []
-    return tuple(dict.fromkeys([*base, *guided_texts(negative, target, guidance_scale), *live]))
-
-
 def edited_eps(
-    eps: dict[str, Tensor],
-    negative: str,
-    target: str,
-    guidance_scale: float,
-    terms: Sequence[ConceptTerm],
-    step: int,
-    momentum: Tensor,
-    momentum_scale: float,
-    momentum_beta: float,
+    eps: Mapping[str, Tensor], settings: EditSettings, step: int, momentum: Tensor
 ) -> tuple[Tensor, Guidance | None]:
     """The prediction that an editing step follows, and what SEGA added to it (None without concepts).
 
     eps = eps_uncond + guidance_scale (eps_target - eps_uncond) + gamma_t        [2307.00522, Algorithm 1]
 
-    `eps` holds the predictions for `step_texts(...)`, keyed by text.
+    `eps` holds the predictions for `settings.texts(step)`, keyed by text.
     """
-    guided = guided_eps(eps, negative, target, guidance_scale)
-    if not terms:
+    guided = guided_eps(eps, settings.negative, settings.target, settings.guidance_scale)
+    if not settings.terms:
         return guided, None
-    uncond = eps.get(negative, guided)  # absent where every concept is idle: then nothing is subtracted from it
-    concepts = [eps[term.text] if term.matters(step, momentum_scale) else None for term in terms]
-    added = semantic_guidance(uncond, concepts, terms, step, momentum, momentum_scale, momentum_beta)
+    uncond = eps.get(settings.negative, guided)  # absent where every concept is idle: nothing is subtracted from it
+    concepts = [
+        eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms
+    ]
+    added = semantic_guidance(
+        uncond, concepts, settings.terms, step, momentum, settings.momentum_scale, settings.momentum_beta
+    )
     return guided + added.gamma, added

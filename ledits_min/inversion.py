@@ -7,11 +7,44 @@ runs in, because sigma_t falls to 0.02 and the residuals must carry a picture ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ledits_min.schedule import Scalar, sqrt
+from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
+from ledits_min.schedule import Scalar, Schedule, make_schedule, sqrt
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """What an inversion is made with; an edit of it uses the same schedule, eta and model.
+
+    fingerprint            identifies the model; "" where nobody asked
+    num_steps, skip        steps from pure noise to the picture, and how many of the noisiest are left out
+    eta                    0 .. 1: 0 is deterministic DDIM, 1 is DDPM
+    source                 the prompt that describes the picture, "" for none
+    source_guidance_scale  how strongly eps_source follows it
+    seeds                  one number per picture; empty where the noise was given
+    """
+
+    fingerprint: str = ""
+    schedule: ScheduleConfig = SD15_SCHEDULE
+    num_steps: int = 100
+    skip: int = 36
+    eta: float = 1.0
+    source: str = ""
+    source_guidance_scale: float = 3.5
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def executed_steps(self) -> int:
+        """T, the length of the trajectory."""
+        return self.num_steps - self.skip
+
+    def make_schedule(self) -> Schedule:
+        """The noise levels of the executed steps."""
+        return make_schedule(self.schedule, self.num_steps, self.skip)
 
 
 def draw_noise(seeds: Sequence[int], num_steps: int, shape: tuple[int, ...]) -> Tensor:

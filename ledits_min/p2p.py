@@ -14,7 +14,7 @@ nothing to lend. Combined with DDPM inversion it is the baseline of LEDITS [2307
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.edit import Step, levels
+from ledits_min.edit import Predict
 from ledits_min.errors import InputError, check_number
-from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
-from ledits_min.inversion import posterior_mean
-from ledits_min.schedule import Schedule
-from ledits_min.sega import ConceptTerm
+from ledits_min.guidance import EditSettings, guided_eps, guided_texts
+from ledits_min.inversion import InversionSettings, posterior_mean
+from ledits_min.schedule import Level
 
 Words = Sequence[tuple[int, ...]]  # a prompt as the token ids of each of its words
 
@@ -43,9 +42,9 @@ class PromptToPrompt:
     self    tau_a, 0 .. 1: likewise its self-attention maps, where a map has at most a quarter of the latents' height
             and width: the 16 x 16 tokens that the authors' code allows at Stable Diffusion's 64 x 64 latents
 
-    Steps count from the first executed one (after skip); a fraction of a step is rounded. Prompts with equally many
-    words are edited by word swap ("replace"), all others by prompt refinement ("refine"). The inversion must have been
-    made with a source prompt, and the edit needs a target. The defaults are those of LEDITS, Table 1.
+    Steps count from the first executed one (after skip). Prompts with equally many words are edited by word swap
+    ("replace"), all others by prompt refinement ("refine"). The inversion must have been made with a source prompt, and
+    the edit needs a target. The defaults are those of LEDITS, Table 1.
     InputError for a value out of range.
     """
 
@@ -56,23 +55,18 @@ class PromptToPrompt:
         check_number("attention: cross", self.cross, 0.0, 1.0)
         check_number("attention: self", self.self, 0.0, 1.0)
 
-    def control(
-        self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor
-    ) -> Callable[[int], AttentionControl | None]:
-        """Executed step -> what controls the attention there, None once nothing does.
+    def lending(self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor) -> Lending:
+        """What is lent, and for how long, between two prompts of `length` tokens L each, padding included.
 
-        `length` is the number of tokens L that the network attends to, padding included; latents (B, C, h, w).
+        latents (B, C, h, w). Step counts are rounded as in the authors' code.
         """
-        mapper = token_mapper(source, target, length).to(latents.device)
-        cross_steps, self_steps = round(self.cross * num_steps), round(self.self * num_steps)
         height, width = (-(-side // 4) for side in latents.shape[-2:])
-
-        def at(step: int) -> AttentionControl | None:
-            if step >= max(cross_steps, self_steps):
-                return None
-            return AttentionControl(mapper if step < cross_steps else None, height * width * (step < self_steps))
-
-        return at
+        return Lending(
+            mapper=token_mapper(source, target, length).to(latents.device),
+            cross_steps=int(self.cross * (num_steps + 1)),
+            self_steps=int(self.self * num_steps),
+            self_tokens=height * width,
+        )
 
 
 def check_prompts(source: str, target: str, negative: str) -> None:
@@ -146,24 +140,25 @@ def refine_mapper(source: Words, target: Words, length: int) -> TokenMapper:
 def align(source: Words, target: Words) -> list[tuple[int, int]]:
     """The words that two prompts share, in order: pairs of indices of a longest common subsequence.
 
-    It is the global alignment [Needleman and Wunsch 1970] of the authors' code: match 1, gap 0, mismatch -1.
+    It is the global alignment [Needleman and Wunsch 1970] of the authors' code: match 1, gap 0, mismatch -1, traced
+    from the end; of equally long ones the trace prefers to skip a target word, then to skip a source word.
     """
-    # longest[i][n]: how many words source[i:] and target[n:] share.
+    # longest[i][n]: how many words source[:i] and target[:n] share.
     longest = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
-    for i in reversed(range(len(source))):
-        for n in reversed(range(len(target))):
-            same = source[i] == target[n]
-            longest[i][n] = longest[i + 1][n + 1] + 1 if same else max(longest[i + 1][n], longest[i][n + 1])
-    pairs, i, n = [], 0, 0
-    while i < len(source) and n < len(target):
-        if source[i] == target[n]:
-            pairs.append((i, n))
-            i, n = i + 1, n + 1
-        elif longest[i + 1][n] >= longest[i][n + 1]:
-            i += 1
+    for i, word in enumerate(source):
+        for n, other in enumerate(target):
+            skipped = max(longest[i][n + 1], longest[i + 1][n])
+            longest[i + 1][n + 1] = max(skipped, longest[i][n] + 1) if word == other else skipped
+    pairs, i, n = [], len(source), len(target)
+    while longest[i][n]:
+        if longest[i][n] == longest[i][n - 1]:
+            n -= 1
+        elif longest[i][n] == longest[i - 1][n]:
+            i -= 1
         else:
-            n += 1
-    return pairs
+            i, n = i - 1, n - 1
+            pairs.append((i, n))
+    return pairs[::-1]
 
 
 def word_spans(words: Words) -> list[slice]:
@@ -195,118 +190,115 @@ def mix_maps(source: Tensor, target: Tensor, mapper: TokenMapper) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionControl:
-    """The attention of one step over a batch whose first half is the source's rows, its second half the target's.
+    """The attention of one call of the network: some of its rows lend their maps to others.
 
-    mapper       for the cross-attentions; None leaves them alone
-    self_tokens  self-attention maps over at most so many tokens are lent; 0 leaves all alone
+    source, target  int64 (B,): the lending and the receiving rows of the batch, pair by pair
+    mapper          for the cross-attentions; None leaves them alone
+    self_tokens     self-attention maps over at most so many tokens are lent; 0 leaves all alone
 
-    Both methods take q (2B, heads, N, d), k and v (2B, heads, L, d) and return (2B, heads, N, d).
+    Both methods take q (N, heads, n, d), k and v (N, heads, L, d) and return (N, heads, n, d).
     """
 
+    source: Tensor
+    target: Tensor
     mapper: TokenMapper | None
     self_tokens: int
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.mapper is None:
             return F.scaled_dot_product_attention(q, k, v)
-        source, target = attention_maps(q, k).chunk(2)
-        maps = torch.cat([source, mix_maps(source, target, self.mapper)])
-        return maps.to(v.dtype) @ v
+        source = attention_maps(q[self.source], k[self.source])
+        target = attention_maps(q[self.target], k[self.target])
+        return self._with(source, mix_maps(source, target, self.mapper), q, k, v)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] > self.self_tokens:
             return F.scaled_dot_product_attention(q, k, v)
-        source = attention_maps(q.chunk(2)[0], k.chunk(2)[0])
-        return torch.cat([source, source]).to(v.dtype) @ v
+        source = attention_maps(q[self.source], k[self.source])
+        return self._with(source, source, q, k, v)
+
+    def _with(self, source: Tensor, target: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention by these maps in the rows of a pair, as ever in all others."""
+        attended = F.scaled_dot_product_attention(q, k, v)
+        for rows, maps in ((self.source, source), (self.target, target)):
+            attended = attended.index_copy(0, rows, maps.to(v.dtype) @ v[rows])
+        return attended
 
 
-# --- the edit -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Lending:
+    """What one edit lends: cross-attention maps in the first `cross_steps` executed steps, through `mapper`, and
+    self-attention maps of at most `self_tokens` tokens in the first `self_steps`.
+    """
+
+    mapper: TokenMapper
+    cross_steps: int
+    self_steps: int
+    self_tokens: int
+
+    def lends(self, step: int, settings: EditSettings) -> bool:
+        """Whether anything is lent at this step, to a target that is asked about."""
+        return step < max(self.cross_steps, self.self_steps) and settings.target in settings.texts(step)
+
+    def control(self, step: int, source: Tensor, target: Tensor) -> AttentionControl:
+        """What controls the attention of a step in which the rows `source` lend to the rows `target`."""
+        mapper = self.mapper if step < self.cross_steps else None
+        return AttentionControl(source, target, mapper, self.self_tokens * (step < self.self_steps))
+
+
+# --- the source's way through an edit -------------------------------------------------------------------------------
+
+
+def source_texts(inversion: InversionSettings) -> tuple[str, ...]:
+    """What the source's row is asked about: its prompt, whose maps are lent, and what guides it as it was inverted."""
+    guiding = guided_texts("", inversion.source, inversion.source_guidance_scale)
+    return tuple(dict.fromkeys([inversion.source, *guiding]))
+
+
+def step_source(
+    x_source: Tensor, eps: Mapping[str, Tensor], inversion: InversionSettings, level: Level, residual: Tensor
+) -> Tensor:
+    """The source's next latents: it retraces the inversion, guided as it was there."""
+    guided = guided_eps(eps, "", inversion.source, inversion.source_guidance_scale)
+    return posterior_mean(x_source, guided, *level) + residual
 
 
 class ControlledEpsModel(Protocol):
-    """An `edit.EpsModel` whose attention can be controlled."""
+    """An `edit.EpsModel` whose attention can be controlled; N contexts in a list share the batch out evenly."""
 
     def __call__(
         self, x_t: Tensor, t: Tensor, context: Any, attention: AttentionControl | None = None, /
     ) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """What the source's row is predicted with.
-
-    text, guidance_scale   those of the inversion
-    uncond                 context of the empty prompt
-    both                   context of 2B rows: the source prompt B times, then the target prompt B times
-    control                executed step -> attention control, as `PromptToPrompt.control` makes it
-    """
-
-    text: str
-    guidance_scale: float
-    uncond: Any
-    both: Any
-    control: Callable[[int], AttentionControl | None]
-
-
-def edit(
+def lend_maps(
     eps_model: ControlledEpsModel,
     contexts: Mapping[str, Any],
-    x_t: Tensor,
+    x_T: Tensor,
     residuals: Tensor,
-    schedule: Schedule,
-    skip: int,
-    eta: float,
-    target: str,
-    guidance_scale: float,
-    negative: str,
-    terms: Sequence[ConceptTerm],
-    momentum_scale: float,
-    momentum_beta: float,
-    on_step: Callable[[Step], None],
-    *,
-    row: SourceRow,
-) -> Tensor:
-    """`edit.edit` with a row for the source beside the edit's [2208.01626, Algorithm 1]; returns x_0 of the edit.
+    inversion: InversionSettings,
+    settings: EditSettings,
+    lending: Lending,
+) -> Predict:
+    """Prompt-to-Prompt as the hook of `edit.edit` [2208.01626, Algorithm 1]: the target's prediction under lent maps.
 
-    Both rows start from the same x_T and step with the same residuals. The source's row retraces the inversion, and is
-    only computed while its maps are wanted.
+    Both rows start from x_T and step with the same residuals. The source's is only computed while its maps are wanted.
     """
-    terms = [term for term in terms if not term.is_noop(base=negative)]
-    momentum = torch.zeros_like(x_t)
-    sigmas = schedule.sigmas(eta)
-    x_source = x_t
+    levels = inversion.make_schedule().levels(inversion.eta)
+    pairs = torch.arange(2 * len(x_T), device=x_T.device).chunk(2)
+    x_source = x_T
 
-    for i, residual in enumerate(residuals):
-        step = skip + i
-        level = levels(schedule, sigmas, step)
-        t = schedule.timesteps[step].to(x_t.device).expand(len(x_t))
-        texts = step_texts(negative, target, guidance_scale, terms, i, momentum_scale)
-        eps: dict[str, Tensor] = {}
-
+    def predict(step: int, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        nonlocal x_source
+        if not lending.lends(step, settings):
+            return {}
         # DM(z_t, P) and DM(z_t*, P*) with M <- Edit(M_t, M_t*, t): both prompts at once; then step the source's row.
-        control = row.control(i) if target in texts else None
-        if control is not None:
-            together = eps_model(torch.cat([x_source, x_t]), t.repeat(2), row.both, control)
-            eps_text, eps[target] = together.chunk(2)
-            eps_source = source_eps(eps_model, row, x_source, t, eps_text)
-            x_source = posterior_mean(x_source, eps_source, *level) + residual
+        both = [contexts[inversion.source], contexts[settings.target]]
+        together = eps_model(torch.cat([x_source, x_t]), t.repeat(2), both, lending.control(step, *pairs))
+        eps_text, eps_target = together.chunk(2)
+        eps = {inversion.source: eps_text}
+        eps |= {text: eps_model(x_source, t, contexts[text]) for text in source_texts(inversion) if text not in eps}
+        x_source = step_source(x_source, eps, inversion, levels[step], residuals[step])
+        return {settings.target: eps_target}
 
-        # From here on as without control.
-        eps |= {text: eps_model(x_t, t, contexts[text]) for text in texts if text not in eps}
-        guided, added = edited_eps(
-            eps, negative, target, guidance_scale, terms, i, momentum, momentum_scale, momentum_beta
-        )
-        gamma, masks = None, []
-        if added is not None:
-            gamma, masks, momentum = added.gamma, added.masks, added.momentum
-        x_t = posterior_mean(x_t, guided, *level) + residual
-        on_step(Step(i, int(schedule.timesteps[step]), eps, gamma, masks, x_t))
-    return x_t
-
-
-def source_eps(eps_model: ControlledEpsModel, row: SourceRow, x_t: Tensor, t: Tensor, eps_text: Tensor) -> Tensor:
-    """eps_uncond + source_guidance_scale (eps_text - eps_uncond), as the inversion computed it."""
-    eps = {row.text: eps_text}
-    if "" in guided_texts("", row.text, row.guidance_scale):
-        eps[""] = eps_model(x_t, t, row.uncond)
-    return guided_eps(eps, "", row.text, row.guidance_scale)
+    return predict

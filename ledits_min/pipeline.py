@@ -7,32 +7,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ledits_min.config import EditDefaults, ScheduleConfig
-from ledits_min.edit import levels
-from ledits_min.engine.beside import check_attention, edit_beside, source_row
 from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
-from ledits_min.engine.ops import EditPlan
-from ledits_min.engine.prepare import ImageLike, Prepared, encode_pictures, open_pictures, told_contexts
-from ledits_min.engine.progress import Callback
-from ledits_min.engine.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
-from ledits_min.engine.runner import Edited, Runner
-from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.engine.plain import PlainRunner
+from ledits_min.engine.progress import Callback, Reporting
+from ledits_min.engine.record import Edited
+from ledits_min.engine.request import (
+    Start,
+    check_attention,
+    check_noise,
+    check_output_size,
+    check_prompt,
+    check_seeds,
+    edit_settings,
+    edit_texts,
+    warn_of_idle,
+)
+from ledits_min.engine.runner import Runner
+from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
-from ledits_min.files.inversion import Inversion, InversionSettings, check_settings
-from ledits_min.files.picture import fit_size, lay_change, to_images
-from ledits_min.inversion import draw_noise
-from ledits_min.p2p import PromptToPrompt, check_prompts
-from ledits_min.schedule import Schedule, make_schedule
+from ledits_min.files.inversion import Inversion, check_inversion_settings
+from ledits_min.files.picture import ImageLike, fit_size, lay_change, open_pictures, to_images, to_tensor
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, draw_noise
+from ledits_min.p2p import Lending, PromptToPrompt, check_prompts
 from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
-from ledits_min.unet import UNet
+from ledits_min.unet import UNet, sinusoids
 from ledits_min.vae import VAE
 from ledits_min.weights.load import Checkpoint, load_checkpoint
 from ledits_min.weights.lora import LoraSource
+
+RUNNERS = {"fast": Runner, "plain": PlainRunner}
+EMBEDDED_MIN_PSNR = 25.0  # below it a picture is outside what the embedded model's VAE has learned
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Result:
     latents  float32 (B, C, h, w), scaled, on the CPU
     masks    K float32 tensors (B, h, w) in [0, 1], on the CPU: the share of channels, and of the steps in which the
              concept acted, that its mask covered; zero for a concept that never acted
-    trace    with trace=True one dict a step: t, alpha_bar, sigma, eps_rms {branch: value}, mask_fraction [K],
+    trace    with trace=True one dict per step: t, alpha_bar, sigma, eps_rms {branch: value}, mask_fraction [K],
              gamma_rms, x_rms
     """
 
@@ -66,11 +78,11 @@ class LEdits:
         fingerprint: str,
         notes: Sequence[str] = (),
         embedded: bool = False,
+        engine: str = "fast",
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.defaults, self.fingerprint, self.notes, self.embedded = defaults, fingerprint, tuple(notes), embedded
-        self.compiled = False  # whether torch.compile runs the UNet, which rounds differently
-        self.runner = Runner(unet, vae, schedule.prediction_type, text.length)
+        self.runner = RUNNERS[engine](unet, vae, schedule.prediction_type, text.length)
 
     @classmethod
     def from_pretrained(
@@ -86,6 +98,7 @@ class LEdits:
         lora: LoraSource | Sequence[LoraSource] = (),
         ema: bool = False,
         compile: bool = False,
+        engine: str = "fast",
     ) -> LEdits:
         """Load the embedded model ("tiny"), a .safetensors file, a diffusers folder, or an org/name[@revision] that is
         in the local Hugging Face cache. Never touches a network.
@@ -94,23 +107,32 @@ class LEdits:
         else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
         "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
         `ema` takes the averaged UNet of a single file that brings both. `compile` runs the UNet through torch.compile:
-        a minute or more for every batch size at first, faster then. InputError names anything that does not fit.
+        a minute or more for every batch size at first, faster then. `engine` "plain" runs the loops of `edit.py`
+        through the plain networks, one evaluation after the other: the reference that "fast" is tested against.
+        InputError names anything that does not fit.
         """
+        if engine not in RUNNERS:
+            raise InputError(f"engine is {engine!r}; the choices are {', '.join(RUNNERS)}")
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
             lora=lora, ema=ema, dtype=chosen_dtype,
         )  # fmt: skip
-        ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, embedded=str(model) == "tiny")
+        ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
         if compile:
             ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
-            ledits.compiled = True
+            ledits.runner.compiled = True
         return ledits
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedded: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        embedded: bool = False,
+        engine: str = "fast",
     ) -> LEdits:
         """Build the networks around a checkpoint's tensors, which they take over."""
         networks = build_networks(checkpoint, device, dtype)
@@ -123,6 +145,7 @@ class LEdits:
             fingerprint=checkpoint.fingerprint,
             notes=checkpoint.notes,
             embedded=embedded,
+            engine=engine,
         )
 
     @property
@@ -190,43 +213,20 @@ class LEdits:
         image   one picture or a list that shares one latent size: PIL image, path, or uint8 array (H, W, 3)
         skip    how many of the noisiest steps are left out; None: num_steps * 36 // 100
         eta     0 .. 1; 1 is DDPM
-        seed    0 .. 2^63 - 1, one number or one an image
+        seed    0 .. 2^63 - 1, one number or one per picture
         noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
-        ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
-        settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
-        contexts = self._contexts(["", source], ready.sizes, ready.x_0)
-        x_T, residuals = self.runner.invert(
-            contexts, ready.x_0, ready.noise, schedule, settings.skip, eta, source, settings.source_guidance_scale,
-            progress, callback,
-        )  # fmt: skip
-        return ready.inversion(x_T, residuals)
-
-    def _prepare(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        source: str,
-        source_guidance_scale: float | None,
-        num_steps: int | None,
-        skip: int | None,
-        eta: float,
-        seed: int | Sequence[int],
-        noise: Tensor | None,
-        size: int | tuple[int, int] | None,
-    ) -> Prepared:
-        """Everything that an inversion starts from, checked."""
         self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
-        steps = settings.num_steps - settings.skip
-        x_0 = encode_pictures(self.runner, pictures, size, self.native_size, self.embedded)
-        if noise is None:
-            noise = draw_noise(seeds, steps, tuple(x_0.shape[1:]))
-        check_noise(noise, (steps, *x_0.shape))
-        return Prepared(pictures, settings, x_0, noise.to(x_0))
+        x_0 = self._encode(pictures, size)
+        noise = self._noise(noise, settings, x_0)
+        contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
+        x_T, residuals = self.runner.invert(contexts, x_0, noise, settings, Reporting(progress, callback=callback))
+        return _inversion(pictures, x_0, x_T, residuals, settings)
 
     def inversion_settings(
         self,
@@ -243,7 +243,7 @@ class LEdits:
         settings = InversionSettings(
             self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds
         )
-        check_settings(settings, "invert")
+        check_inversion_settings(settings, "invert")
         return settings
 
     @torch.no_grad()
@@ -273,25 +273,21 @@ class LEdits:
         callback      called with a `Progress` after every step; Stopped where it returns true
         """
         self._check_open()
-        settings = inversion.settings
-        if settings.fingerprint != self.fingerprint:
+        if inversion.settings.fingerprint != self.fingerprint:
             raise InputError(
                 "this inversion was made with another model, or with other parts or LoRAs; edit it with the same ones, "
                 "or invert again"
             )
-        check_settings(settings, "inversion")
+        check_inversion_settings(inversion.settings, "inversion")
         check_output_size(output_size)
         check_attention(attention)
-        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
-        schedule = make_schedule(settings.schedule, settings.num_steps)
-        start = Start(inversion.x_T, inversion.residuals, schedule, settings.skip, settings.eta)
-        sizes = inversion.original_sizes
-        if attention is None:
-            edited = self._denoise("editing", start, guidance, sizes, progress, trace, callback)
-        else:
-            check_prompts(settings.source, target, negative)
-            edited = self._denoise_beside(attention, start, guidance, settings, sizes, progress, trace, callback)
-        return self._result(edited, inversion, guidance, output_size)
+        settings = edit_settings(
+            self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
+        )  # fmt: skip
+        start = Start(inversion.x_T, inversion.residuals, inversion.settings)
+        reporting = Reporting(progress, trace, callback)
+        edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
+        return self._result(edited, inversion, settings, output_size)
 
     @torch.no_grad()
     def invert_and_edit(
@@ -322,12 +318,14 @@ class LEdits:
 
         Arguments as there; `callback` is called after every step. Both share the UNet's calls, and what both would ask
         is asked once, as long as the edit retraces the inversion. Batches have other sizes than in two calls, which
-        rounds differently. Prompt-to-Prompt, in its plain loop, shares nothing: with `attention` one runs after the
+        rounds differently. Prompt-to-Prompt shares nothing with the inversion: with `attention` one runs after the
         other, and each calls back as it does alone.
         """
         check_output_size(output_size)
         check_attention(attention)
-        guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
+        settings = edit_settings(
+            self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
+        )  # fmt: skip
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
             inversion = self.invert(
@@ -337,18 +335,20 @@ class LEdits:
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
                 progress, trace, output_size, attention, callback,
             )  # fmt: skip
-        ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
-        settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
-        guidance.warn_of_idle(len(ready.noise), stacklevel=3)
-        texts = ["", source, *guidance.texts]
-        contexts = self._contexts(texts, ready.sizes, ready.x_0)
-        plan = _edit_plan(guidance, schedule, settings.skip, eta)
+        self._check_open()
+        pictures = open_pictures(image)
+        seeds = check_seeds(seed, len(pictures)) if noise is None else ()
+        inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        warn_of_idle(settings, inverting.executed_steps)
+        x_0 = self._encode(pictures, size)
+        noise = self._noise(noise, inverting, x_0)
+        sizes = [picture.size for picture in pictures]
+        contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
-            contexts, plan, ready.x_0, ready.noise, schedule, settings.skip, eta, source,
-            settings.source_guidance_scale, progress, trace, callback,
-        )  # fmt: skip
-        inversion = ready.inversion(x_T, residuals)
-        return inversion, self._result(edited, inversion, guidance, output_size)
+            contexts, x_0, noise, inverting, settings, Reporting(progress, trace, callback)
+        )
+        inversion = _inversion(pictures, x_0, x_T, residuals, inverting)
+        return inversion, self._result(edited, inversion, settings, output_size)
 
     @torch.no_grad()
     def generate(
@@ -371,73 +371,77 @@ class LEdits:
         """Make pictures from a prompt, with SEGA's concepts: what the guidance does where no real picture is involved.
 
         The same loop as an edit. It starts from noise at the first timestep, and its residuals sigma_t z_t are drawn
-        instead of found by inversion (eta = 0, DDIM, has none). One picture a seed; `size` as in `invert`, square by
+        instead of found by inversion (eta = 0, DDIM, has none). One picture per seed; `size` as in `invert`, square by
         default.
         """
         self._check_open()
-        guidance = self._guidance(prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
+        settings = edit_settings(
+            self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta
+        )  # fmt: skip
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
         factor = self.vae.config.factor
         width, height = fit_size((self.native_size, self.native_size), size, self.native_size, factor)
         shape = (self.unet.config.in_channels, height // factor, width // factor)
-        schedule = make_schedule(self.schedule, num_steps)
+        levels = InversionSettings(self.fingerprint, self.schedule, num_steps, skip=0, eta=eta, seeds=seeds)
         # Item 0 starts the trajectory, the others are z_t.
         noise = draw_noise(seeds, num_steps + 1, shape)
-        residuals = schedule.sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
-        start = Start(noise[0], residuals, schedule, 0, eta)
-        edited = self._denoise("generating", start, guidance, [(width, height)], progress, trace, callback)
-        return self._result(edited, None, guidance, "model")
+        residuals = levels.make_schedule().sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
+        start, reporting = Start(noise[0], residuals, levels), Reporting(progress, trace, callback)
+        edited = self._denoise("generating", start, settings, [(width, height)], reporting)
+        return self._result(edited, None, settings, "model")
 
-    def _guidance(
-        self,
-        target: str,
-        guidance_scale: float | None,
-        negative: str,
-        concepts: Sequence[Concept],
-        momentum_scale: float,
-        momentum_beta: float,
-    ) -> Guidance:
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        return Guidance.of(target, scale, negative, concepts, momentum_scale, momentum_beta, self.defaults)
+    def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> Tensor:
+        """Scaled latents of all pictures, float32 (B, C, h, w) on the device; `size` as in `invert`."""
+        sizes = {fit_size(picture.size, size, self.native_size, self.vae.config.factor) for picture in pictures}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
+        image = to_tensor(pictures, sizes.pop()).to(self.device)
+        x_0 = self.runner.encode(image)
+        if self.embedded:
+            error = (self.runner.decode(x_0).clamp(-1.0, 1.0) - image).square().mean(dim=(1, 2, 3)).max()
+            psnr = 10.0 * float(torch.log10(4.0 / error))
+            if psnr < EMBEDDED_MIN_PSNR:
+                warn(
+                    f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
+                    f"({psnr:.0f} dB); for photographs pass a Stable Diffusion checkpoint with --model"
+                )
+        return x_0
+
+    def _noise(self, noise: Tensor | None, settings: InversionSettings, x_0: Tensor) -> Tensor:
+        """n_t of every executed step beside x_0: the given noise, else what the seeds draw."""
+        shape = (settings.executed_steps, *x_0.shape)
+        if noise is None:
+            noise = draw_noise(settings.seeds, settings.executed_steps, tuple(x_0.shape[1:]))
+        check_noise(noise, shape)
+        return noise.to(x_0)
 
     def _denoise(
         self,
         phase: str,
         start: Start,
-        guidance: Guidance,
+        settings: EditSettings,
         sizes: Sequence[tuple[int, int]],
-        progress: bool,
-        trace: bool,
-        callback: Callback | None,
+        reporting: Reporting,
+        attention: PromptToPrompt | None = None,
     ) -> Edited:
-        guidance.warn_of_idle(len(start.residuals), stacklevel=4)
-        contexts, start = self._contexts(guidance.texts, sizes, start.x_T), start.to(self.device)
-        plan = _edit_plan(guidance, start.schedule, start.skip, start.eta)
-        return self.runner.edit(phase, contexts, plan, start, progress, trace, callback)
+        texts, source, lending = edit_texts(settings), start.inversion.source, None
+        if attention is not None:
+            check_prompts(source, settings.target, settings.negative)
+            texts += ["", source]
+            lending = self.lending(attention, start.inversion, settings, start.x_T)
+        warn_of_idle(settings, start.inversion.executed_steps)
+        contexts = self._contexts(texts, sizes, start.x_T)
+        return self.runner.edit(phase, contexts, start.to(self.device), settings, reporting, lending)
 
-    def _denoise_beside(
-        self,
-        attention: PromptToPrompt,
-        start: Start,
-        guidance: Guidance,
-        settings: InversionSettings,
-        sizes: Sequence[tuple[int, int]],
-        progress: bool,
-        trace: bool,
-        callback: Callback | None,
-    ) -> Edited:
-        """`_denoise` with Prompt-to-Prompt's row for the source beside the edit."""
-        guidance.warn_of_idle(len(start.residuals), stacklevel=4)
-        texts = ["", settings.source, *guidance.texts]
-        contexts, start = self._contexts(texts, sizes, start.x_T), start.to(self.device)
-        row = source_row(
-            attention, self.text, contexts, settings.source, settings.source_guidance_scale, guidance.target,
-            settings.num_steps, start.x_T,
-        )  # fmt: skip
-        plan = _edit_plan(guidance, start.schedule, start.skip, start.eta)
-        return edit_beside(row, self.runner, contexts, plan, start, progress, trace, callback)
+    def lending(
+        self, attention: PromptToPrompt, inversion: InversionSettings, settings: EditSettings, latents: Tensor
+    ) -> Lending:
+        """Which of the source prompt's maps Prompt-to-Prompt lends to the target's; latents (B, C, h, w)."""
+        words = self.text.words(inversion.source), self.text.words(settings.target)
+        return attention.lending(*words, self.text.length, inversion.num_steps, latents.to(self.device))
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
@@ -449,28 +453,41 @@ class LEdits:
         return count, skip
 
     def _contexts(self, texts: Sequence[str], sizes: Sequence[tuple[int, int]], latents: Tensor) -> dict[str, Context]:
-        return told_contexts(self.text, self.unet.config, self.vae.config.factor, texts, sizes, latents)
+        """What the UNet is given of each text; SDXL's is given the sizes too, one row per picture where they differ.
 
-    def _result(self, edited: Edited, inversion: Inversion | None, guidance: Guidance, output_size: str) -> Result:
-        """Pictures, and a mask for concepts that are idle too; without an inversion at the model's own size."""
-        latents, covered, trace = edited
-        found = iter(covered)
-        nothing = torch.zeros_like(latents[:, 0]).cpu()
-        masks = [nothing if term.is_noop(base=guidance.negative) else next(found) for term in guidance.terms]
-        after = self.runner.decode(latents)
+        added = [pooled text, waves of (H, W of the original; 0, 0: nothing cropped; H, W worked at)]
+        [2307.01952, section 2.2]; `sizes` (width, height) are those of the pictures' own pixels.
+        """
+        # One prompt per call: a prompt's embedding must not depend, to the last bit, on its neighbours.
+        contexts = {one: self.text.encode([one]) for one in dict.fromkeys(texts)}
+        waves = self.unet.config.addition_time_embed_dim
+        if not waves:
+            return contexts
+        worked_at = [side * self.vae.config.factor for side in latents.shape[-2:]]
+        rows = sizes[:1] if len(set(sizes)) == 1 else sizes
+        numbers = [[height, width, 0, 0, *worked_at] for width, height in rows]
+        features = sinusoids(torch.tensor(numbers, device=contexts[texts[0]].tokens.device), waves).flatten(1)
+        return {one: context.with_features(features) for one, context in contexts.items()}
+
+    def _result(
+        self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str
+    ) -> Result:
+        """Pictures, and a mask for concepts that are none too; without an inversion at the model's own size."""
+        found = iter(edited.masks)
+        nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
+        masks = [nothing if term.text == settings.negative else next(found) for term in settings.concepts]
+        after = self.runner.decode(edited.latents)
         if inversion is None or output_size == "model":
             images = to_images(after)
         else:
             before = self.runner.decode(inversion.latents.to(self.device))
             originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
             images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
-        return Result(images, latents.cpu(), masks, trace)
+        return Result(images, edited.latents.cpu(), masks, edited.trace)
 
 
-def _edit_plan(guidance: Guidance, schedule: Schedule, skip: int, eta: float) -> EditPlan:
-    sigmas = schedule.sigmas(eta)
-    table = [levels(schedule, sigmas, step) for step in range(skip, schedule.num_steps)]
-    return EditPlan(
-        table, guidance.live, guidance.target, guidance.guidance_scale, guidance.negative,
-        guidance.momentum_scale, guidance.momentum_beta,
-    )  # fmt: skip
+def _inversion(
+    pictures: list[Image.Image], x_0: Tensor, x_T: Tensor, residuals: Tensor, settings: InversionSettings
+) -> Inversion:
+    originals = tuple(torch.from_numpy(np.array(picture)) for picture in pictures)
+    return Inversion(x_T.cpu(), residuals.cpu(), x_0.cpu(), originals, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,19 @@ Scalar = TypeVar("Scalar", float, Tensor)
 MARGIN = 1e-6  # nearer to 0 and 1 than this, 1 - alpha_bar_prev - sigma_t^2 is rounding error and may be negative
 
 
+class Level(NamedTuple):
+    """What one step needs to know of the noise: the level it leaves, the level it leads to, the noise it adds."""
+
+    alpha_bar_t: float
+    alpha_bar_prev: float
+    sigma_t: float
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels that one run visits, from noisy to clean.
+    """The noise levels that one run visits, from noisy to clean: T executed steps.
 
-    timesteps      int64 (T,)    descending; item i is t of step i
+    timesteps      int64 (T,)    descending; item i is t of executed step i
     t_prev         int64 (T,)    the timestep that step i leads to; -1 after the last one
     alpha_bar_t    float64 (T,)  alphas_cumprod[t]
     alpha_bar_prev float64 (T,)  alphas_cumprod[t_prev]; alphas_cumprod[0] after the last one, so its sigma is not 0
@@ -41,18 +49,23 @@ class Schedule:
         """sigma_t of every step, float64 (T,)."""
         return sigma(self.alpha_bar_t, self.alpha_bar_prev, eta)
 
+    def levels(self, eta: float) -> list[Level]:
+        """Every step's numbers."""
+        columns = (self.alpha_bar_t, self.alpha_bar_prev, self.sigmas(eta))
+        return [Level(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
-def make_schedule(config: ScheduleConfig, num_steps: int) -> Schedule:
-    """The "leading" timesteps of DDIM for `num_steps` steps: t = i * (1000 // num_steps) + steps_offset, descending.
 
-    num_steps is at least 1 and at most half the training timesteps: a stride of one would run past the table or
-    start far from pure noise. InputError outside that range.
+def make_schedule(config: ScheduleConfig, num_steps: int, skip: int = 0) -> Schedule:
+    """The "leading" timesteps of DDIM for `num_steps` steps, without the `skip` noisiest.
+
+    t = i * (1000 // num_steps) + steps_offset, descending. num_steps is at least 1 and at most half the training
+    timesteps: a stride of one would run past the table or start far from pure noise. InputError outside that range.
     """
     longest = config.num_train_timesteps // 2
     if not 1 <= num_steps <= longest:
         raise InputError(f"num_steps is {num_steps}; it must lie in 1 .. {longest}")
     stride = config.num_train_timesteps // num_steps
-    timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config.steps_offset
+    timesteps = torch.arange(num_steps - 1 - skip, -1, -1) * stride + config.steps_offset
     t_prev = torch.cat([timesteps[1:], torch.tensor([-1])])
     alphas_cumprod = torch.cumprod(1.0 - betas(config), dim=0)
     if alphas_cumprod[0] > 1.0 - MARGIN or alphas_cumprod[-1] < MARGIN:

@@ -55,13 +55,13 @@ class Concept:
     def resolve(self, defaults: EditDefaults) -> ConceptTerm:
         """The same concept with every None replaced by its default."""
         return ConceptTerm(
-            text=self.text,
-            guidance_scale=defaults.concept_guidance_scale if self.guidance_scale is None else self.guidance_scale,
-            threshold=defaults.threshold if self.threshold is None else self.threshold,
-            warmup_steps=defaults.warmup_steps if self.warmup_steps is None else self.warmup_steps,
-            cooldown_steps=self.cooldown_steps,
-            weight=self.weight,
-            reverse=self.reverse,
+            self.text,
+            defaults.concept_guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            defaults.threshold if self.threshold is None else self.threshold,
+            defaults.warmup_steps if self.warmup_steps is None else self.warmup_steps,
+            self.cooldown_steps,
+            self.weight,
+            self.reverse,
         )
 
 
@@ -80,6 +80,11 @@ class ConceptTerm:
     weight: float
     reverse: bool
 
+    @property
+    def pulls(self) -> bool:
+        """Whether it adds anything when it acts; with scale or weight 0 only its warm-up counts."""
+        return self.guidance_scale > 0.0 and self.weight > 0.0
+
     def is_warm(self, step: int) -> bool:
         return step >= self.warmup_steps
 
@@ -87,15 +92,11 @@ class ConceptTerm:
         return self.cooldown_steps is not None and step >= self.cooldown_steps
 
     def acts(self, step: int) -> bool:
-        return self.is_warm(step) and not self.is_cooled_down(step)
-
-    def is_noop(self, base: str) -> bool:
-        """True where the term is zero at every step: its text is that of eps_uncond, or its strength is 0."""
-        return self.text == base or self.guidance_scale == 0.0 or self.weight == 0.0
+        return self.pulls and self.is_warm(step) and not self.is_cooled_down(step)
 
     def matters(self, step: int, momentum_scale: float) -> bool:
         """Whether its prediction changes anything at this step: when it acts, or while it warms the momentum up."""
-        return not self.is_cooled_down(step) and (self.is_warm(step) or momentum_scale > 0.0)
+        return self.pulls and not self.is_cooled_down(step) and (self.is_warm(step) or momentum_scale > 0.0)
 
 
 def edit_direction(eps_concept: Tensor, eps_uncond: Tensor, term: ConceptTerm) -> Tensor:
@@ -121,7 +122,7 @@ class Guidance:
 
     gamma     (B, C, h, w)  the guidance term gamma_t
     momentum  (B, C, h, w)  nu for the next step
-    masks     one bool (B, C, h, w) a concept, None for a concept that did not act
+    masks     one bool (B, C, h, w) per concept, None for a concept that did not act
     """
 
     gamma: Tensor
@@ -147,7 +148,8 @@ def semantic_guidance(
              = sum over the acting concepts of  g_i mask_i psi_i           before that
 
     [2301.12247, section 3]. The weights g_i are never renormalised: an early concept keeps its strength when a
-    later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false.
+    later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false; the warm-up of a concept with
+    scale or weight 0 still holds the momentum back, or the result would jump where a strength goes to 0.
     """
     raw = torch.zeros_like(eps_uncond)
     acting = torch.zeros_like(eps_uncond)

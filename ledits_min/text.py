@@ -28,7 +28,7 @@ class Context:
     tokens: Tensor
     added: Tensor | None = None
 
-    def told(self, features: Tensor) -> Context:
+    def with_features(self, features: Tensor) -> Context:
         """With more features (B, F) behind what is embedded beside the timestep, added (1, A) -> (B, A + F)."""
         if self.added is None:
             return Context(self.tokens, features)

@@ -8,7 +8,7 @@ Architecture: Latent Diffusion [2112.10752, section 3.3], after the U-Net of DDP
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,14 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.engine.ops import add_conv, add_linear, conv, feed_forward, group_norm_silu, upsample_conv
-from ledits_min.engine.ops import attention as plain_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-KeysValues = Mapping["Attention", tuple[Tensor, Tensor]]  # what a text is to every cross-attention
 
 
-class AttentionControl(Protocol):
+class AttentionHook(Protocol):
     """What may be done instead of softmax(q k^T / sqrt(d)) v, in every transformer block alike.
 
     q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d); L = N in self-attention.
@@ -37,26 +34,11 @@ class AttentionControl(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What every block is told besides its input: time (B, time_width), the text's context (B, L, D), how to attend.
-
-    rows (B,): where fewer inputs than B are given, which of them each row of the batch is about. Up to the first
-    cross-attention, which is the first to look at the text, every map is one an input and not one a row.
-    """
+    """What every block is given besides its input: time (B, time_width), context (B, L, D), how to attend."""
 
     time: Tensor
-    context: Tensor | KeysValues
-    attention: AttentionControl | None = None
-    rows: Tensor | None = None
-
-    def time_of(self, hidden: Tensor) -> Tensor:
-        """`time` for every entry of `hidden`; the rows of one input have the same."""
-        if self.rows is None or len(hidden) == len(self.rows):
-            return self.time
-        return self.time.new_empty(len(hidden), self.time.shape[1]).index_copy_(0, self.rows, self.time)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """`values`, one an input or one a row already, as one a row."""
-        return values if self.rows is None or len(values) == len(self.rows) else values[self.rows]
+    context: Tensor
+    attention: AttentionHook | None = None
 
 
 class UNet(nn.Module):
@@ -64,8 +46,6 @@ class UNet(nn.Module):
 
     x_t (B, C, h, w) in any float dtype, t int64 (B,), context (B, L, D); returns float32 (B, C, h, w).
     added (B, A) is SDXL's second way in: the pooled text beside sinusoids of the picture's sizes, embedded like t.
-    With rows int64 (B,), x_t (M, C, h, w) has fewer entries than t and context: row i is about x_t[rows[i]], and rows
-    about the same x_t, whose t and `added` must be the same, share what is computed before the text is looked at.
     The body runs in the parameters' dtype. The last convolution runs in float32 whatever that dtype is: SEGA works on
     the difference of two predictions, of which a bfloat16 output would keep only a handful of levels.
     """
@@ -81,77 +61,60 @@ class UNet(nn.Module):
         self.add_embedding = TimeEmbedding(added_width, time_width) if added_width else None
 
         # Each level's resnets and downsampler leave one skip connection; the way up consumes them in reverse.
-        skips = [widths[0]]
-        channels = widths[0]
+        skips, channels, last = [widths[0]], widths[0], len(widths) - 1
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
-            attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-            last = level == len(widths) - 1
-            self.down_blocks.append(
-                DownBlock(channels, width, time_width, heads[level], depths[level] * attends, not last, config)
-            )
-            skips += [width] * (config.layers_per_block + (not last))
+            depth = depths[level] * (config.down_block_types[level] == "CrossAttnDownBlock2D")
+            shape = BlockShape(width, heads[level], depth, resizes=level < last)
+            inputs = [channels] + [width] * (config.layers_per_block - 1)
+            self.down_blocks.append(DownBlock(inputs, shape, config))
+            skips += [width] * (config.layers_per_block + shape.resizes)
             channels = width
 
-        self.mid_block = MidBlock(channels, time_width, heads[-1], depths[-1], config)
+        self.mid_block = MidBlock(BlockShape(channels, heads[-1], depths[-1], resizes=False), config)
 
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(reversed(widths)):
-            attends = config.up_block_types[level] == "CrossAttnUpBlock2D"
-            last = level == len(widths) - 1
-            skip_channels = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(
-                UpBlock(
-                    channels, skip_channels, width, time_width, heads[-1 - level], depths[-1 - level] * attends,
-                    not last, config,
-                )
-            )  # fmt: skip
+            depth = depths[-1 - level] * (config.up_block_types[level] == "CrossAttnUpBlock2D")
+            shape = BlockShape(width, heads[-1 - level], depth, resizes=level < last)
+            inputs = [channels] + [width] * config.layers_per_block
+            self.up_blocks.append(UpBlock([hidden + skips.pop() for hidden in inputs], shape, config))
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+        self.conv_out = Float32Conv2d(channels, config.out_channels, 3, padding=1)
 
     def forward(
         self,
         x_t: Tensor,
         t: Tensor,
-        context: Tensor | KeysValues,
+        context: Tensor,
         added: Tensor | None = None,
-        attention: AttentionControl | None = None,
-        rows: Tensor | None = None,
+        attention: AttentionHook | None = None,
     ) -> Tensor:
-        """Whoever asks often about the same t or text passes what `embed` and `project` made of them instead."""
-        dtype = self.conv_in.weight.dtype
-        time = t if t.is_floating_point() else self.embed(t, added)
-        if isinstance(context, Tensor):
-            context = context.to(dtype)
-        assert rows is None or (len(x_t) < len(rows) and attention is None), "rows are for inputs that several share"
-        conditioning = Conditioning(time, context, attention, rows)
-        hidden = self.conv_in(x_t.to(dtype))
+        return self.predict(x_t, Conditioning(self.embed(t, added), context.to(self.conv_in.weight.dtype), attention))
+
+    def predict(self, x_t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Down, through the middle, and up again."""
+        hidden = self.conv_in(x_t.to(self.conv_in.weight.dtype))
         skips = [hidden]
         for block in self.down_blocks:
             hidden = block(hidden, conditioning, skips)
         hidden = self.mid_block(hidden, conditioning)
         for block in self.up_blocks:
             hidden = block(hidden, conditioning, skips)
-        hidden = group_norm_silu(hidden, self.conv_norm_out).float()
-        bias = None if self.conv_out.bias is None else self.conv_out.bias.float()
-        return F.conv2d(hidden, self.conv_out.weight.float(), bias, padding=1)
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
     def embed(self, t: Tensor, added: Tensor | None = None) -> Tensor:
         """t (B,), and added (B, A) where the family has it -> (B, time_width)."""
         dtype = self.conv_in.weight.dtype
-        time: Tensor = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
+        return self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
         if self.add_embedding is not None:
-            assert added is not None, "this UNet is told more than the text's tokens"
+            assert added is not None, "this UNet is given more than the text's tokens"
             time = time + self.add_embedding(added.to(dtype))
-        return time
-
-    def project(self, context: Tensor) -> KeysValues:
-        """context (B, L, D) -> its keys and values (B, heads, L, C / heads) in every cross-attention."""
-        context = context.to(self.conv_in.weight.dtype)
-        crossing = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
-        return {attention: attention.project(context) for attention in crossing}
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -165,8 +128,16 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that runs and returns float32, whatever dtype its weights are kept in."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.conv2d(hidden.float(), self.weight.float(), bias, self.stride, self.padding)
+
+
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP on what every resnet is told; features (B, width) -> (B, time_width)."""
+    """A two-layer MLP on what every resnet is given; features (B, width) -> (B, time_width)."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
@@ -174,39 +145,37 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(time_width, time_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        embedding: Tensor = self.linear_2(F.silu(self.linear_1(features)))
-        return embedding
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+# --- one level --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One level: its width, attention heads, layers in each transformer (0: it does not attend), whether it resizes."""
+
+    width: int
+    heads: int
+    depth: int
+    resizes: bool
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: resnets, each followed by a transformer where the level attends, then a halving.
+    """One level on the way down: resnets, each followed by a transformer where the level attends, then a halving."""
 
-    `depth` is the number of layers in each transformer; 0 where the level does not attend.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        time_width: int,
-        heads: int,
-        depth: int,
-        downsample: bool,
-        config: UNetConfig,
-    ) -> None:
+    def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
-        layers = config.layers_per_block
-        inputs = [channels] + [width] * (layers - 1)
-        self.resnets = nn.ModuleList(ResnetBlock(c, width, time_width, config) for c in inputs)
-        if depth:
-            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in range(layers))
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(width)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
+        if shape.depth:
+            self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs)
+        if shape.resizes:
+            self.downsamplers = nn.ModuleList([Downsample(shape.width)])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Appends every intermediate result to `skips`."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, conditioning.time_of(hidden))
+            hidden = resnet(hidden, conditioning)
             if hasattr(self, "attentions"):
                 hidden = self.attentions[i](hidden, conditioning)
             skips.append(hidden)
@@ -219,46 +188,31 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottleneck: resnet, transformer, resnet."""
 
-    def __init__(self, width: int, time_width: int, heads: int, depth: int, config: UNetConfig) -> None:
+    def __init__(self, shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width, width, time_width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(width, heads, depth, config)])
+        self.resnets = nn.ModuleList(ResnetBlock(shape.width, shape.width, config) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(shape, config)])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden = self.resnets[0](hidden, conditioning.time_of(hidden))
-        hidden = self.attentions[0](hidden, conditioning)
-        result: Tensor = self.resnets[1](hidden, conditioning.time)
-        return result
+        hidden = self.attentions[0](self.resnets[0](hidden, conditioning), conditioning)
+        return self.resnets[1](hidden, conditioning)
 
 
 class UpBlock(nn.Module):
     """One level on the way up: resnets over [hidden, skip], transformers where the level attends, then a doubling."""
 
-    def __init__(
-        self,
-        channels: int,
-        skip_channels: list[int],
-        width: int,
-        time_width: int,
-        heads: int,
-        depth: int,
-        upsample: bool,
-        config: UNetConfig,
-    ) -> None:
+    def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
-        inputs = [channels] + [width] * (len(skip_channels) - 1)
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c + skip, width, time_width, config) for c, skip in zip(inputs, skip_channels, strict=True)
-        )
-        if depth:
-            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in skip_channels)
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(width)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
+        if shape.depth:
+            self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs)
+        if shape.resizes:
+            self.upsamplers = nn.ModuleList([Upsample(shape.width)])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
-        """Consumes one entry of `skips` a resnet; the next one left gives the size to upsample to."""
+        """Consumes one entry of `skips` per resnet; the next one left gives the size to upsample to."""
         for i, resnet in enumerate(self.resnets):
-            hidden = resnet(torch.cat([hidden, conditioning.spread(skips.pop())], dim=1), conditioning.time)
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), conditioning)
             if hasattr(self, "attentions"):
                 hidden = self.attentions[i](hidden, conditioning)
         if hasattr(self, "upsamplers"):
@@ -267,53 +221,54 @@ class UpBlock(nn.Module):
         return hidden
 
 
+# --- the layers inside a level ----------------------------------------------------------------------------------------
+
+
 class ResnetBlock(nn.Module):
     """hidden + conv2(silu(norm2(conv1(silu(norm1(hidden))) + time))), the shortcut widened where widths differ."""
 
-    def __init__(self, channels: int, width: int, time_width: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, width: int, config: UNetConfig) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, width)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], width)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, width, 1) if channels != width else None
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        residual = hidden if self.conv_shortcut is None else conv(hidden, self.conv_shortcut)
-        hidden = conv(group_norm_silu(hidden, self.norm1), self.conv1)
-        hidden = group_norm_silu(hidden, self.norm2, add=self.time_emb_proj(F.silu(time)))
-        return add_conv(residual, hidden, self.conv2)
+    def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        hidden = hidden + self.time_emb_proj(F.silu(conditioning.time))[:, :, None, None]
+        return residual + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class Transformer(nn.Module):
-    """`depth` transformer blocks over the pixels of a feature map (B, C, h, w), with a projection in and out."""
+    """Transformer blocks over the pixels of a feature map (B, C, h, w), with a projection in and out."""
 
-    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
+    def __init__(self, shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
+        width, self.linear = shape.width, config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
-        linear = config.use_linear_projection
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, heads, config) for _ in range(depth))
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        blocks = (TransformerBlock(width, shape.heads, config) for _ in range(shape.depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
-        height, width = hidden.shape[-2:]
-        residual = conditioning.spread(hidden)
-        hidden = group_norm_silu(hidden, self.norm, silu=False)
-        if isinstance(self.proj_in, nn.Conv2d):
-            hidden = conv(hidden, self.proj_in)
+        residual, size = hidden, hidden.shape[-2:]
+        hidden = self.norm(hidden)
+        if not self.linear:
+            hidden = self.proj_in(hidden)
         tokens = hidden.flatten(2).transpose(1, 2)  # (B, h w, C)
-        if isinstance(self.proj_in, nn.Linear):
+        if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
-        if isinstance(self.proj_out, nn.Linear):
+        if self.linear:
             tokens = self.proj_out(tokens)
-        hidden = tokens.transpose(1, 2).unflatten(2, (height, width))
-        if isinstance(self.proj_out, nn.Conv2d):
-            return add_conv(residual, hidden, self.proj_out)
-        return residual + hidden
+        hidden = tokens.transpose(1, 2).unflatten(2, size)
+        return residual + (hidden if self.linear else self.proj_out(hidden))
 
 
 class TransformerBlock(nn.Module):
@@ -329,20 +284,18 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
-        control = conditioning.attention
-        on_self: Attend = plain_attention
-        on_text: Attend = plain_attention
-        if control is not None:
-            on_self, on_text = control.self_attention, control.cross_attention
+        on_self: Attend = F.scaled_dot_product_attention
+        on_text: Attend = F.scaled_dot_product_attention
+        if conditioning.attention is not None:
+            on_self, on_text = conditioning.attention.self_attention, conditioning.attention.cross_attention
         normed = self.norm1(tokens)
-        tokens = conditioning.spread(self.attn1(tokens, normed, normed, on_self))
-        tokens = self.attn2(tokens, self.norm2(tokens), conditioning.context, on_text)
-        result: Tensor = self.ff(tokens, self.norm3)
-        return result
+        tokens = tokens + self.attn1(normed, normed, on_self)
+        tokens = tokens + self.attn2(self.norm2(tokens), conditioning.context, on_text)
+        return tokens + self.ff(self.norm3(tokens))
 
 
 class Attention(nn.Module):
-    """residual + softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D).
+    """softmax(q k^T / sqrt(d)) v over `heads` heads; tokens (B, N, C) attend to context (B, L, D) -> (B, N, C).
 
     With `upcast` it is computed in float32: SD 2.1's q k^T overflows float16.
     """
@@ -356,24 +309,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, residual: Tensor, tokens: Tensor, context: Tensor | KeysValues, attend: Attend) -> Tensor:
-        q = self.split_heads(self.to_q(tokens))
-        k, v = self.project(context) if isinstance(context, Tensor) else context[self]
+    def forward(self, tokens: Tensor, context: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (self.split_heads(each) for each in (self.to_q(tokens), self.to_k(context), self.to_v(context)))
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
         attended = attend(q, k, v).to(tokens.dtype)
-        last = self.to_out[0]
-        assert isinstance(last, nn.Linear)
-        return add_linear(residual, attended.transpose(1, 2).flatten(2), last)
-
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of context (B, L, D), (B, heads, L, C / heads) each."""
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, C / heads)."""
-        batch, tokens, _ = projected.shape
-        return projected.view(batch, tokens, self.heads, -1).transpose(1, 2)
+        return projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -383,11 +328,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
-    def forward(self, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """tokens + net(norm(tokens)), as one operation."""
-        unit, _, narrow = self.net
-        assert isinstance(unit, GEGLU) and isinstance(narrow, nn.Linear)
-        return feed_forward(tokens, norm, unit.proj, narrow)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
 
 
 class GEGLU(nn.Module):
@@ -396,6 +338,10 @@ class GEGLU(nn.Module):
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        value, gate = self.proj(tokens).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class Downsample(nn.Module):
@@ -406,8 +352,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        result: Tensor = self.conv(hidden)
-        return result
+        return self.conv(hidden)
 
 
 class Upsample(nn.Module):
@@ -418,4 +363,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, hidden: Tensor, size: torch.Size) -> Tensor:
-        return upsample_conv(hidden, size, self.conv)
+        return self.conv(F.interpolate(hidden, size=tuple(size), mode="nearest"))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ledits_min.config import VAEConfig
-from ledits_min.engine.ops import add_conv, attention, conv, group_norm_silu, upsample_conv
 
 _EPS = 1e-6  # of every GroupNorm in this network
 
@@ -72,12 +71,14 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             hidden = block(hidden)
         hidden = self.mid_block(hidden)
-        result: Tensor = self.conv_out(group_norm_silu(hidden, self.conv_norm_out))
-        return result
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
 
 class Decoder(nn.Module):
-    """Latents -> image, doubling the size at every level but the last; one resnet more a level than the encoder."""
+    """Latents -> image, doubling the size at every level but the last; one more resnet per level than the encoder."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -97,8 +98,10 @@ class Decoder(nn.Module):
         hidden = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             hidden = block(hidden)
-        result: Tensor = self.conv_out(group_norm_silu(hidden, self.conv_norm_out))
-        return result
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
 
 class DownBlock(nn.Module):
@@ -146,8 +149,7 @@ class MidBlock(nn.Module):
         hidden = self.resnets[0](hidden)
         if hasattr(self, "attentions"):
             hidden = self.attentions[0](hidden)
-        result: Tensor = self.resnets[1](hidden)
-        return result
+        return self.resnets[1](hidden)
 
 
 class ResnetBlock(nn.Module):
@@ -162,9 +164,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, width, 1) if channels != width else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        residual = hidden if self.conv_shortcut is None else conv(hidden, self.conv_shortcut)
-        hidden = conv(group_norm_silu(hidden, self.norm1), self.conv1)
-        return add_conv(residual, group_norm_silu(hidden, self.norm2), self.conv2)
+        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        return residual + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class Attention(nn.Module):
@@ -179,10 +181,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = group_norm_silu(hidden, self.group_norm, silu=False)
-        tokens = normed.flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
+        tokens = self.group_norm(hidden).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        attended: Tensor = self.to_out[0](attention(q, k, v))
+        attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
         return hidden + attended[:, 0].transpose(1, 2).reshape(hidden.shape)
 
 
@@ -194,8 +195,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.pad(hidden, (0, 1, 0, 1)))
-        return result
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -207,4 +207,4 @@ class Upsample(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         height, width = hidden.shape[-2:]
-        return upsample_conv(hidden, (2 * height, 2 * width), self.conv)
+        return self.conv(F.interpolate(hidden, size=(2 * height, 2 * width), mode="nearest"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ledits_min import Inversion, LEdits, Result
-    from ledits_min.files.inversion import InversionSettings
+    from ledits_min.inversion import InversionSettings
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 

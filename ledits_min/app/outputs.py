@@ -21,8 +21,9 @@ from torch import Tensor
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.errors import InputError, quoted
-from ledits_min.files.inversion import Inversion, InversionSettings
+from ledits_min.files.inversion import Inversion
 from ledits_min.files.picture import OUTPUT_SIDES
+from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 
@@ -117,7 +118,7 @@ def planned_settings(
         "ledits_min": __version__,
         "model": ledits.fingerprint,
         "dtype": str(ledits.dtype).removeprefix("torch."),
-        "compiled": ledits.compiled,
+        "compiled": ledits.runner.compiled,
         "prediction_type": made.schedule.prediction_type,
         "size": list(size),
         "num_steps": made.num_steps,

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ledits_min.engine import winograd
+from ledits_min.engine import torch_private, winograd
+from ledits_min.engine.torch_private import add_convolution, linear, linear_with
 
 SCORES = 2**22  # bytes of attention scores at a time, which then stay in the caches
 QUERIES = 512  # of a head at a time, at least: shorter products lose more than the caches give
@@ -26,7 +27,7 @@ FEW_SCORES = 2**14  # a head's; below it slicing costs more than it saves
 LN_2 = math.log(2.0)
 KEYS = 16  # bfloat16 numbers that torch's attention takes from a row of scores at a time; it is slow with a rest
 MANY_KEYS = 1024  # with fewer, filling heads up to whole vectors costs more than it saves
-NUMBERS = 4096 * 320  # tokens times width, through the feed-forward at a time: fewer starve the products, more leave L2
+FEED_FORWARD = 4096 * 320  # tokens times width at a time: fewer starve the products, more leave the caches
 Make = Callable[[Tensor], Tensor]  # of a layer's weights, what they are computed with
 
 
@@ -112,7 +113,7 @@ def serves_feed_forward(tokens: Tensor, *layers: nn.Module) -> bool:
     weights = [weight for layer in layers for weight in layer.parameters()]
     if _is_recorded(tokens, *weights):
         return False
-    return tokens.numel() > NUMBERS or fuses(tokens, *weights)
+    return tokens.numel() > FEED_FORWARD or fuses(tokens, *weights)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
@@ -120,7 +121,7 @@ def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: n
     flat = tokens.flatten(0, -2)
     result = torch.empty_like(flat)
     unit = _fused_unit if fuses(flat, narrow.weight) else _unit
-    rows = max(1, NUMBERS // flat.shape[1])
+    rows = max(1, FEED_FORWARD // flat.shape[1])
     for part, out in zip(flat.split(rows), result.split(rows), strict=True):
         unit(part, norm(part), widen, narrow, out)
     return result.view_as(tokens)
@@ -133,23 +134,15 @@ def _unit(tokens: Tensor, normed: Tensor, widen: nn.Linear, narrow: nn.Linear, o
 
 def _fused_unit(tokens: Tensor, normed: Tensor, widen: nn.Linear, narrow: nn.Linear, out: Tensor) -> None:
     """gelu, product and sum are done to the numbers of a matrix product before they are rounded and stored."""
-    linear = torch.ops.mkldnn._linear_pointwise
     (value, gate), (value_bias, gate_bias) = widen.weight.chunk(2), widen.bias.chunk(2)
-    gated = linear(normed, gate, gate_bias, "gelu", [], "none")  # "none": the exact (erf) gelu
-    inner = linear.binary(normed, gated, value, value_bias, "mul")
-    out.copy_(linear.binary(inner, tokens, narrow.weight, narrow.bias, "add"))
+    gated = linear(normed, gate, gate_bias, "gelu")
+    inner = linear_with(normed, gated, value, value_bias, "mul")
+    out.copy_(linear_with(inner, tokens, narrow.weight, narrow.bias, "add"))
 
 
 def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     """`ops.add_linear` as one operation."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(tokens, residual, layer.weight, layer.bias, "add")
-    return result
-
-
-def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What F.linear computes, without the copy of the bias to every token that it begins with."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
-    return result
+    return linear_with(tokens, residual, layer.weight, layer.bias, "add")
 
 
 def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -159,12 +152,8 @@ def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     rows = _as_rows(hidden, layer)
     if rows is not None:
         added = residual.permute(0, 2, 3, 1).flatten(0, 2)
-        summed = torch.ops.mkldnn._linear_pointwise.binary(rows, added, _matrix(layer), layer.bias, "add")
-        return _as_map(summed, hidden)
-    result: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-        hidden, residual, layer.weight, layer.bias, layer.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
-    )
-    return result
+        return _as_map(linear_with(rows, added, _matrix(layer), layer.bias, "add"), hidden)
+    return add_convolution(residual, hidden, layer)
 
 
 def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -173,7 +162,7 @@ def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
         return winograd.convolve(hidden, _transformed(layer), layer.bias)
     rows = _as_rows(hidden, layer)
     if rows is not None:
-        return _as_map(_linear(rows, _matrix(layer), layer.bias), hidden)
+        return _as_map(linear(rows, _matrix(layer), layer.bias), hidden)
     result: Tensor = layer(hidden)
     return result
 
@@ -226,7 +215,7 @@ def _upsample_by_products(hidden: Tensor, weights: Tensor, bias: Tensor | None) 
     result = hidden.new_empty(batch, height, 2, width, 2, weights.shape[2])
     for down, across in product((0, 1), repeat=2):
         rows = seen[:, down : down + height, across : across + width].reshape(-1, weights.shape[3])
-        result[:, :, down, :, across] = _linear(rows, weights[down, across], bias).view(batch, height, width, -1)
+        result[:, :, down, :, across] = linear(rows, weights[down, across], bias).view(batch, height, width, -1)
     return result.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
@@ -242,9 +231,10 @@ def _made_once(make: Make) -> Callable[[nn.Conv2d], Tensor]:
         made, source, version = _kept.get(layer, ({}, weight, -1))
         # `source` keeps its memory, so that no other weights can lie there. Weights changed in place have another
         # version, unless it is done behind torch's back, through `.data`.
-        if (source.data_ptr(), source.dtype, version) != (weight.data_ptr(), weight.dtype, weight._version):
+        now = torch_private.version(weight)
+        if (source.data_ptr(), source.dtype, version) != (weight.data_ptr(), weight.dtype, now):
             made = {}
-            _kept[layer] = made, weight, weight._version
+            _kept[layer] = made, weight, now
         if make not in made:
             made[make] = make(weight)
         return made[make]
@@ -333,7 +323,7 @@ def _as_map(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def fuses(*tensors: Tensor) -> bool:
-    """Whether oneDNN's fused products take these: what torch.compile calls, so not promised to stay."""
+    """Whether oneDNN's fused products take these."""
     all_narrow = all(tensor.dtype == torch.bfloat16 for tensor in tensors)  # under autocast weights are not
     return all_narrow and not _is_recorded(*tensors) and has_fused_products()
 
@@ -341,27 +331,19 @@ def fuses(*tensors: Tensor) -> bool:
 @cache
 def has_fused_products() -> bool:
     """Whether this torch brings them and this CPU computes in bfloat16."""
-    names = ("_linear_pointwise", "_convolution_pointwise")
-    operations = [getattr(torch.ops.mkldnn, name, None) for name in names]
-    there = all(operation is not None and "binary" in operation.overloads() for operation in operations)
-    return there and torch.backends.mkldnn.is_available() and computes_in_bfloat16()
+    return torch_private.has_fused_products() and computes_in_bfloat16()
 
 
 def computes_in_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself; False where torch (before 2.10) cannot tell."""
-    return any(_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
+    return any(torch_private.cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
 @cache
 def multiplies_bfloat16_in_vectors() -> bool:
     """Whether it does so in AVX-512's vectors and has no AMX."""
-    found = _capabilities()
+    found = torch_private.cpu_capabilities()
     return bool(found.get("avx512_bf16")) and not (found.get("amx_bf16") or found.get("amx_tile"))
-
-
-def _capabilities() -> dict[str, object]:
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return found
 
 
 def _is_recorded(*tensors: Tensor) -> bool:

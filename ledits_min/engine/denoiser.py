@@ -1,4 +1,4 @@
-"""The UNet as the loops see it: it predicts eps. The engine's is told of texts and timesteps by number."""
+"""The UNet as the loops see it: it predicts eps. The engine's is asked about texts and timesteps by number."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ledits_min.engine.fast_networks import FastUNet
 from ledits_min.inversion import eps_from_v
-from ledits_min.p2p import ControlledEpsModel
+from ledits_min.p2p import AttentionControl, ControlledEpsModel
 from ledits_min.schedule import Schedule
 from ledits_min.text import Context
-from ledits_min.unet import AttentionControl, UNet
+from ledits_min.unet import UNet
 
 
 class Denoiser:
-    """eps of every (executed step, text, image) that a run can ask about.
+    """eps of every (executed step, text, image) that a run can ask about: a `evaluate.Network`.
 
     What depends on them alone is made once, here: the texts' keys and values in every cross-attention, the embedded
     timesteps, the noise levels. A call copies nothing from the host.
     """
 
     def __init__(
-        self, unet: UNet, contexts: Sequence[Context], schedule: Schedule, skip: int, prediction_type: str
+        self, unet: FastUNet, contexts: Sequence[Context], schedule: Schedule, prediction_type: str, compiled: bool
     ) -> None:
         device = unet.conv_in.weight.device
         self.unet = unet
         self.predicts_v = prediction_type == "v_prediction"
         # Not where the text is part of `time`, which acts from the start, nor where torch.compile would compile once
         # more for every number of x_t.
-        self.may_share = unet.add_embedding is None and unet._compiled_call_impl is None
-        self.alpha_bar_t = schedule.alpha_bar_t[skip:].to(device, torch.float32)
+        self.may_share = unet.add_embedding is None and not compiled
+        self.alpha_bar_t = schedule.alpha_bar_t.to(device, torch.float32)
 
         # A text at a time, so that what a text is does not depend, to the last bit, on its neighbours.
         projected = [unet.project(context.tokens.to(device)) for context in contexts]
@@ -38,8 +39,8 @@ class Denoiser:
             attention: tuple(torch.cat([one[attention][i] for one in projected]) for i in (0, 1))
             for attention in projected[0]
         }
-        timesteps = schedule.timesteps[skip:].to(device)
-        # (texts, images, steps, time_width); one row stands for all images where nothing is told of each alone.
+        timesteps = schedule.timesteps.to(device)
+        # (texts, images, steps, time_width); one row stands for all images where they have no row of their own.
         self.time = torch.stack([
             torch.stack([
                 unet.embed(timesteps, None if image is None else image.expand(len(timesteps), -1))
@@ -48,14 +49,17 @@ class Denoiser:
             for context in contexts
         ])  # fmt: skip
 
-    def __call__(self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        """A call of `engine.Network`: x_t (m, C, h, w), all others int64 (n,) -> eps float32 (n, C, h, w)."""
-        context = {attention: (k[texts], v[texts]) for attention, (k, v) in self.keys_values.items()}
+    def __call__(
+        self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
+        attention: AttentionControl | None = None,
+    ) -> Tensor:  # fmt: skip
+        context = {layer: (k[texts], v[texts]) for layer, (k, v) in self.keys_values.items()}
         time = self.time[texts, images % self.time.shape[1], steps]
         shares = len(x_t) < len(inputs)
         if shares and not self.may_share:
             x_t, shares = x_t[inputs], False
-        prediction: Tensor = self.unet(x_t, time, context, rows=inputs if shares else None).contiguous()
+        rows = inputs if shares else None
+        prediction: Tensor = self.unet(x_t, time, context, attention=attention, rows=rows).contiguous()
         if self.predicts_v:
             own = x_t[inputs] if shares else x_t
             return eps_from_v(prediction, own, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
@@ -63,13 +67,17 @@ class Denoiser:
 
 
 def plain_eps_model(unet: UNet, schedule: Schedule, prediction_type: str) -> ControlledEpsModel:
-    """The UNet as the maths sees it: it predicts eps, in float32, for one text and a batch of latents."""
+    """The UNet as the maths sees it: it predicts eps, in float32, for one text (or several, evenly) and a batch."""
     alphas_cumprod = schedule.alphas_cumprod.to(unet.conv_in.weight.device, torch.float32)
 
-    def eps_model(x_t: Tensor, t: Tensor, context: Context, attention: AttentionControl | None = None) -> Tensor:
-        batch = len(x_t)
-        added = None if context.added is None else context.added.expand(batch, -1)
-        prediction: Tensor = unet(x_t, t, context.tokens.expand(batch, -1, -1), added, attention)
+    def eps_model(
+        x_t: Tensor, t: Tensor, context: Context | list[Context], attention: AttentionControl | None = None
+    ) -> Tensor:
+        contexts = context if isinstance(context, list) else [context]
+        batch = len(x_t) // len(contexts)
+        tokens = torch.cat([one.tokens.expand(batch, -1, -1) for one in contexts])
+        rows = [one.added.expand(batch, -1) for one in contexts if one.added is not None]
+        prediction: Tensor = unet(x_t, t, tokens, torch.cat(rows) if rows else None, attention)
         if prediction_type == "v_prediction":
             return eps_from_v(prediction, x_t, alphas_cumprod[t].view(-1, 1, 1, 1))
         return prediction

@@ -1,4 +1,4 @@
-"""The network's calls as CUDA graphs: recorded once a batch size, then replayed without the host's launching kernels.
+"""The network's calls as CUDA graphs: recorded once per batch size, then replayed without the host's launching kernels.
 
 What differs between two steps (x_t, and the numbers of steps, texts and pictures) is data in fixed buffers, so one
 graph serves all steps with equally many live branches.
@@ -7,18 +7,18 @@ graph serves all steps with equally many live branches.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ledits_min.engine.evaluate import Network
 from ledits_min.engine.memory import is_out_of_memory
-from ledits_min.engine.preparation import Preparation
-from ledits_min.errors import InputError
+from ledits_min.engine.overhead import Overhead
+from ledits_min.errors import InputError, warn
+from ledits_min.p2p import AttentionControl
 
-Call = Callable[..., Tensor]
 Replay = Callable[[], object]
 
 
@@ -58,21 +58,27 @@ class Graphed:
 
     def __init__(
         self,
-        network: Call,
-        preparation: Preparation,
+        network: Network,
+        overhead: Overhead,
         record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda,
     ) -> None:
-        self.network, self.preparation, self.record = network, preparation, record
+        self.network, self.overhead, self.record = network, overhead, record
         self.met: set[tuple[int, int]] = set()
         self.tapes: dict[tuple[int, int], Tape | None] = {}  # None: it could not be recorded
 
-    def __call__(self, x_t: Tensor, *numbers: Tensor) -> Tensor:
-        size = len(x_t), len(numbers[0])
+    def __call__(
+        self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
+        attention: AttentionControl | None = None,
+    ) -> Tensor:  # fmt: skip
+        numbers = (inputs, steps, texts, images)
+        if attention is not None:  # it differs from step to step
+            return self.network(x_t, *numbers, attention)
+        size = len(x_t), len(inputs)
         if size not in self.met:
             self.met.add(size)
             return self.network(x_t, *numbers)
         if size not in self.tapes:
-            with self.preparation.timed("record"):
+            with self.overhead.timed("record"):
                 self.tapes[size] = self._recorded(x_t, numbers)
         tape = self.tapes[size]
         if tape is None:
@@ -83,11 +89,12 @@ class Graphed:
         return tape.output.clone()  # the next replay writes over it
 
     def _recorded(self, x_t: Tensor, numbers: tuple[Tensor, ...]) -> Tape | None:
-        inputs = [value.clone() for value in (x_t, *numbers)]
+        buffers = [value.clone() for value in (x_t, *numbers)]
         try:
-            replay, output = self.record(lambda: self.network(*inputs))
+            x_t, inputs, steps, texts, images = buffers
+            replay, output = self.record(lambda: self.network(x_t, inputs, steps, texts, images))
         except RuntimeError as error:
             why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
-            warnings.warn(f"{len(numbers[0])} evaluations a call run without a CUDA graph: {why}", stacklevel=4)
+            warn(f"{len(numbers[0])} evaluations per call run without a CUDA graph: {why}")
             return None
-        return Tape(inputs, replay, output)
+        return Tape(buffers, replay, output)

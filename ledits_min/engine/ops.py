@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -24,13 +23,11 @@ from torch import Tensor, nn
 
 from ledits_min import inversion
 from ledits_min.engine import cpu
-from ledits_min.errors import InputError
-from ledits_min.guidance import edited_eps, guided_eps, guided_texts, step_texts
-from ledits_min.inversion import posterior_mean
-from ledits_min.schedule import sqrt
-from ledits_min.sega import ConceptTerm
-
-Level = tuple[float, float, float]  # (alpha_bar_t, alpha_bar_prev, sigma_t) of one step
+from ledits_min.engine.torch_private import is_untouched
+from ledits_min.errors import InputError, warn
+from ledits_min.guidance import EditSettings, edited_eps, guided_eps, guided_texts
+from ledits_min.inversion import InversionSettings, posterior_mean
+from ledits_min.schedule import Level, sqrt
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -60,6 +57,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _for_cpu(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether `cpu` may compute with these layers' weights."""
+    return x.device.type == "cpu" and is_untouched(*layers)
+
+
 # --- the network's layers -------------------------------------------------------------------------------------------
 
 
@@ -71,13 +73,13 @@ def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = Non
     The kernel is for channels-last memory. NCHW stays with torch, whose own kernel is made for it: by this rule under
     `auto`, with a warning where LEDITS_KERNELS=triton asked for a kernel.
     """
-    if use_triton(hidden, norm.weight, norm.bias, *(() if add is None else (add,))):
+    if is_untouched(norm) and use_triton(hidden, norm.weight, norm.bias, *(() if add is None else (add,))):
         from ledits_min.kernels import group_norm_silu as kernel
 
         if kernel.fits(hidden):
             return kernel.group_norm_silu(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, add, silu)
         if os.environ.get("LEDITS_KERNELS") == "triton":
-            warnings.warn("group_norm_silu: torch takes over, because a map is not channels-last", stacklevel=2)
+            warn("group_norm_silu: torch takes over, because a map is not channels-last")
     if add is not None:
         hidden = hidden.add_(add[:, :, None, None])
     normed: Tensor = norm(hidden)
@@ -103,39 +105,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, widen: nn.Linear, narrow: nn.Linear) -> Tensor:
     """tokens + narrow(geglu(widen(norm(tokens)))), tokens (B, N, C)."""
-    if tokens.device.type == "cpu" and not use_triton(tokens) and cpu.serves_feed_forward(tokens, norm, widen, narrow):
-        return cpu.feed_forward(tokens, norm, widen, narrow)
-    result: Tensor = tokens + narrow(geglu(widen(norm(tokens))))
-    return result
+    layers = (norm, widen, narrow)
+    if _for_cpu(tokens, *layers) and not use_triton(tokens) and cpu.serves_feed_forward(tokens, *layers):
+        return cpu.feed_forward(tokens, *layers)
+    return tokens + narrow(geglu(widen(norm(tokens))))
 
 
 def add_linear(residual: Tensor, tokens: Tensor, layer: nn.Linear) -> Tensor:
     """residual + layer(tokens)."""
-    if tokens.device.type == "cpu" and cpu.fuses(residual, tokens, *layer.parameters()):
+    if _for_cpu(tokens, layer) and cpu.fuses(residual, tokens, *layer.parameters()):
         return cpu.add_linear(residual, tokens, layer)
-    result: Tensor = residual + layer(tokens)
-    return result
+    return residual + layer(tokens)
 
 
 def conv(hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(hidden), a convolution that keeps the size."""
-    if hidden.device.type == "cpu" and cpu.fuses(hidden, *layer.parameters()):
+    if _for_cpu(hidden, layer) and cpu.fuses(hidden, *layer.parameters()):
         return cpu.conv(hidden, layer)
-    result: Tensor = layer(hidden)
-    return result
+    return layer(hidden)
 
 
 def add_conv(residual: Tensor, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
     """residual + layer(hidden), a convolution that keeps the size."""
-    if hidden.device.type == "cpu" and cpu.fuses(residual, hidden, *layer.parameters()):
+    if _for_cpu(hidden, layer) and cpu.fuses(residual, hidden, *layer.parameters()):
         return cpu.add_conv(residual, hidden, layer)
-    result: Tensor = residual + layer(hidden)
-    return result
+    return residual + layer(hidden)
 
 
 def upsample_conv(hidden: Tensor, size: Sequence[int], layer: nn.Conv2d) -> Tensor:
     """layer(hidden), a convolution of 3 x 3, with hidden grown to `size` by nearest neighbours before."""
-    if hidden.device.type == "cpu" and cpu.serves_upsampling(hidden, size, layer):
+    if _for_cpu(hidden, layer) and cpu.serves_upsampling(hidden, size, layer):
         return cpu.upsample_conv(hidden, layer)
     return conv(F.interpolate(hidden, size=tuple(size), mode="nearest"), layer)
 
@@ -148,32 +147,27 @@ def trajectory(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     if use_triton(x_0, noise) and x_0.dtype == torch.float32:
         from ledits_min.kernels import trajectory as kernel
 
-        levels = level_table([(level, 1.0, 0.0) for level in alpha_bar_t.tolist()], x_0.device)
+        levels = level_table([Level(level, 1.0, 0.0) for level in alpha_bar_t.tolist()], x_0.device)
         return kernel.trajectory(levels, x_0.contiguous(), noise.to(x_0).contiguous())
     return inversion.trajectory(x_0, noise, alpha_bar_t)
 
 
 def residuals(
-    x: Tensor,
-    branches: Tensor,
-    levels: Sequence[Level],
-    source: str,
-    source_guidance_scale: float,
-    table: Tensor | None = None,
+    x: Tensor, branches: Tensor, levels: Sequence[Level], settings: InversionSettings, table: Tensor | None = None
 ) -> Tensor:
     """x_{t-1} - mu_t(x_t, eps_source) of S consecutive steps in one go: none of them waits for another.
 
-    x (S + 1, B, C, h, w); branches (N, S, B, C, h, w) holds the predictions for the N texts that
-    `guidance.guided_texts("", source, source_guidance_scale)` names; returns (S, B, C, h, w). Who has `level_table` of
-    these levels on x's device passes it as `table`: making it waits for the device.
+    x (S + 1, B, C, h, w); branches (N, S, B, C, h, w) holds the predictions for the N texts that guide the source:
+    `guided_texts("", source, source_guidance_scale)`; returns (S, B, C, h, w). Who has `level_table` of these levels
+    on x's device passes it as `table`: making it waits for the device.
     """
+    source, scale = settings.source, settings.source_guidance_scale
     if use_triton(x, branches) and x.dtype == torch.float32:
         from ledits_min.kernels import trajectory as kernel
 
         table = level_table(levels, x.device) if table is None else table
-        return kernel.residuals(table, x.contiguous(), branches, source_guidance_scale)
-    texts = guided_texts("", source, source_guidance_scale)
-    eps = guided_eps(dict(zip(texts, branches, strict=True)), "", source, source_guidance_scale)
+        return kernel.residuals(table, x.contiguous(), branches, scale)
+    eps = guided_eps(dict(zip(guided_texts("", source, scale), branches, strict=True)), "", source, scale)
     means = [posterior_mean(x[i], eps[i], *level) for i, level in enumerate(levels)]
     return x[1:] - torch.stack(means)
 
@@ -182,43 +176,30 @@ def residuals(
 
 
 @dataclass(frozen=True)
-class EditPlan:
-    """All that is known about an edit before its first step; the arguments of `edit.edit`.
-
-    levels  of every executed step
-    terms   the concepts, those removed that `ConceptTerm.is_noop` calls so
-    """
+class EditSteps:
+    """The steps of an edit before the first of them: every step's noise level, and what the edit is asked to do."""
 
     levels: Sequence[Level]
-    terms: Sequence[ConceptTerm] = ()
-    target: str = ""
-    guidance_scale: float = 15.0
-    negative: str = ""
-    momentum_scale: float = 0.0
-    momentum_beta: float = 0.6
-
-    def texts(self, step: int) -> tuple[str, ...]:
-        """The texts whose predictions a step needs, in the order of its branches."""
-        return step_texts(self.negative, self.target, self.guidance_scale, self.terms, step, self.momentum_scale)
+    settings: EditSettings
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
-        """The plan as numbers, one row a step; the columns are those that `kernels/sega_step.py` names."""
-        slots, guidance, terms = [], [], []
+        """The same as numbers, one row per step; the columns are those that `kernels/sega_step.py` names."""
+        settings, slots, guidance, terms = self.settings, [], [], []
         for step in range(len(self.levels)):
-            slot = {text: n for n, text in enumerate(self.texts(step))}
-            base, *text = (slot[text] for text in guided_texts(self.negative, self.target, self.guidance_scale))
-            live = [term.matters(step, self.momentum_scale) for term in self.terms]
-            concepts = [slot[t.text] if alive else -1 for t, alive in zip(self.terms, live, strict=True)]
-            slots.append([slot.get(self.negative, -1), base, *(text or [-1]), *concepts])
-            warm = all(term.is_warm(step) for term in self.terms)
-            beta = self.momentum_beta
-            guidance.append([self.guidance_scale, self.momentum_scale, beta, 1.0 - beta, warm])
+            slot = {text: n for n, text in enumerate(settings.texts(step))}
+            guided = guided_texts(settings.negative, settings.target, settings.guidance_scale)
+            base, *text = (slot[text] for text in guided)
+            live = [term.matters(step, settings.momentum_scale) for term in settings.terms]
+            concepts = [slot[t.text] if alive else -1 for t, alive in zip(settings.terms, live, strict=True)]
+            slots.append([slot.get(settings.negative, -1), base, *(text or [-1]), *concepts])
+            warm, beta = all(term.is_warm(step) for term in settings.terms), settings.momentum_beta
+            guidance.append([settings.guidance_scale, settings.momentum_scale, beta, 1.0 - beta, warm])
             terms.append([
                 [-t.guidance_scale if t.reverse else t.guidance_scale, t.threshold, t.weight, t.acts(step)]
-                for t in self.terms
+                for t in settings.terms
             ])  # fmt: skip
-        shape = (len(self.levels), len(self.terms), 4)
+        shape = (len(self.levels), len(settings.terms), 4)
         return {
             "slots": torch.tensor(slots, dtype=torch.int32),
             "levels": level_table(self.levels, torch.device("cpu")),
@@ -231,12 +212,12 @@ class EditPlan:
 class EditState:
     """What a step reads and leaves behind; every tensor is changed in place, so that a captured graph can be replayed.
 
-    step      int32 (B, C)            the step to come; one counter a map, so that every program can advance its own
+    step      int32 (B, C)            the step to come; one counter per map, so that every program can advance its own
     x_t       float32 (B, C, h, w)
     momentum  float32 (B, C, h, w)    nu
     shares    float32 (T, K, B, C)    share of the map that a concept's mask kept; 0 where it did not act
     counts    int32 (K, B, C, h, w)   in how many steps a concept's mask kept a position; None: not wanted
-    tables    EditPlan.tables on the device
+    tables    EditSteps.tables on the device
     """
 
     step: Tensor
@@ -246,25 +227,33 @@ class EditState:
     counts: Tensor | None
     tables: dict[str, Tensor]
 
+    @property
+    def kept(self) -> Tensor:
+        """`counts`, which must have been wanted."""
+        assert self.counts is not None, "the masks were not wanted"
+        return self.counts
 
-def start(plan: EditPlan, x_t: Tensor, masks: bool = True) -> EditState:
+
+def start(steps: EditSteps, x_t: Tensor, masks: bool = True) -> EditState:
     """The state before the first step, on x_t's device."""
     batch, channels = x_t.shape[:2]
-    terms, device = len(plan.terms), x_t.device
+    terms, device = len(steps.settings.terms), x_t.device
     return EditState(
         step=torch.zeros(batch, channels, dtype=torch.int32, device=device),
         x_t=x_t.clone(memory_format=torch.contiguous_format),
         momentum=torch.zeros_like(x_t, memory_format=torch.contiguous_format),
-        shares=torch.zeros(len(plan.levels), terms, batch, channels, device=device),
+        shares=torch.zeros(len(steps.levels), terms, batch, channels, device=device),
         counts=torch.zeros(terms, *x_t.shape, dtype=torch.int32, device=device) if masks else None,
-        tables={name: table.to(device) for name, table in plan.tables.items()},
+        tables={name: table.to(device) for name, table in steps.tables.items()},
     )
 
 
-def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None) -> None:
+def sega_step(
+    steps: EditSteps, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None
+) -> None:
     """One editing step of Algorithm 1: state.x_t becomes x_{t-1}, and all else in `state` moves one step on.
 
-    branches   (N, B, C, h, w): item n is the prediction for text n of `plan.texts(step)`; further items are ignored
+    branches   (N, B, C, h, w): item n is the prediction for text n of `settings.texts(step)`; further items are ignored
     residuals  (T, B, C, h, w)
     step       what state.step holds, where the caller knows it: it saves torch from waiting for the device. The kernel
                reads state.step itself
@@ -279,15 +268,12 @@ def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Ten
             )  # fmt: skip
             return
         if os.environ.get("LEDITS_KERNELS") == "triton":
-            warnings.warn("sega_step: torch takes over, because a map is too large for registers", stacklevel=2)
+            warn("sega_step: torch takes over, because a map is too large for registers")
 
     step = int(state.step[0, 0]) if step is None else step
-    texts = plan.texts(step)
+    texts = steps.settings.texts(step)
     eps = dict(zip(texts, branches[: len(texts)].to(state.x_t.dtype), strict=True))
-    guided, added = edited_eps(
-        eps, plan.negative, plan.target, plan.guidance_scale, plan.terms, step,
-        state.momentum, plan.momentum_scale, plan.momentum_beta,
-    )  # fmt: skip
+    guided, added = edited_eps(eps, steps.settings, step, state.momentum)
     if added is not None:
         state.momentum.copy_(added.momentum)
         for i, mask in enumerate(added.masks):
@@ -295,7 +281,7 @@ def sega_step(plan: EditPlan, state: EditState, branches: Tensor, residuals: Ten
                 state.shares[step, i] = mask.float().mean(dim=(2, 3))
                 if state.counts is not None:
                     state.counts[i] += mask
-    state.x_t.copy_(posterior_mean(state.x_t, guided, *plan.levels[step]) + residuals[step])
+    state.x_t.copy_(posterior_mean(state.x_t, guided, *steps.levels[step]) + residuals[step])
     state.step.add_(1)
 
 

@@ -35,6 +35,15 @@ class Progress:
 Callback = Callable[[Progress], object]
 
 
+@dataclass(frozen=True)
+class Reporting:
+    """What a caller wants to hear of a run: a bar, an entry per step in `Result.trace`, calls of its own function."""
+
+    progress: bool = True
+    trace: bool = False
+    callback: Callback | None = None
+
+
 class Stopped(RunError):
     """A callback asked to stop."""
 

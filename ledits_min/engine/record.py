@@ -1,66 +1,59 @@
-"""What a run leaves behind besides its latents: masks, the trace, and whether every step stayed finite."""
+"""What a run leaves behind besides its latents: the masks of its concepts and the trace of its steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ledits_min.edit import Step
-from ledits_min.schedule import Schedule
-from ledits_min.sega import ConceptTerm
+from ledits_min.engine.progress import Progress, Reporting, tell
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
 
 
-class Recorder:
-    """Collects, step by step, what the masks covered, whether the latents stayed finite, and the trace if asked."""
+class Edited(NamedTuple):
+    """latents (B, C, h, w); one mask (B, h, w) per term, on the CPU; the trace, empty where it is not wanted."""
 
-    def __init__(
-        self,
-        terms: list[ConceptTerm],
-        negative: str,
-        target: str,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
-        trace: bool,
-    ) -> None:
-        self.finite: list[Tensor] = []  # read once, after the loop: reading a device value stalls it
-        self.trace: list[dict[str, Any]] = []
-        self._with_trace, self._schedule, self._skip, self._sigmas = trace, schedule, skip, schedule.sigmas(eta)
-        self._labels = {target: "target", negative: "uncond"}
-        self._sums: list[Tensor | None] = [None] * len(terms)
-        self._counts = [0] * len(terms)
+    latents: Tensor
+    masks: list[Tensor]
+    trace: list[dict[str, Any]]
 
-    def record(self, step: Step) -> None:
-        self.finite.append(step.x_prev.isfinite().all())
-        for k, mask in enumerate(step.masks):
-            if mask is not None:
-                share = mask.float().mean(dim=1)
-                total = self._sums[k]
-                self._sums[k] = share if total is None else total + share
-                self._counts[k] += 1
-        if self._with_trace:
-            self.trace.append(self._entry(step))
 
-    def masks(self, like: Tensor) -> list[Tensor]:
-        """One float32 (B, h, w) a concept, on the CPU."""
-        return [
-            torch.zeros_like(like[:, 0]) if total is None else (total / count).cpu()
-            for total, count in zip(self._sums, self._counts, strict=True)
-        ]
+def mean_masks(counts: Sequence[Tensor], settings: EditSettings, steps: int) -> list[Tensor]:
+    """The share of channels, and of the steps in which a concept acted, that its mask covered: (B, h, w) on the CPU.
 
-    def _entry(self, step: Step) -> dict[str, Any]:
-        index = self._skip + step.index
-        return {
-            "t": step.t,
-            "alpha_bar": float(self._schedule.alpha_bar_t[index]),
-            "sigma": float(self._sigmas[index]),
-            "eps_rms": {self._labels.get(text, text): _rms(eps) for text, eps in step.eps.items()},
-            "mask_fraction": [0.0 if mask is None else float(mask.float().mean()) for mask in step.masks],
-            "gamma_rms": 0.0 if step.gamma is None else _rms(step.gamma),
-            "x_rms": _rms(step.x_prev),
-        }
+    counts (B, C, h, w) per term: in how many of the `steps` executed steps its mask kept a position.
+    """
+    acted = [sum(term.acts(step) for step in range(steps)) for term in settings.terms]
+    return [count.float().mean(dim=1).cpu() / max(1, n) for count, n in zip(counts, acted, strict=True)]
+
+
+def observer(
+    phase: str, inversion: InversionSettings, settings: EditSettings, reporting: Reporting
+) -> tuple[list[dict[str, Any]], Callable[[Step], None] | None]:
+    """Where the trace gathers, and what a loop hands its steps to; None where nobody wants them."""
+    trace: list[dict[str, Any]] = []
+    levels = inversion.make_schedule().levels(inversion.eta)
+    labels = {settings.target: "target", settings.negative: "uncond"}
+
+    def on_step(step: Step) -> None:
+        if reporting.trace:
+            level = levels[step.index]
+            trace.append({
+                "t": step.t,
+                "alpha_bar": level.alpha_bar_t,
+                "sigma": level.sigma_t,
+                "eps_rms": {labels.get(text, text): _rms(eps) for text, eps in step.eps.items()},
+                "mask_fraction": [0.0 if mask is None else float(mask.float().mean()) for mask in step.masks],
+                "gamma_rms": 0.0 if step.gamma is None else _rms(step.gamma),
+                "x_rms": _rms(step.x_prev),
+            })  # fmt: skip
+        entry = trace[-1] if reporting.trace else None
+        tell(reporting.callback, Progress(phase, step.index + 1, len(levels), step.x_prev, entry))
+
+    return trace, on_step if reporting.trace or reporting.callback else None
 
 
 def _rms(tensor: Tensor) -> float:

@@ -1,18 +1,19 @@
-"""What a caller asks for, checked at the door: prompts, guidance, seeds, noise."""
+"""What a caller asks for, checked at the door: prompts, settings, seeds, noise."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ledits_min.config import EditDefaults
-from ledits_min.errors import InputError, check_number, check_whole
-from ledits_min.schedule import Schedule
-from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.errors import InputError, check_number, check_whole, warn
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
+from ledits_min.p2p import PromptToPrompt
+from ledits_min.sega import Concept
 
 
 @dataclass(frozen=True)
@@ -21,68 +22,50 @@ class Start:
 
     x_T: Tensor
     residuals: Tensor
-    schedule: Schedule
-    skip: int
-    eta: float
+    inversion: InversionSettings
 
     def to(self, device: torch.device) -> Start:
-        return replace(self, x_T=self.x_T.to(device), residuals=self.residuals.to(device))
+        return replace(self, x_T=self.x_T.to(device), residuals=self.residuals.to(device).contiguous())
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """Where it is to go: the arguments of `LEdits.edit` by these names, with every default resolved.
+def edit_settings(
+    defaults: EditDefaults,
+    target: str,
+    guidance_scale: float | None,
+    negative: str,
+    concepts: Sequence[Concept],
+    momentum_scale: float,
+    momentum_beta: float,
+) -> EditSettings:
+    """The arguments of `LEdits.edit` by these names, every default resolved.
 
-    terms  one a concept; `live` are those that can change anything
+    InputError for a number out of its range and for a prompt that is no text.
     """
+    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    check_number("guidance_scale", scale, 0.0, 1000.0)
+    for name, value in (("momentum_scale", momentum_scale), ("momentum_beta", momentum_beta)):
+        check_number(name, value, 0.0, 1.0)
+        if value == 1.0:
+            raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
+    check_prompt("target", target)
+    check_prompt("negative", negative)
+    terms = tuple(concept.resolve(defaults) for concept in concepts)
+    return EditSettings(target, scale, negative, terms, momentum_scale, momentum_beta)
 
-    target: str
-    guidance_scale: float
-    negative: str = ""
-    terms: list[ConceptTerm] = field(default_factory=list)
-    momentum_scale: float = 0.0
-    momentum_beta: float = 0.6
 
-    @classmethod
-    def of(
-        cls,
-        target: str,
-        guidance_scale: float,
-        negative: str,
-        concepts: Sequence[Concept],
-        momentum_scale: float,
-        momentum_beta: float,
-        defaults: EditDefaults,
-    ) -> Guidance:
-        """InputError for a number out of its range and for a prompt that is no text."""
-        check_number("guidance_scale", guidance_scale, 0.0, 1000.0)
-        for name, value in (("momentum_scale", momentum_scale), ("momentum_beta", momentum_beta)):
-            check_number(name, value, 0.0, 1.0)
-            if value == 1.0:
-                raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
-        check_prompt("target", target)
-        check_prompt("negative", negative)
-        terms = [concept.resolve(defaults) for concept in concepts]
-        return cls(target, guidance_scale, negative, terms, momentum_scale, momentum_beta)
+def edit_texts(settings: EditSettings) -> list[str]:
+    """Every text whose prediction an edit may ask for."""
+    return [settings.negative, settings.target, *(term.text for term in settings.terms if term.pulls)]
 
-    @property
-    def live(self) -> list[ConceptTerm]:
-        return [term for term in self.terms if not term.is_noop(base=self.negative)]
 
-    @property
-    def texts(self) -> list[str]:
-        """Every text whose prediction may be asked for."""
-        return [self.negative, self.target, *(term.text for term in self.live)]
-
-    def warn_of_idle(self, steps: int, stacklevel: int) -> None:
-        """Say which concepts never act in so many executed steps."""
-        for term in self.live:
-            if not any(term.acts(step) for step in range(steps)):
-                warnings.warn(
-                    f"concept {term.text[:40]!r} never acts: only {steps} steps are executed, and its warm-up is "
-                    f"{term.warmup_steps}, its cool-down {term.cooldown_steps}",
-                    stacklevel=stacklevel + 1,
-                )
+def warn_of_idle(settings: EditSettings, steps: int) -> None:
+    """Say which concepts never act in so many executed steps."""
+    for term in settings.terms:
+        if term.pulls and not any(term.acts(step) for step in range(steps)):
+            warn(
+                f"concept {term.text[:40]!r} never acts: only {steps} steps are executed, and its warm-up is "
+                f"{term.warmup_steps}, its cool-down {term.cooldown_steps}"
+            )
 
 
 def check_prompt(name: str, text: str) -> str:
@@ -91,18 +74,23 @@ def check_prompt(name: str, text: str) -> str:
     return text
 
 
+def check_attention(attention: object) -> None:
+    if not isinstance(attention, PromptToPrompt | None):
+        raise InputError(f"attention is {type(attention).__name__}; PromptToPrompt() or None is wanted")
+
+
 def check_output_size(output_size: str) -> None:
     if output_size not in ("input", "model"):
         raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
 
 
 def check_seeds(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
-    """One seed a picture."""
+    """One seed per picture."""
     seeds = tuple(seed) if isinstance(seed, list | tuple) else (seed,) * batch
     for value in seeds:
         check_whole("seed", value, 0, 2**63 - 1)  # type: ignore[arg-type]
     if len(seeds) != batch:
-        raise InputError(f"{len(seeds)} seeds for {batch} pictures; give one number, or one a picture")
+        raise InputError(f"{len(seeds)} seeds for {batch} pictures; give one number, or one per picture")
     return seeds  # type: ignore[return-value]
 
 

@@ -1,47 +1,59 @@
-"""The engine's loops over the networks of one checkpoint: batches that fit, progress, one line when memory ends."""
+"""The fast engine over the networks of one checkpoint: batches that fit, progress, one line when memory ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ledits_min.edit import Step
-from ledits_min.engine import loop as loops
+from ledits_min.engine import coding, loop
+from ledits_min.engine.budget import Costs, Model, batch_limit, size
 from ledits_min.engine.cpu import transforms_weights
 from ledits_min.engine.denoiser import Denoiser
+from ledits_min.engine.evaluate import Network
+from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.engine.graphs import Graphed, use_graphs
-from ledits_min.engine.loop import Network
 from ledits_min.engine.memory import free_memory, is_out_of_memory
-from ledits_min.engine.ops import EditPlan
-from ledits_min.engine.plan import Costs, Model, Phase, editing_phase, inversion_phase, one_pass_phase, size
-from ledits_min.engine.preparation import Preparation
-from ledits_min.engine.progress import Callback, Progress, progress_bar, tell
-from ledits_min.engine.record import Recorder
+from ledits_min.engine.overhead import Overhead
+from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.progress import Callback, Progress, Reporting, progress_bar, tell
+from ledits_min.engine.record import Edited, mean_masks, observer
 from ledits_min.engine.request import Start
+from ledits_min.engine.retry import retried_in_float32
 from ledits_min.errors import RunError
-from ledits_min.schedule import Schedule
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
+from ledits_min.p2p import Lending
 from ledits_min.text import Context
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 
 T = TypeVar("T")
+Contexts = Mapping[str, Context]
 Advance = Callable[[int], object]
-Edited = tuple[Tensor, list[Tensor], list[dict[str, Any]]]  # latents, one mask a term of the plan, the trace if wanted
 
 
 class Runner:
-    """`tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated,
-    `preparation` gathers what compiling and recording took.
+    """`edit.invert` and `edit.edit` over a UNet and a VAE, batched; `plain.PlainRunner` has the same methods.
+
+    `tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated,
+    `overhead` gathers what compiling and recording took. `compiled`: torch.compile runs the UNet.
     """
 
+    name = "fast"
+
     def __init__(self, unet: UNet, vae: VAE, prediction_type: str, tokens: int) -> None:
-        self.unet, self.vae, self.prediction_type, self.tokens = unet, vae, prediction_type, tokens
+        self.unet, self.vae = self.networks(unet, vae)
+        self.prediction_type, self.tokens = prediction_type, tokens
+        self.compiled = False
         self.evaluations: dict[str, int] = {}
-        self.preparation = Preparation()
+        self.overhead = Overhead()
+
+    def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
+        return accelerate(unet), accelerate(vae)
 
     @property
     def model(self) -> Model:
@@ -54,119 +66,88 @@ class Runner:
 
     def batch_limit(self, latents: Tensor) -> int:
         height, width = latents.shape[-2:]
-        return loops.batch_limit(self.costs((height, width), latents.device), latents.device)
+        return batch_limit(self.costs((height, width), latents.device), latents.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """`VAE.encode`; RunError where it cannot be done."""
         with self.memory_named("encoding", image, factor=1):
-            return loops.encode(self.vae, image)
+            return coding.encode(self.vae, image)
 
     def decode(self, latents: Tensor) -> Tensor:
         """`VAE.decode`, likewise."""
         with self.memory_named("decoding", latents):
-            return loops.decode(self.vae, latents)
+            return coding.decode(self.vae, latents)
 
     def invert(
-        self,
-        contexts: Mapping[str, Context],
-        x_0: Tensor,
-        noise: Tensor,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
-        source: str,
-        source_guidance_scale: float,
-        progress: bool,
-        callback: Callback | None = None,
+        self, contexts: Contexts, x_0: Tensor, noise: Tensor, settings: InversionSettings, reporting: Reporting
     ) -> tuple[Tensor, Tensor]:
-        """`edit.invert`, in batches over t."""
-        limit = self.batch_limit(x_0)
-        phase = inversion_phase(len(noise), source, source_guidance_scale, len(x_0), limit, schedule.num_steps)
+        """`edit.invert`, in batches over t; the callback hears of every call of the network."""
+        phase = inversion_phase(settings, len(x_0), self.batch_limit(x_0))
 
-        def loop(network: Network, advance: Advance) -> tuple[Tensor, Tensor]:
-            return loops.invert(
-                network, phase, x_0, noise, schedule, skip, eta, source, source_guidance_scale, advance
-            )  # fmt: skip
+        def attempt(advance: Advance) -> tuple[Tensor, Tensor]:
+            network = self.network(phase, contexts, settings, x_0.device)
+            return loop.invert(network, phase, x_0, noise, settings, loop.Watch(advance))
 
-        return self.run(loop, phase, contexts, schedule, skip, x_0, progress, callback)
+        return self.run(attempt, phase, x_0, reporting, reporting.callback)
 
     def edit(
-        self,
-        name: str,
-        contexts: Mapping[str, Context],
-        plan: EditPlan,
-        start: Start,
-        progress: bool,
-        trace: bool,
-        callback: Callback | None = None,
-    ) -> Edited:
-        """`edit.edit`."""
-        schedule, skip = start.schedule, start.skip
-        phase = editing_phase(
-            name, len(start.residuals), plan.negative, plan.target, plan.guidance_scale, plan.terms,
-            plan.momentum_scale, len(start.x_T), self.batch_limit(start.x_T),
-        )  # fmt: skip
+        self, phase: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
+        lending: Lending | None = None,
+    ) -> Edited:  # fmt: skip
+        """`edit.edit` under the name `phase`; with `lending` Prompt-to-Prompt."""
+        limit = self.batch_limit(start.x_T)
+        planned = editing_phase(phase, start.inversion, settings, len(start.x_T), limit, lending)
 
-        def loop(network: Network, advance: Advance) -> Edited:
-            recorder, on_step = _observer(name, plan, schedule, skip, start.eta, trace, callback)
-            state = loops.edit(
-                network, phase, plan, start.x_T, start.residuals, schedule.timesteps[skip:], on_step, trace, advance
+        def attempt(advance: Advance) -> Edited:
+            network = self.network(planned, contexts, start.inversion, start.x_T.device)
+            trace, on_step = observer(phase, start.inversion, settings, reporting)
+            watch = loop.Watch(advance, on_step, reporting.trace)
+            state = loop.edit(
+                network, planned, start.x_T, start.residuals, start.inversion, settings, watch, lending
             )  # fmt: skip
-            return state.x_t, loops.mean_masks(plan, state), recorder.trace
+            return Edited(state.x_t, mean_masks(list(state.kept), settings, len(start.residuals)), trace)
 
-        return self.run(loop, phase, contexts, schedule, skip, start.x_T, progress)
+        return self.run(attempt, planned, start.x_T, reporting)
 
     def invert_and_edit(
-        self,
-        contexts: Mapping[str, Context],
-        plan: EditPlan,
-        x_0: Tensor,
-        noise: Tensor,
-        schedule: Schedule,
-        skip: int,
-        eta: float,
-        source: str,
-        source_guidance_scale: float,
-        progress: bool,
-        trace: bool,
-        callback: Callback | None = None,
-    ) -> tuple[Tensor, Tensor, Edited]:
+        self, contexts: Contexts, x_0: Tensor, noise: Tensor, inversion: InversionSettings, settings: EditSettings,
+        reporting: Reporting,
+    ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
         """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
-        phase = one_pass_phase(
-            len(noise), source, source_guidance_scale, plan.negative, plan.target, plan.guidance_scale, plan.terms,
-            plan.momentum_scale, len(x_0), self.batch_limit(x_0), schedule.num_steps,
-        )  # fmt: skip
+        phase = one_pass_phase(inversion, settings, len(x_0), self.batch_limit(x_0))
 
-        def loop(network: Network, advance: Advance) -> tuple[Tensor, Tensor, Edited]:
-            recorder, on_step = _observer(phase.name, plan, schedule, skip, eta, trace, callback)
-            x_T, residuals, state = loops.invert_and_edit(
-                network, phase, plan, x_0, noise, schedule, skip, source, source_guidance_scale, on_step, trace, advance
-            )  # fmt: skip
-            return x_T, residuals, (state.x_t, loops.mean_masks(plan, state), recorder.trace)
+        def attempt(advance: Advance) -> tuple[Tensor, Tensor, Edited]:
+            network = self.network(phase, contexts, inversion, x_0.device)
+            trace, on_step = observer(phase.name, inversion, settings, reporting)
+            watch = loop.Watch(advance, on_step, reporting.trace)
+            x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
+            return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
 
-        return self.run(loop, phase, contexts, schedule, skip, x_0, progress)
+        return self.run(attempt, phase, x_0, reporting)
+
+    def network(
+        self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
+    ) -> Network:
+        """The UNet as `loop` asks it, in CUDA graphs where there are any."""
+        texts = [contexts[text] for text in phase.texts]
+        schedule = inversion.make_schedule()
+        denoiser = Denoiser(cast(FastUNet, self.unet), texts, schedule, self.prediction_type, self.compiled)
+        return Graphed(denoiser, self.overhead) if use_graphs(device) else denoiser
 
     def run(
         self,
-        loop: Callable[[Network, Advance], T],
+        attempt: Callable[[Advance], T],
         phase: Phase,
-        contexts: Mapping[str, Context],
-        schedule: Schedule,
-        skip: int,
         latents: Tensor,
-        progress: bool,
+        reporting: Reporting,
         on_evaluations: Callback | None = None,
     ) -> T:
-        """`loop` over the UNet, with a bar; once more in float32 where half precision overflows."""
+        """`attempt`, with a bar that it advances; once more in float32 where half precision overflows."""
         self.evaluations[phase.name] = 0
 
-        def attempt() -> T:
-            texts = [contexts[text] for text in phase.texts]
+        def once() -> T:
             before = self.evaluations[phase.name]
-            network: Network = Denoiser(self.unet, texts, schedule, skip, self.prediction_type)
-            if use_graphs(latents.device):
-                network = Graphed(network, self.preparation)
-            with progress_bar(phase.name, phase.evaluations, "evaluation", progress) as bar:
+            with progress_bar(phase.name, phase.evaluations, "evaluation", reporting.progress) as bar:
 
                 def advance(evaluations: int) -> None:
                     self.evaluations[phase.name] += evaluations
@@ -174,16 +155,16 @@ class Runner:
                     done = self.evaluations[phase.name] - before
                     tell(on_evaluations, Progress(phase.name, done, phase.evaluations))
 
-                return loop(network, advance)
+                return attempt(advance)
 
-        with self.memory_named(phase.name, latents), self.preparation.watching_the_compiler():
-            return loops.retried_in_float32(self.unet, attempt)
+        with self.memory_named(phase.name, latents), self.overhead.watching_the_compiler():
+            return retried_in_float32(self.unet, once)
 
     @contextmanager
     def memory_named(self, phase: str, maps: Tensor, factor: int | None = None) -> Iterator[None]:
         """RunError with the size that would fit, where memory runs out and no retry is left.
 
-        maps (B, C, h, w) with `factor` pixels a position, by default those of latents.
+        maps (B, C, h, w) with `factor` pixels per position, by default those of latents.
         """
         factor = factor or self.vae.config.factor
         width, height = maps.shape[-1] * factor, maps.shape[-2] * factor
@@ -198,18 +179,3 @@ class Runner:
             raise RunError(
                 f"{phase}: out of memory with one picture of {width} x {height} pixels; {size(free)} free, {way_out}"
             ) from None
-
-
-def _observer(
-    phase: str, plan: EditPlan, schedule: Schedule, skip: int, eta: float, trace: bool, callback: Callback | None
-) -> tuple[Recorder, Callable[[Step], None] | None]:
-    """Where the trace gathers, and what the loop hands its steps to; None where nobody wants them."""
-    recorder = Recorder(list(plan.terms), plan.negative, plan.target, schedule, skip, eta, trace)
-
-    def on_step(step: Step) -> None:
-        if trace:
-            recorder.record(step)
-        entry = recorder.trace[-1] if trace else None
-        tell(callback, Progress(phase, step.index + 1, len(plan.levels), step.x_prev, entry))
-
-    return recorder, on_step if trace or callback else None

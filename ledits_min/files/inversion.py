@@ -16,25 +16,9 @@ from ledits_min.errors import InputError, check_number, check_whole, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import TensorInfo, read_header
 from ledits_min.files.picture import atomic_write
+from ledits_min.inversion import InversionSettings
 
 FORMAT = "ledits_min inversion 1"
-
-
-@dataclass(frozen=True)
-class InversionSettings:
-    """What an inversion was made with; an edit of it must use the same schedule, eta and model.
-
-    `seeds` holds one number an image, or is empty where the noise was given. `fingerprint` identifies the model.
-    """
-
-    fingerprint: str
-    schedule: ScheduleConfig
-    num_steps: int
-    skip: int
-    eta: float
-    source: str
-    source_guidance_scale: float
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,11 +77,11 @@ def _read_settings(text: str, path: str) -> InversionSettings:
         settings = InversionSettings(**values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: damaged settings ({type(error).__name__}); make the inversion again") from None
-    check_settings(settings, path)
+    check_inversion_settings(settings, path)
     return settings
 
 
-def check_settings(settings: InversionSettings, where: str) -> None:
+def check_inversion_settings(settings: InversionSettings, where: str) -> None:
     """InputError for a setting outside the range that the public interface documents."""
     check_whole(f"{where}: num_steps", settings.num_steps, 1, settings.schedule.num_train_timesteps // 2)
     check_whole(f"{where}: skip", settings.skip, 0, settings.num_steps - 1)
@@ -114,7 +98,7 @@ def _check_shapes(found: Mapping[str, TensorInfo], settings: InversionSettings, 
     """Hold the header of a saved inversion against what the settings say it must contain."""
     latents = found["latents"].shape if "latents" in found else ()
     if len(latents) == 4 and 0 not in latents:
-        executed = settings.num_steps - settings.skip
+        executed = settings.executed_steps
         wanted = {"x_T": latents, "latents": latents, "residuals": (executed, *latents)}
         originals = {f"original.{i}" for i in range(latents[0])}
         pictures = [found[name] for name in originals & set(found)]

@@ -19,7 +19,9 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ledits_min.errors import InputError, RunError, quoted
+from ledits_min.errors import InputError, RunError, quoted, warn
+
+ImageLike = Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # short: Pillow's other readers were attacked
 MAX_PIXELS = 64_000_000
@@ -59,9 +61,7 @@ _DAMAGED = (
 )  # fmt: skip
 
 
-def open_image(
-    source: Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any], *, notices: list[str] | None = None
-) -> Image.Image:
+def open_image(source: ImageLike, *, notices: list[str] | None = None) -> Image.Image:
     """An upright 8-bit sRGB picture, whatever it was: alpha over white, first frame, colour profile applied.
 
     source   a file (PNG, JPEG, WEBP, TIFF, BMP, GIF), a PIL image, or a uint8 array (H, W, 3)
@@ -101,6 +101,18 @@ def upright_size(source: str | os.PathLike[str]) -> tuple[int, int]:
             width, height = image.size
             return (height, width) if turned and _orientation(image) in range(5, 9) else (width, height)
     return open_image(source).size
+
+
+def open_pictures(image: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    """One picture or several, as RGB."""
+    notices: list[str] = []
+    sources = list(image) if isinstance(image, list | tuple) else [image]
+    if not sources:
+        raise InputError("no image was given; pass one picture or a list of at least one")
+    pictures = [open_image(source, notices=notices) for source in sources]  # type: ignore[arg-type]
+    for notice in notices:
+        warn(notice)
+    return pictures
 
 
 def fit_size(picture: tuple[int, int], size: int | tuple[int, int] | None, native: int, factor: int) -> tuple[int, int]:

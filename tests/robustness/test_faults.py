@@ -37,7 +37,8 @@ KILLED = """
 import os, random, signal, sys, time
 import numpy as np, torch
 from PIL import Image
-from ledits_min.files.inversion import Inversion, InversionSettings
+from ledits_min.files.inversion import Inversion
+from ledits_min.inversion import InversionSettings
 from ledits_min.config import ScheduleConfig
 from ledits_min.files import inversion as archive
 from ledits_min.files import picture as image

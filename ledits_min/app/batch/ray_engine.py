@@ -69,7 +69,7 @@ class RayEngine:
             # One precision for all, whatever each finds where it runs; the driver needs no GPU of its own.
             dtype = "float16" if args.dtype == "auto" and gpus else args.dtype
             self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
-            self.ledits.compiled = args.compile  # a job's hash says how its pixels are computed, here too
+            self.ledits.runner.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:
             ray.shutdown()
             raise

@@ -30,7 +30,7 @@ from ledits_min.app import outputs
 from ledits_min.app.batch.jobs import Job
 from ledits_min.app.inputs import check_prompt, edit_settings, inversion_settings, load_model
 from ledits_min.app.terminal import disk_is_full, one_line, tell
-from ledits_min.engine.plan import count
+from ledits_min.engine.budget import count
 from ledits_min.engine.progress import progress_bar
 from ledits_min.errors import InputError, RunError, quoted
 from ledits_min.files.picture import atomic_write, fit_size, open_image, save_image, upright_size

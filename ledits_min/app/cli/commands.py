@@ -28,7 +28,7 @@ from ledits_min.app.terminal import Clock, tell, tell_written
 from ledits_min.errors import InputError, check_whole, quoted
 
 if TYPE_CHECKING:
-    from ledits_min import Concept
+    from ledits_min import Concept, PromptToPrompt
 
 
 def run_edit(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def run_edit(args: argparse.Namespace) -> None:
 
     saved = is_saved_inversion(args.image)
     if args.explain:
-        _tell_plan(args, concepts)
+        _tell_plan(args, concepts, attention)
         return
     out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
     check_outputs(args, {
@@ -73,9 +73,9 @@ def run_edit(args: argparse.Namespace) -> None:
         inversion, result = edit_picture(args, ledits, picture, **edit)
     else:  # what is saved must give the same picture again, to the last bit, so it is not made in the edit's batches
         inversion = made or invert_picture(args, ledits, picture)
-        clock.lap("invert", ledits.runner.preparation.take())
+        clock.lap("invert", ledits.runner.overhead.take())
         result = ledits.edit(inversion, **edit)
-    clock.lap("edit", ledits.runner.preparation.take())
+    clock.lap("edit", ledits.runner.overhead.take())
 
     masks = [mask[0] for mask in result.masks]
     values = outputs.settings(ledits, inversion, concepts, attention, settings)
@@ -84,13 +84,11 @@ def run_edit(args: argparse.Namespace) -> None:
     if args.save_inversion is not None:
         inversion.save(args.save_inversion)
     if args.report is not None:
-        plan = None
-        if attention is None:  # Prompt-to-Prompt keeps to the plain loop
-            plan = plan_edit(
-                ledits, inversion.settings, latent_size(inversion), concepts, settings, ledits.device,
-                inverted=saved, apart=args.save_inversion is not None,
-            )  # fmt: skip
-        evaluations = {"planned": plan and plan.to_json(), "evaluated": ledits.runner.evaluations}
+        plan = plan_edit(
+            ledits, inversion.settings, latent_size(inversion), edit, ledits.device,
+            inverted=saved, apart=args.save_inversion is not None,
+        )  # fmt: skip
+        evaluations = {"planned": plan.to_json(), "evaluated": ledits.runner.evaluations}
         content = outputs.report(
             values, masks, result.trace, clock.laps, args.said, str(ledits.device), evaluations
         )  # fmt: skip
@@ -99,11 +97,10 @@ def run_edit(args: argparse.Namespace) -> None:
     tell_written(clock, [out, args.masks, args.report, args.save_inversion])
 
 
-def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
+def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept], attention: PromptToPrompt | None) -> None:
     """What the same command without --explain would evaluate. No weight is read and nothing is written."""
-    if args.p2p is not None:
-        raise InputError("--explain does not know --p2p; leave one of them out")
     from ledits_min.app.cli.explain import fitted_size, latent_size, plan_edit, without_weights
+    from ledits_min.p2p import check_prompts
 
     made = load_inversion(args) if is_saved_inversion(args.image) else None
     ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
@@ -114,9 +111,11 @@ def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     else:
         settings = inversion_settings(args, ledits)
         latents = fitted_size(ledits, open_picture(args), args.size)
+    if attention is not None:
+        check_prompts(settings.source, args.target, args.negative)
+    edit = {**edit_settings(args, ledits), "concepts": concepts, "attention": attention}
     plan = plan_edit(
-        ledits, settings, latents, concepts, edit_settings(args, ledits), device,
-        inverted=made is not None, apart=args.save_inversion is not None,
+        ledits, settings, latents, edit, device, inverted=made is not None, apart=args.save_inversion is not None
     )  # fmt: skip
     for line in plan.lines():
         tell(line)
@@ -147,7 +146,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     clock.lap("load")
     side = sweep.cell_side(grid, picture)
     edited, inversions = sweep.run(grid, ledits, picture, made, side)
-    clock.lap("sweep", ledits.runner.preparation.take())
+    clock.lap("sweep", ledits.runner.overhead.take())
 
     shared = outputs.common([one.settings for row in edited for one in row])
     sheet = sweep.draw(grid, edited, picture, side, outputs.parameters(shared))

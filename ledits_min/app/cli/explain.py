@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ledits_min.engine.loop import batch_limit
-from ledits_min.engine.plan import Phase, Plan, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.budget import Plan, batch_limit
+from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.request import edit_settings
 from ledits_min.files.picture import fit_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ledits_min.files.inversion import Inversion, InversionSettings
+    from ledits_min.files.inversion import Inversion
+    from ledits_min.inversion import InversionSettings
     from ledits_min.pipeline import LEdits
-    from ledits_min.sega import Concept
 
 
 def without_weights(model: str, device: str, dtype: str, **parts: Any) -> tuple[LEdits, torch.device]:
@@ -47,9 +48,8 @@ def fitted_size(ledits: LEdits, picture: Image.Image, size: int | tuple[int, int
 
 def plan_edit(
     ledits: LEdits,
-    settings: InversionSettings,
+    inversion: InversionSettings,
     latents: tuple[int, int],
-    concepts: Sequence[Concept],
     edit: Mapping[str, Any],
     device: torch.device,
     *,
@@ -58,23 +58,23 @@ def plan_edit(
 ) -> Plan:
     """The plan that `LEdits.invert_and_edit` follows on `device` for one picture with latents (h, w).
 
-    edit holds `LEdits.edit`'s target, guidance_scale, negative, momentum_scale and output_size. With `inverted` the
-    inversion is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
+    edit holds arguments of `LEdits.edit`, its concepts and Prompt-to-Prompt among them. With `inverted` the inversion
+    is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
     """
-    terms = [concept.resolve(ledits.defaults) for concept in concepts]
-    live = [term for term in terms if not term.is_noop(base=edit["negative"])]
-    costs = ledits.runner.costs(latents, device)
-    limit, steps = batch_limit(costs, device), settings.num_steps - settings.skip
-    guidance = {name: edit[name] for name in ("negative", "target", "guidance_scale", "momentum_scale")}
-    guidance |= {"terms": live, "images": 1, "capacity": limit}
-    source = steps, settings.source, settings.source_guidance_scale
+    asked = ("target", "guidance_scale", "negative", "concepts", "momentum_scale", "momentum_beta")
+    settings = edit_settings(ledits.defaults, *(edit[name] for name in asked))
+    costs, attention = ledits.runner.costs(latents, device), edit.get("attention")
+    limit = batch_limit(costs, device)
     phases: tuple[Phase, ...]
-    if inverted or apart:
-        phases = (editing_phase("editing", steps, **guidance),)
+    if inverted or apart or attention is not None:
+        lending = None
+        if attention is not None:
+            lending = ledits.lending(attention, inversion, settings, torch.empty(1, 4, *latents, device="meta"))
+        phases = (editing_phase("editing", inversion, settings, 1, limit, lending),)
         if not inverted:
-            phases = (inversion_phase(*source, 1, limit, settings.num_steps), *phases)
+            phases = (inversion_phase(inversion, 1, limit), *phases)
     else:
-        phases = (one_pass_phase(*source, **guidance, num_steps=settings.num_steps),)
+        phases = (one_pass_phase(inversion, settings, 1, limit),)
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
     decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
     return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
+from ledits_min.engine.torch_private import watch_compiler
 
-class Preparation:
+
+class Overhead:
     """Seconds by kind, gathered until they are taken: "compile" by torch.compile, "record" of CUDA graphs."""
 
     def __init__(self) -> None:
@@ -31,12 +33,7 @@ class Preparation:
 
     @contextmanager
     def watching_the_compiler(self) -> Iterator[None]:
-        """Times what torch.compile does in this thread meanwhile, where this torch tells (it does not promise to)."""
-        try:
-            from torch._dynamo.callback import callback_handler as handler
-        except ImportError:
-            yield
-            return
+        """Times what torch.compile does in this thread meanwhile, where this torch tells."""
         thread, started = get_ident(), None
 
         def start(*_: object) -> None:
@@ -49,10 +46,8 @@ class Preparation:
                 self._seconds["compile"] += time.perf_counter() - started
             started = None
 
-        handler.register_start_callback(start)
-        handler.register_end_callback(end)
+        stop = watch_compiler(start, end)
         try:
             yield
         finally:
-            handler.remove_start_callback(start)
-            handler.remove_end_callback(end)
+            stop()

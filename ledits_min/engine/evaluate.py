@@ -1,0 +1,138 @@
+"""Asking the network about a phase's rows: in their order, in batches that fit, with a flag for every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ledits_min.engine.memory import is_out_of_memory
+from ledits_min.engine.plan import Phase, Row, inputs, lends, split_evenly
+from ledits_min.engine.retry import NotFinite
+from ledits_min.errors import warn
+from ledits_min.p2p import AttentionControl
+
+Control = Callable[[Tensor, Tensor], AttentionControl]  # of the rows that lend and those that receive, in one call
+
+
+class Network(Protocol):
+    """x_t (m, C, h, w), the others int64 (n,) -> eps float32 (n, C, h, w): evaluation i reads x_t[inputs[i]].
+
+    `inputs` count up from 0 to n - 1 unless m < n. A step counts the executed ones, a text is its place in Phase.texts,
+    an image its place in the batch; all lie on x_t's device. `attention` controls the attention of these n rows.
+    """
+
+    def __call__(
+        self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
+        attention: AttentionControl | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+class Evaluator:
+    """Evaluates a phase's groups one after the other.
+
+    Whether a prediction is finite stays on the device, one flag per evaluation, until `check` reads them all.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        phase: Phase,
+        timesteps: Tensor,
+        device: torch.device,
+        progress: Callable[[int], object] = lambda evaluations: None,
+    ) -> None:
+        self.network, self.phase, self.timesteps, self.progress = network, phase, timesteps, progress
+        self.capacity, self.done, self.groups_done = phase.capacity, 0, 0
+        place = {text: n for n, text in enumerate(phase.texts)}
+        self.evaluations = [
+            (read * phase.images + image, row.step, place[row.text], image)
+            for group in phase.groups
+            for read, row, image in _in_order(group, phase.images)
+        ]
+        self.numbers = torch.tensor(self.evaluations, device=device).view(-1, 4).T.contiguous()
+        self.in_turn = torch.arange(max(2, phase.capacity), device=device)
+        self.finite = torch.ones(phase.evaluations, dtype=torch.bool, device=device)
+
+    def __call__(self, x_t: Tensor, control: Control | None = None) -> Tensor:
+        """The next group: x_t float32 (inputs, B, C, h, w), as `plan.inputs` counts them -> eps (rows, B, C, h, w).
+
+        `control` where the group's first row lends its attention maps to the second.
+        """
+        group, flat, images = self.phase.groups[self.groups_done], x_t.flatten(0, 1), self.phase.images
+        assert lends(group) == (control is not None)
+        end, pairs_end = self.done + len(group) * images, self.done + 2 * images * lends(group)
+        parts: list[Tensor] = []
+        while self.done < end:
+            size = split_evenly(end - self.done, self.capacity, pairs=lends(group))[0]
+            attention = self._pairs(min(size, pairs_end - self.done), control)
+            eps = self._call(flat, size, attention)
+            if eps is None:
+                self.capacity = (size + 1) // 2
+                warn(
+                    f"{self.phase.name}: out of memory with {size} evaluations per call; going on with {self.capacity}"
+                )
+                continue
+            parts.append(eps)
+        self.groups_done += 1
+        eps = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if lends(group):  # back from pairs, image by image
+            pairs, others = eps.split([2 * images, len(eps) - 2 * images])
+            eps = torch.cat([pairs.unflatten(0, (images, 2)).transpose(0, 1).flatten(0, 1), others])
+        return eps.view(len(group), *x_t.shape[1:])
+
+    def _pairs(self, evaluations: int, control: Control | None) -> AttentionControl | None:
+        """What controls a call whose first evaluations are pairs of one that lends and one that receives."""
+        if control is None or evaluations <= 0:
+            return None
+        rows = torch.arange(evaluations, device=self.finite.device)
+        return control(rows[::2], rows[1::2])
+
+    def _call(self, x_t: Tensor, size: int, attention: AttentionControl | None) -> Tensor | None:
+        """One call of the network with the next `size` evaluations; None where memory ran out and fewer may fit.
+
+        x_t holds the inputs of their whole group.
+        """
+        here = slice(self.done, self.done + size)
+        numbers = self.numbers[:, here]
+        read = [evaluation[0] for evaluation in self.evaluations[here]]
+        first, last = min(read), max(read)
+        if last - first + 1 < size and attention is None:
+            x_t, read_by = x_t[first : last + 1], numbers[0] - first
+        else:
+            x_t, read_by = x_t[numbers[0]], self.in_turn[:size]
+        try:
+            steps, texts, images = numbers[1:]
+            eps = self.network(x_t, read_by, steps, texts, images, attention)
+        except (RuntimeError, MemoryError) as error:
+            if size <= (1 if attention is None else 2) or not is_out_of_memory(error):
+                raise
+            return None
+        self.finite[here] = eps.flatten(1).isfinite().all(dim=1)
+        self.done = here.stop
+        self.progress(size)
+        return eps
+
+    def check(self, latents: Tensor | None = None) -> None:
+        """NotFinite, if need be; `latents` says for every step whether the latents behind it were finite."""
+        finite = self.finite.tolist()
+        bad = [
+            (step, f"the prediction for {self.phase.texts[text]!r}")
+            for (_, step, text, _), good in zip(self.evaluations, finite, strict=True)
+            if not good
+        ]
+        of_step = [] if latents is None else latents.tolist()
+        bad += [(step, "the latents") for step, good in enumerate(of_step) if not good]
+        if bad:
+            step, what = min(bad, key=lambda item: item[0])
+            raise NotFinite.at(self.phase.name, what, step, int(self.timesteps[step]))
+
+
+def _in_order(group: Sequence[Row], images: int) -> list[tuple[int, Row, int]]:
+    """(input, row, image) of every evaluation: row by row, but pairs that lend and receive beside each other."""
+    numbered = list(zip(inputs(group), group, strict=True))
+    pairs, others = numbered[: 2 * lends(group)], numbered[2 * lends(group) :]
+    paired = [(read, row, image) for image in range(images) for read, row in pairs]
+    return paired + [(read, row, image) for read, row in others for image in range(images)]

@@ -1,0 +1,109 @@
+"""The plain engine: `edit.py` itself through the plain networks, step by step. It is the audit of everything else.
+
+One text and one timestep per call of the UNet, nothing shared, nothing batched but the pictures. Progress, trace,
+masks, the retry in float32 and the line that names what was not finite are those of the fast engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ledits_min.edit import Step, edit, invert
+from ledits_min.engine.denoiser import plain_eps_model
+from ledits_min.engine.plan import editing_phase, inversion_phase
+from ledits_min.engine.progress import Reporting
+from ledits_min.engine.record import Edited, mean_masks, observer
+from ledits_min.engine.request import Start
+from ledits_min.engine.retry import NotFinite
+from ledits_min.engine.runner import Advance, Contexts, Runner
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
+from ledits_min.p2p import ControlledEpsModel, Lending, lend_maps
+from ledits_min.unet import UNet
+from ledits_min.vae import VAE
+
+
+class PlainRunner(Runner):
+    """`Runner` with nothing fast in it."""
+
+    name = "plain"
+
+    def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
+        return unet, vae
+
+    def batch_limit(self, latents: Tensor) -> int:
+        return len(latents)
+
+    def invert(
+        self, contexts: Contexts, x_0: Tensor, noise: Tensor, settings: InversionSettings, reporting: Reporting
+    ) -> tuple[Tensor, Tensor]:
+        phase, timesteps = inversion_phase(settings, len(x_0), len(x_0)), settings.make_schedule().timesteps
+
+        def check(step: int, eps: dict[str, Tensor]) -> None:
+            _check("inverting", step, int(timesteps[step]), _named(eps))
+
+        def attempt(advance: Advance) -> tuple[Tensor, Tensor]:
+            return invert(self._eps_model(settings, advance), contexts, x_0, noise, settings, check)
+
+        return self.run(attempt, phase, x_0, reporting, reporting.callback)
+
+    def edit(
+        self, phase: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
+        lending: Lending | None = None,
+    ) -> Edited:  # fmt: skip
+        x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
+        planned = editing_phase(phase, inversion, settings, len(x_T), len(x_T), lending)
+
+        def attempt(advance: Advance) -> Edited:
+            eps_model = self._eps_model(inversion, advance)
+            counts = [torch.zeros_like(x_T) for _ in settings.terms]
+            trace, tell_step = observer(phase, inversion, settings, reporting)
+
+            def on_step(step: Step) -> None:
+                _check(phase, step.index, step.t, {**_named(step.eps), "the latents": step.x_prev})
+                for count, mask in zip(counts, step.masks, strict=False):  # no masks where no concept is
+                    if mask is not None:
+                        count += mask
+                if tell_step is not None:
+                    tell_step(step)
+
+            hook: dict[str, Any] = {}
+            if lending is not None:
+                hook["predict"] = lend_maps(eps_model, contexts, x_T, residuals, inversion, settings, lending)
+            latents = edit(eps_model, contexts, x_T, residuals, inversion, settings, on_step, **hook)
+            return Edited(latents, mean_masks(counts, settings, len(residuals)), trace)
+
+        return self.run(attempt, planned, x_T, reporting)
+
+    def invert_and_edit(
+        self, contexts: Contexts, x_0: Tensor, noise: Tensor, inversion: InversionSettings, settings: EditSettings,
+        reporting: Reporting,
+    ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
+        """One after the other: nothing is shared here."""
+        x_T, residuals = self.invert(contexts, x_0, noise, inversion, reporting)
+        start = Start(x_T, residuals, inversion)
+        return x_T, residuals, self.edit("editing", contexts, start, settings, reporting)
+
+    def _eps_model(self, inversion: InversionSettings, advance: Advance) -> ControlledEpsModel:
+        eps_model = plain_eps_model(self.unet, inversion.make_schedule(), self.prediction_type)
+
+        def counted(x_t: Tensor, t: Tensor, context: Any, *attention: Any) -> Tensor:
+            prediction = eps_model(x_t, t, context, *attention)
+            advance(len(x_t))
+            return prediction
+
+        return counted
+
+
+def _named(eps: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"the prediction for {text!r}": prediction for text, prediction in eps.items()}
+
+
+def _check(phase: str, step: int, t: int, found: dict[str, Tensor]) -> None:
+    """NotFinite for the first value that is not."""
+    for what, tensor in found.items():
+        if not bool(tensor.isfinite().all()):
+            raise NotFinite.at(phase, what, step, t)
