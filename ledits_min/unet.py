@@ -111,10 +111,11 @@ class UNet(nn.Module):
     def embed(self, t: Tensor, added: Tensor | None = None) -> Tensor:
         """t (B,), and added (B, A) where the family has it -> (B, time_width)."""
         dtype = self.conv_in.weight.dtype
-        return self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
+        time: Tensor = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
         if self.add_embedding is not None:
             assert added is not None, "this UNet is given more than the text's tokens"
             time = time + self.add_embedding(added.to(dtype))
+        return time
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
