@@ -31,7 +31,7 @@ class UNetConfig:
     sample_size: int
     transformer_layers_per_block: tuple[int, ...] = ()  # a level's transformers are this deep; () is 1 everywhere
     upcast_attention: bool = False
-    addition_time_embed_dim: int = 0  # sinusoids a size number, 0 where there is no added embedding
+    addition_time_embed_dim: int = 0  # sinusoids per size number, 0 where there is no added embedding
     projection_class_embeddings_input_dim: int = 0  # width of the added embedding's input, 0 where there is none
 
     @property
@@ -58,8 +58,7 @@ class VAEConfig:
     @property
     def factor(self) -> int:
         """Pixels per latent along one side: every level but the last halves the picture."""
-        halvings = len(self.block_out_channels) - 1
-        return 1 << halvings
+        return 1 << (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -107,95 +106,48 @@ class EditDefaults:
 
 # --- the published families -------------------------------------------------------------------------------------------
 
+CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
 SD15_UNET = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(320, 640, 1280, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    layers_per_block=2,
-    num_attention_heads=(8, 8, 8, 8),
-    cross_attention_dim=768,
-    norm_num_groups=32,
-    norm_eps=1e-5,
-    use_linear_projection=False,
-    sample_size=64,
-)
+    in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, sample_size=64,
+    down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, "DownBlock2D"),
+    up_block_types=("UpBlock2D", CROSS_UP, CROSS_UP, CROSS_UP),
+    num_attention_heads=(8, 8, 8, 8), cross_attention_dim=768, use_linear_projection=False,
+    norm_num_groups=32, norm_eps=1e-5,
+)  # fmt: skip
 SD15_VAE = VAEConfig(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    norm_num_groups=32,
-    scaling_factor=0.18215,
-    mid_block_add_attention=True,
-    sample_size=512,
-)
+    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+    norm_num_groups=32, scaling_factor=0.18215, mid_block_add_attention=True, sample_size=512,
+)  # fmt: skip
 SD15_TEXT = TextConfig(
-    vocab_size=49408,
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    max_position_embeddings=77,
-    hidden_act="quick_gelu",
-    layer_norm_eps=1e-5,
-    bos_token_id=49406,
-    eos_token_id=49407,
-    pad_token_id=49407,
-)
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+)  # fmt: skip
 SD15_SCHEDULE = ScheduleConfig()
 
-# 2.0 and 2.1 have one layout. They come as 512-base, which predicts eps, and as 768, which predicts v: see SD20, SD21.
+# 2.0 and 2.1 have one layout. They come as 512-base, which predicts eps, and as 768, which predicts v.
 SD20_UNET = replace(
-    SD15_UNET,
-    num_attention_heads=(5, 10, 20, 20),
-    cross_attention_dim=1024,
-    use_linear_projection=True,
+    SD15_UNET, num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
     upcast_attention=True,
-)
+)  # fmt: skip
 SD21_UNET = replace(SD20_UNET, sample_size=96)
 # OpenCLIP-H without its 24th layer: Stable Diffusion 2 reads the 23rd, behind the final LayerNorm.
-SD21_TEXT = TextConfig(
-    vocab_size=49408,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=23,
-    num_attention_heads=16,
-    max_position_embeddings=77,
-    hidden_act="gelu",
-    layer_norm_eps=1e-5,
-    bos_token_id=49406,
-    eos_token_id=49407,
-    pad_token_id=0,
-)
+SD21_TEXT = replace(
+    SD15_TEXT, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+    hidden_act="gelu", pad_token_id=0,
+)  # fmt: skip
 SD21_SCHEDULE = replace(SD15_SCHEDULE, prediction_type="v_prediction")
 
-SDXL_UNET = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=2,
-    num_attention_heads=(5, 10, 20),
-    cross_attention_dim=2048,
-    norm_num_groups=32,
-    norm_eps=1e-5,
-    use_linear_projection=True,
-    sample_size=128,
-    transformer_layers_per_block=(1, 2, 10),
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
+SDXL_UNET = replace(
+    SD15_UNET, block_out_channels=(320, 640, 1280), sample_size=128,
+    down_block_types=("DownBlock2D", CROSS_DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, CROSS_UP, "UpBlock2D"),
+    num_attention_heads=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+    transformer_layers_per_block=(1, 2, 10), addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
 SDXL_VAE = replace(SD15_VAE, scaling_factor=0.13025, sample_size=1024)
 # OpenCLIP-bigG; the other text encoder is SD 1.x's.
 SDXL_TEXT_2 = replace(
-    SD21_TEXT,
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
+    SD21_TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
     projection_dim=1280,
-)
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The programs of README's section "Examples", executed as they stand there."""
+"""The programs of the section "Examples", executed as they stand there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLES = ROOT / "weights/tiny/samples"
 
 def programs() -> list[str]:
     """The Python blocks of the section, in order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "ledits_min/app/README.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## Examples\n(.*?)(?=^## )", text, re.M | re.S)
     assert len(sections) == 1
     found: list[str] = re.findall(r"^```python\n(.*?)^```$", sections[0], re.M | re.S)
