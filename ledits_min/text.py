@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +11,16 @@ from torch import Tensor, nn
 from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
 from ledits_min.config import TextConfig
-from ledits_min.errors import InputError
+from ledits_min.weights.tokenizer import check_vocabulary, check_words
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the UNet is told of N texts, float32.
+    """What the UNet is given of N texts, float32.
 
     tokens  (N, L, D), what the cross-attentions read
     added   (N, A), what is embedded beside the timestep; None where the family has no such thing. Of one text it may
-            have a row for each image, where each is told something of its own
+            have one row per image, where each has something of its own
     """
 
     tokens: Tensor
@@ -48,12 +46,7 @@ class TextEncoder:
         self.model = model
         self.penultimate = penultimate
         self.length = int(model.config.max_position_embeddings)
-        largest, known = max(tokenizer.get_vocab().values(), default=0), int(model.config.vocab_size or 0)
-        if largest >= known:
-            raise InputError(
-                f"the tokenizer numbers its tokens up to {largest}, the text encoder knows {known}; "
-                "use the tokenizer that belongs to it"
-            )
+        check_vocabulary(tokenizer, int(model.config.vocab_size or 0))
 
     @property
     def weights(self) -> int:
@@ -91,34 +84,14 @@ class TextEncoder:
         return [tuple(tokens) for tokens in words.values()]
 
     def check(self, prompt: str) -> None:
-        """Warn of words that do not fit; refuse words that a word-level tokenizer does not know."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        unknown = self.tokenizer.unk_token_id
-        if unknown in ids and unknown != self.tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
-            backend, vocabulary = self.tokenizer.backend_tokenizer, self.tokenizer.get_vocab()
-            plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
-            splits = backend.pre_tokenizer
-            words = [word for word, _ in splits.pre_tokenize_str(plain)] if splits else [plain]
-            strange = [word for word in words if word not in vocabulary]
-            known = sorted(word for word in vocabulary if word not in self.tokenizer.all_special_tokens)
-            near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
-            hint = f" (did you mean {', '.join(near)}?)" if near else ""
-            words_known = ", ".join(known)
-            raise InputError(
-                f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}{hint}; it knows: {words_known}"
-            )
-        room = self.length - 2  # begin and end tokens
-        if len(ids) > room:
-            dropped = self.tokenizer.decode(ids[room:])
-            warnings.warn(
-                f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped!r}", stacklevel=3
-            )
+        """Warn of words that do not fit; InputError for words that a word-level tokenizer does not know."""
+        check_words(self.tokenizer, prompt, self.length - 2)  # begin and end tokens
 
 
 class TextEncoderPair:
     """SDXL's two text encoders as one: tokens side by side along D, the second one's pooled text.
 
-    zeros_for_empty  the empty prompt is told as zeros in place of its embeddings, as SDXL base was trained
+    zeros_for_empty  the empty prompt is zeros in place of its embeddings, as SDXL base was trained
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder, zeros_for_empty: bool) -> None:

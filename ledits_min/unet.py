@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -168,20 +169,18 @@ class DownBlock(nn.Module):
     def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
-        if shape.depth:
-            self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs)
-        if shape.resizes:
-            self.downsamplers = nn.ModuleList([Downsample(shape.width)])
+        self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs if shape.depth)
+        self.downsamplers = nn.ModuleList([Downsample(shape.width)] if shape.resizes else [])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Appends every intermediate result to `skips`."""
-        for i, resnet in enumerate(self.resnets):
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
             hidden = resnet(hidden, conditioning)
-            if hasattr(self, "attentions"):
-                hidden = self.attentions[i](hidden, conditioning)
+            if attention is not None:
+                hidden = attention(hidden, conditioning)
             skips.append(hidden)
-        if hasattr(self, "downsamplers"):
-            hidden = self.downsamplers[0](hidden)
+        for downsample in self.downsamplers:
+            hidden = downsample(hidden)
             skips.append(hidden)
         return hidden
 
@@ -205,20 +204,18 @@ class UpBlock(nn.Module):
     def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
-        if shape.depth:
-            self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs)
-        if shape.resizes:
-            self.upsamplers = nn.ModuleList([Upsample(shape.width)])
+        self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs if shape.depth)
+        self.upsamplers = nn.ModuleList([Upsample(shape.width)] if shape.resizes else [])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         """Consumes one entry of `skips` per resnet; the next one left gives the size to upsample to."""
-        for i, resnet in enumerate(self.resnets):
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
             hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), conditioning)
-            if hasattr(self, "attentions"):
-                hidden = self.attentions[i](hidden, conditioning)
-        if hasattr(self, "upsamplers"):
+            if attention is not None:
+                hidden = attention(hidden, conditioning)
+        for upsample in self.upsamplers:
             # Not always twice the size: 65 latents halve to 33, which must come back as 65.
-            hidden = self.upsamplers[0](hidden, skips[-1].shape[-2:])
+            hidden = upsample(hidden, skips[-1].shape[-2:])
         return hidden
 
 

@@ -105,34 +105,32 @@ class Decoder(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """Resnets, then a halving where the level has one."""
+
     def __init__(self, channels: int, width: int, layers: int, groups: int, downsample: bool) -> None:
         super().__init__()
         inputs = [channels] + [width] * (layers - 1)
         self.resnets = nn.ModuleList(ResnetBlock(c, width, groups) for c in inputs)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(width)])
+        self.downsamplers = nn.ModuleList([Downsample(width)] if downsample else [])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            hidden = resnet(hidden)
-        if hasattr(self, "downsamplers"):
-            hidden = self.downsamplers[0](hidden)
+        for module in (*self.resnets, *self.downsamplers):
+            hidden = module(hidden)
         return hidden
 
 
 class UpBlock(nn.Module):
+    """Resnets, then a doubling where the level has one."""
+
     def __init__(self, channels: int, width: int, layers: int, groups: int, upsample: bool) -> None:
         super().__init__()
         inputs = [channels] + [width] * (layers - 1)
         self.resnets = nn.ModuleList(ResnetBlock(c, width, groups) for c in inputs)
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(width)])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if upsample else [])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            hidden = resnet(hidden)
-        if hasattr(self, "upsamplers"):
-            hidden = self.upsamplers[0](hidden)
+        for module in (*self.resnets, *self.upsamplers):
+            hidden = module(hidden)
         return hidden
 
 
@@ -142,14 +140,13 @@ class MidBlock(nn.Module):
     def __init__(self, width: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
-        if attention:
-            self.attentions = nn.ModuleList([Attention(width, groups)])
+        self.attentions = nn.ModuleList([Attention(width, groups)] if attention else [])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.resnets[0](hidden)
-        if hasattr(self, "attentions"):
-            hidden = self.attentions[0](hidden)
-        return self.resnets[1](hidden)
+        before, after = self.resnets
+        for module in (before, *self.attentions, after):
+            hidden = module(hidden)
+        return hidden
 
 
 class ResnetBlock(nn.Module):

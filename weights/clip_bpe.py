@@ -39,7 +39,7 @@ def clip_merges() -> tuple[tuple[str, str], ...]:
 def clip_vocabulary() -> dict[str, int]:
     """Token -> number, 49408 of them.
 
-    vocabulary = 256 symbols, 256 symbols that end a word, one token a merge, <|startoftext|>, <|endoftext|>
+    vocabulary = 256 symbols, 256 symbols that end a word, one token per merge, <|startoftext|>, <|endoftext|>
     """
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, clip_merges()), START, END]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers.models.clip import CLIPTokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from ledits_min.config import TextConfig
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError, quoted, warn
 from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -77,3 +78,34 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             if isinstance(text, str):
                 found[key] = text
     return found
+
+
+def check_vocabulary(tokenizer: Any, known: int) -> None:
+    """InputError where a tokenizer has more tokens than the text encoder knows."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer numbers its tokens up to {largest}, the text encoder knows {known}; "
+            "use the tokenizer that belongs to it"
+        )
+
+
+def check_words(tokenizer: Any, prompt: str, room: int) -> None:
+    """Warn of words that do not fit into `room` tokens; refuse words that a word-level tokenizer does not know."""
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    unknown = tokenizer.unk_token_id
+    if unknown in ids and unknown != tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
+        backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+        plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
+        splits = backend.pre_tokenizer
+        words = [word for word, _ in splits.pre_tokenize_str(plain)] if splits else [plain]
+        strange = [word for word in words if word not in vocabulary]
+        known = sorted(word for word in vocabulary if word not in tokenizer.all_special_tokens)
+        near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise InputError(
+            f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}{hint}; it knows: {', '.join(known)}"
+        )
+    if len(ids) > room:
+        dropped = tokenizer.decode(ids[room:])
+        warn(f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped!r}")

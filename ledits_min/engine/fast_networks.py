@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypeVar, cast
 
 import torch
@@ -97,12 +98,12 @@ class FastUNet(unet.UNet):
 class FastUpBlock(unet.UpBlock):
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         assert isinstance(conditioning, FastConditioning)
-        for i, resnet in enumerate(self.resnets):
+        for resnet, attend in zip_longest(self.resnets, self.attentions):
             hidden = resnet(torch.cat([hidden, conditioning.spread(skips.pop())], dim=1), conditioning)
-            if hasattr(self, "attentions"):
-                hidden = self.attentions[i](hidden, conditioning)
-        if hasattr(self, "upsamplers"):
-            hidden = self.upsamplers[0](hidden, skips[-1].shape[-2:])
+            if attend is not None:
+                hidden = attend(hidden, conditioning)
+        for upsample in self.upsamplers:
+            hidden = upsample(hidden, skips[-1].shape[-2:])
         return hidden
 
 

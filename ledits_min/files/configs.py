@@ -71,7 +71,7 @@ def _check_unet(config: UNetConfig) -> None:
         if entries != levels and not (name == "transformer_layers_per_block" and entries == 0):
             raise InputError(
                 f"unet config: {name} has {entries} entries but block_out_channels has "
-                f"{levels}; both must have one entry a level"
+                f"{levels}; both must have one entry per level"
             )
     _check_types("down_block_types", config.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
     _check_types("up_block_types", config.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))

@@ -1,6 +1,6 @@
 """Find a Hugging Face model in the local cache; nothing here can reach a network.
 
-The cache keeps one folder a repository, models--ORG--NAME. In it refs/REVISION holds a commit, and snapshots/COMMIT
+The cache keeps one folder per repository, models--ORG--NAME. In it refs/REVISION holds a commit, and snapshots/COMMIT
 the repository's files, as links to blobs/. Only its place is asked of the library (HF_HUB_CACHE, HF_HOME, ...).
 """
 
