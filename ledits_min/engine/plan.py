@@ -138,7 +138,7 @@ def one_pass_phase(inversion: InversionSettings, settings: EditSettings, images:
     source_texts = guided_texts("", inversion.source, inversion.source_guidance_scale)
     texts = guided_texts(settings.negative, settings.target, settings.guidance_scale)
     alike = len(texts) == 1 or settings.guidance_scale == inversion.source_guidance_scale
-    waiting, retraces = deque(inverting.rows), texts == source_texts and alike
+    waiting, retraces = deque(inverting.rows), True  # both begin at x_T, however they are guided
     groups = []
     for step, wanted in enumerate(editing.groups):
         rows = [row for row in wanted if not (retraces and row.text in source_texts)]
@@ -148,7 +148,8 @@ def one_pass_phase(inversion: InversionSettings, settings: EditSettings, images:
         groups.append((*rows, *(waiting.popleft() for _ in range(min(room, len(waiting))))))
         pulling = [term for term in settings.terms if term.pulls]
         let_go = settings.momentum_scale > 0.0 and pulling and all(term.is_warm(step) for term in settings.terms)
-        retraces = retraces and not let_go and not any(term.acts(step) for term in pulling)
+        moved = let_go or any(term.acts(step) for term in pulling)
+        retraces = retraces and texts == source_texts and alike and not moved
     return Phase("inverting and editing", tuple(groups), images, capacity, inverting.naive + editing.naive)
 
 

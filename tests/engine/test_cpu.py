@@ -249,7 +249,7 @@ def layers(width: int, dtype: torch.dtype) -> tuple[nn.LayerNorm, nn.Linear, nn.
 def test_the_feed_forward_in_slices(
     tokens: tuple[int, ...], width: int, fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "NUMBERS", 4 * width)
+    monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * width)
     if fused and not (dtype == torch.bfloat16 and cpu.has_fused_products()):
         pytest.skip("fused products are for bfloat16, on CPUs that compute in it")
     monkeypatch.setattr(cpu, "has_fused_products", lambda: fused)
@@ -266,7 +266,7 @@ def test_the_feed_forward_in_slices(
 
 
 def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "NUMBERS", 4 * 16)
+    monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * 16)
     norm, widen, narrow = layers(16, torch.float32)
     x = torch.randn(2, 6, 16)
     whole = ops.feed_forward(x, norm, widen, narrow)
@@ -279,7 +279,7 @@ def test_a_slice_knows_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", ["tokens", "norm", "widen", "narrow"])
 def test_gradients_are_not_lost(wanted: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "NUMBERS", 2 * 8)
+    monkeypatch.setattr(cpu, "FEED_FORWARD", 2 * 8)
     named = dict(zip(("norm", "widen", "narrow"), layers(8, dtype), strict=True))
     x = torch.randn(1, 5, 8, dtype=dtype)
     leaf = x if wanted == "tokens" else named[wanted].weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from ledits_min import Concept, LEdits
 from ledits_min.engine import graphs
 from ledits_min.engine.graphs import Graphed, Replay, use_graphs
-from ledits_min.engine.preparation import Preparation
+from ledits_min.engine.overhead import Overhead
 from ledits_min.errors import InputError
+from ledits_min.p2p import AttentionControl
 
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
 
@@ -37,56 +39,74 @@ class Tapes:
         return replay, output
 
 
-def network(x_t: Tensor, steps: Tensor, texts: Tensor) -> Tensor:
-    return x_t * (steps + 1).view(-1, 1) - texts.view(-1, 1)
+def network(
+    x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor, attention: object = None
+) -> Tensor:
+    eps = x_t[inputs] * (steps + 1).view(-1, 1) - texts.view(-1, 1) + 0.5 * images.view(-1, 1)
+    return eps if attention is None else -eps
+
+
+def numbers(size: int, step: int = 0) -> tuple[Tensor, ...]:
+    """inputs, steps, texts and images of `size` evaluations."""
+    return torch.arange(size), torch.full((size,), step), torch.arange(size), torch.arange(size) % 2
 
 
 def test_sharing_inputs_is_part_of_a_size() -> None:
     tapes = Tapes()
-    graphed = Graphed(lambda x_t, inputs: x_t[inputs] * 2.0, Preparation(), tapes)
+    graphed = Graphed(network, Overhead(), tapes)
     one, two = torch.randn(1, 5), torch.randn(2, 5)
-    both, own = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    own = numbers(2)
+    both = torch.zeros(2, dtype=torch.int64), *own[1:]
     for _ in range(3):
-        assert torch.equal(graphed(one, both), 2.0 * one.expand(2, 5))
-        assert torch.equal(graphed(two, own), 2.0 * two)
+        assert torch.equal(graphed(one, *both), network(one, *both))
+        assert torch.equal(graphed(two, *own), network(two, *own))
     assert (tapes.recorded, tapes.replayed) == (2, 4)
+
+
+def test_controlled_attention_is_never_recorded() -> None:
+    """It differs from step to step, and a recording of its size must not answer for it."""
+    tapes, control = Tapes(), AttentionControl(torch.tensor([0]), torch.tensor([1]), None, 0)
+    graphed, x_t = Graphed(network, Overhead(), tapes), torch.randn(2, 5)
+    for _ in range(3):
+        assert torch.equal(graphed(x_t, *numbers(2)), network(x_t, *numbers(2)))
+        assert torch.equal(graphed(x_t, *numbers(2), control), -network(x_t, *numbers(2)))
+    assert (tapes.recorded, tapes.replayed) == (1, 2)
 
 
 def test_a_size_is_plain_once_then_recorded_then_replayed() -> None:
     tapes, calls = Tapes(), []
 
-    def counted(x_t: Tensor, *numbers: Tensor) -> Tensor:
-        calls.append(len(x_t))
-        return network(x_t, *numbers)
+    def counted(*call: Any) -> Tensor:
+        calls.append(len(call[0]))
+        return network(*call)
 
-    preparation = Preparation()
-    graphed, kept = Graphed(counted, preparation, tapes), []
+    overhead = Overhead()
+    graphed, kept = Graphed(counted, overhead, tapes), []
     for step, size in enumerate([3, 3, 2, 3, 2, 2, 1, 3]):
-        x_t, steps, texts = torch.randn(size, 5), torch.full((size,), step), torch.arange(size)
-        kept.append((graphed(x_t, steps, texts), network(x_t, steps, texts)))
+        call = torch.randn(size, 5), *numbers(size, step)
+        kept.append((graphed(*call), network(*call)))
     assert all(torch.equal(*pair) for pair in kept), "a result was written over, or an input not read again"
     assert (tapes.recorded, tapes.replayed) == (2, 5)
     assert calls.count(1) == 1
-    assert preparation.take()["record"] > 0.0
+    assert overhead.take()["record"] > 0.0
 
 
 @pytest.mark.parametrize(("error", "says"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "3 evaluations a call .* not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "3 evaluations per call .* not enough memory"),
     (RuntimeError("operation not permitted when stream is capturing\nlong story"), "not permitted when .* capturing$"),
 ])  # fmt: skip
 def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(error: Exception, says: str) -> None:
     def failing(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         raise error
 
-    graphed = Graphed(network, Preparation(), failing)
-    numbers = torch.arange(3), torch.zeros(3, dtype=torch.int64)
-    x_t = torch.randn(3, 4)
-    assert torch.equal(graphed(x_t, *numbers), network(x_t, *numbers))
+    graphed = Graphed(network, Overhead(), failing)
+    call, later = (torch.randn(3, 4), *numbers(3)), (torch.randn(3, 4), *numbers(3))
+    assert torch.equal(graphed(*call), network(*call))
     with pytest.warns(UserWarning, match=says):
-        assert torch.equal(graphed(x_t, *numbers), network(x_t, *numbers))
+        assert torch.equal(graphed(*call), network(*call))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(graphed(x_t + 1, *numbers), network(x_t + 1, *numbers))
+        assert torch.equal(graphed(*later), network(*later))
 
 
 @pytest.mark.parametrize("mode", ["on", "", "1"])
@@ -121,7 +141,7 @@ def test_an_edit_through_graphs_is_the_plain_one(device: str, monkeypatch: pytes
         tapes = Tapes()
         monkeypatch.setattr("ledits_min.engine.runner.use_graphs", lambda device: True)
         monkeypatch.setattr(
-            "ledits_min.engine.runner.Graphed", lambda network, preparation: Graphed(network, preparation, tapes)
+            "ledits_min.engine.runner.Graphed", lambda network, overhead: Graphed(network, overhead, tapes)
         )
     assert torch.equal(edited(), plain)
     if device == "cpu":

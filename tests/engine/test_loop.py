@@ -1,4 +1,4 @@
-"""The engine against the plain loops of `edit`: equal results, fewer calls, and what happens when things go wrong."""
+"""The engine's loops against the plain ones of `edit`: equal results, fewer calls, and what is done when one fails."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ledits_min import edit as plain
-from ledits_min.config import EditDefaults, ScheduleConfig
-from ledits_min.edit import Step, levels
+from ledits_min.config import EditDefaults
+from ledits_min.edit import Step
 from ledits_min.engine import loop as engine
-from ledits_min.engine.ops import EditPlan, EditState
-from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.evaluate import Network
+from ledits_min.engine.loop import Watch
+from ledits_min.engine.ops import EditState
+from ledits_min.engine.plan import Phase, Row, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.record import mean_masks
 from ledits_min.errors import RunError
-from ledits_min.inversion import draw_noise
-from ledits_min.schedule import make_schedule
-from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, draw_noise
+from ledits_min.p2p import AttentionControl, Lending, lend_maps, token_mapper
+from ledits_min.sega import Concept
 
 CONTEXTS = {"": 0.0, "a cat": 0.7, "a dog": -0.9, "blurry": 0.3, "hat": 1.3, "beard": -0.6, "smile": 2.1}
 SHAPE = (4, 6, 5)
+TOKENS = 6  # of a text
 HAT = Concept("hat", guidance_scale=3.0, threshold=0.8, warmup_steps=0)
 BEARD = Concept("beard", guidance_scale=4.0, threshold=0.5, warmup_steps=2, cooldown_steps=6, reverse=True)
 GONE = Concept("hat", guidance_scale=3.0, threshold=0.7, warmup_steps=4, cooldown_steps=2)  # acts by its momentum alone
@@ -36,11 +42,22 @@ OUT_OF_MEMORY = (
 )
 
 
-def eps_model(x_t: Tensor, t: Tensor, context: Any) -> Tensor:
-    """Smooth, nonlinear, neighbouring pixels mixed; context a number or one a sample."""
+def eps_model(x_t: Tensor, t: Tensor, context: Any, attention: AttentionControl | None = None) -> Tensor:
+    """Smooth, nonlinear, pixels attend to each other and to a text; context is a number, or several shared out evenly.
+
+    The picture may have any dtype, and the answer has it.
+    """
+    levels = torch.as_tensor(context, dtype=x_t.dtype).flatten()
+    level = levels.repeat_interleave(len(x_t) // len(levels)).view(-1, 1, 1, 1)
     place = torch.linspace(0.0, 1.5, x_t[0].numel(), dtype=x_t.dtype).view(x_t[0].shape)
-    level = torch.as_tensor(context, dtype=x_t.dtype).view(-1, 1, 1, 1)
-    mixed = 0.6 * x_t + 0.3 * x_t.roll(1, -1) + 0.1 * x_t.roll(1, 1)
+    words = torch.arange(1.0, 1.0 + TOKENS * SHAPE[0], dtype=x_t.dtype).view(TOKENS, SHAPE[0])
+    pixels = x_t.flatten(2).transpose(1, 2)[:, None]  # one head
+    on_self, on_text = scaled_dot_product_attention, scaled_dot_product_attention
+    if attention is not None:
+        on_self, on_text = attention.self_attention, attention.cross_attention
+    seen = on_self(2.0 * pixels, pixels.roll(1, 2), pixels)
+    read = on_text(2.0 * pixels, torch.sin(level * words), torch.cos((1.0 + level) * words))
+    mixed = 0.6 * x_t + (0.4 * seen + 0.5 * read)[:, 0].transpose(1, 2).reshape(x_t.shape)
     return torch.tanh(mixed + level * place) + 0.2 * torch.sin(3.0 * x_t + t.view(-1, 1, 1, 1) / 100.0)
 
 
@@ -60,75 +77,70 @@ class Run:
     negative: str = ""
     concepts: tuple[Concept, ...] = ()
     momentum_scale: float = 0.0
+    lending: Lending | None = None
     dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        self.schedule = make_schedule(ScheduleConfig(), self.num_steps)
-        self.steps = self.num_steps - self.skip
+        self.inversion = InversionSettings(
+            num_steps=self.num_steps, skip=self.skip, eta=self.eta, source=self.source,
+            source_guidance_scale=self.source_guidance_scale,
+        )  # fmt: skip
+        self.settings = EditSettings(
+            self.target, self.guidance_scale, self.negative,
+            tuple(concept.resolve(EditDefaults()) for concept in self.concepts), self.momentum_scale,
+        )  # fmt: skip
+        self.timesteps = self.inversion.make_schedule().timesteps
+        steps, limits = len(self.timesteps), (self.images, self.capacity)
         generator = torch.Generator().manual_seed(9)
         self.x_0 = torch.randn(self.images, *SHAPE, generator=generator).to(self.dtype)
-        self.noise = draw_noise(range(self.images), self.steps, SHAPE).to(self.dtype)
-        resolved = [concept.resolve(EditDefaults()) for concept in self.concepts]
-        self.terms: list[ConceptTerm] = [term for term in resolved if not term.is_noop(base=self.negative)]
-        self.inverting = inversion_phase(
-            self.steps, self.source, self.source_guidance_scale, self.images, self.capacity, self.num_steps
-        )
-        self.editing = editing_phase(
-            "editing", self.steps, self.negative, self.target, self.guidance_scale, self.terms, self.momentum_scale,
-            self.images, self.capacity,
-        )  # fmt: skip
+        self.noise = draw_noise(range(self.images), steps, SHAPE).to(self.dtype)
+        self.inverting = inversion_phase(self.inversion, *limits)
+        self.editing = editing_phase("editing", self.inversion, self.settings, *limits, self.lending)
+        self.one_pass = one_pass_phase(self.inversion, self.settings, *limits)
 
-        self.one_pass = one_pass_phase(
-            self.steps, self.source, self.source_guidance_scale, self.negative, self.target, self.guidance_scale,
-            self.terms, self.momentum_scale, self.images, self.capacity, self.num_steps,
-        )  # fmt: skip
-
-    def network(self, phase: Phase, spy: Callable[..., None] = lambda *seen: None) -> engine.Network:
+    def network(self, phase: Phase, spy: Callable[..., None] = lambda *seen: None) -> Network:
         values = torch.tensor([CONTEXTS[text] for text in phase.texts], dtype=torch.float64)
-        timesteps = self.schedule.timesteps[self.skip :]
 
-        def network(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
+        def network(
+            x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
+            attention: AttentionControl | None = None,
+        ) -> Tensor:  # fmt: skip
             assert len(x_t) < len(inputs) or inputs.tolist() == list(range(len(x_t)))
-            spy(x_t[inputs], steps, texts, images)
-            return eps_model(x_t[inputs], timesteps[steps], values[texts])
+            spy(x_t[inputs], steps, texts, images, attention)
+            return eps_model(x_t[inputs], self.timesteps[steps], values[texts], attention)
 
         return network
 
-    def invert(self, network: engine.Network | None = None, **more: Any) -> tuple[Tensor, Tensor]:
-        return engine.invert(
-            network or self.network(self.inverting), self.inverting, self.x_0, self.noise, self.schedule, self.skip,
-            self.eta, self.source, self.source_guidance_scale, **more,
-        )  # fmt: skip
+    def invert(self, network: Network | None = None, watch: Watch = engine.UNWATCHED) -> tuple[Tensor, Tensor]:
+        network = network or self.network(self.inverting)
+        return engine.invert(network, self.inverting, self.x_0, self.noise, self.inversion, watch)
 
-    @property
-    def plan(self) -> EditPlan:
-        sigmas = self.schedule.sigmas(self.eta)
-        table = [levels(self.schedule, sigmas, step) for step in range(self.skip, self.num_steps)]
-        return EditPlan(table, self.terms, self.target, self.guidance_scale, self.negative, self.momentum_scale)
-
-    def edit(self, x_t: Tensor, residuals: Tensor, network: engine.Network | None = None, **more: Any) -> EditState:
+    def edit(
+        self, x_T: Tensor, residuals: Tensor, network: Network | None = None, watch: Watch = engine.UNWATCHED
+    ) -> EditState:
+        network = network or self.network(self.editing)
         return engine.edit(
-            network or self.network(self.editing), self.editing, self.plan, x_t, residuals,
-            self.schedule.timesteps[self.skip :], **more,
+            network, self.editing, x_T, residuals, self.inversion, self.settings, watch, self.lending
         )  # fmt: skip
 
-    def invert_and_edit(self, network: engine.Network | None = None, **more: Any) -> tuple[Tensor, Tensor, EditState]:
+    def invert_and_edit(
+        self, network: Network | None = None, watch: Watch = engine.UNWATCHED
+    ) -> tuple[Tensor, Tensor, EditState]:
+        network = network or self.network(self.one_pass)
         return engine.invert_and_edit(
-            network or self.network(self.one_pass), self.one_pass, self.plan, self.x_0, self.noise, self.schedule,
-            self.skip, self.source, self.source_guidance_scale, **more,
+            network, self.one_pass, self.x_0, self.noise, self.inversion, self.settings, watch
         )  # fmt: skip
 
     def plainly(self, on_step: Callable[[Step], None] = lambda step: None) -> tuple[Tensor, Tensor, Tensor]:
         """x_T, residuals and the edited x_0 of the plain loops."""
-        x_t, residuals = plain.invert(
-            eps_model, CONTEXTS, self.x_0, self.noise, self.schedule, self.skip, self.eta, self.source,
-            self.source_guidance_scale,
-        )  # fmt: skip
-        edited = plain.edit(
-            eps_model, CONTEXTS, x_t, residuals, self.schedule, self.skip, self.eta, self.target, self.guidance_scale,
-            self.negative, self.terms, self.momentum_scale, on_step=on_step,
-        )  # fmt: skip
-        return x_t, residuals, edited
+        x_T, residuals = plain.invert(eps_model, CONTEXTS, self.x_0, self.noise, self.inversion)
+        start, hook = (x_T, residuals, self.inversion, self.settings), {}
+        if self.lending is not None:
+            hook["predict"] = lend_maps(eps_model, CONTEXTS, *start, self.lending)
+        return x_T, residuals, plain.edit(eps_model, CONTEXTS, *start, on_step, **hook)
+
+    def masks(self, state: EditState) -> list[Tensor]:
+        return mean_masks(list(state.kept), self.settings, len(self.timesteps))
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,9 +172,9 @@ def test_equal_to_the_plain_loops(skip: int, num_steps: int, **more: Any) -> Non
     torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(together.x_t, edited, rtol=1e-10, atol=1e-10)
 
-    for k in range(len(run.terms)):
+    for k in range(len(run.settings.terms)):
         acted = [step.masks[k].float().mean(dim=1) for step in seen if step.masks[k] is not None]  # type: ignore[union-attr]
-        for masks in (engine.mean_masks(run.plan, state), engine.mean_masks(run.plan, together)):
+        for masks in (run.masks(state), run.masks(together)):
             torch.testing.assert_close(masks[k], torch.stack(acted).mean(0) if acted else torch.zeros_like(masks[k]))
 
 
@@ -181,9 +193,9 @@ def test_what_on_step_sees_is_what_the_plain_loop_shows(together: bool) -> None:
     fast: list[Step] = []
     x_t, residuals, _ = run.plainly(plainly.append)
     if together:
-        run.invert_and_edit(on_step=fast.append)
+        run.invert_and_edit(watch=Watch(step=fast.append))
     else:
-        run.edit(x_t, residuals, on_step=fast.append)
+        run.edit(x_t, residuals, watch=Watch(step=fast.append))
     assert len(fast) == len(plainly) == 9
     for one, other in zip(fast, plainly, strict=True):
         assert (one.index, one.t, list(one.eps)) == (other.index, other.t, list(other.eps))
@@ -194,12 +206,22 @@ def test_what_on_step_sees_is_what_the_plain_loop_shows(together: bool) -> None:
 
 @pytest.mark.parametrize("capacity", [1, 4, 100])
 def test_reconstruction_is_exact(capacity: int) -> None:
-    """T1, whatever shares a call."""
+    """Whatever shares a call."""
     run = Run(num_steps=100, skip=36, dtype=torch.float32, capacity=capacity)
     state = run.edit(*run.invert())
     assert (state.x_t - run.x_0).abs().max() <= 1e-4
     assert (run.invert_and_edit()[2].x_t - run.x_0).abs().max() <= 1e-4
     assert run.one_pass.evaluations == run.inverting.evaluations  # it retraces, so the edit asks for nothing
+
+
+def calls(run: Run, phase: Phase, loop: Callable[..., object]) -> list[tuple[Tensor, ...]]:
+    """What each call of the network was given; the loop's progress and the plan's batches must be those calls."""
+    seen: list[tuple[Tensor, ...]] = []
+    told: list[int] = []
+    loop(network=run.network(phase, lambda *call: seen.append(call)), watch=Watch(told.append))
+    assert [len(call[0]) for call in seen] == [size for sizes in phase.batches for size in sizes] == told
+    assert sum(told) == phase.evaluations
+    return seen
 
 
 def test_calls_are_those_of_the_plan() -> None:
@@ -208,17 +230,8 @@ def test_calls_are_those_of_the_plan() -> None:
     x_t, residuals = run.invert()
 
     def check(phase: Phase, loop: Callable[..., object]) -> None:
-        asked: list[tuple[int, int, int]] = []
-        sizes: list[int] = []
-        told: list[int] = []
-
-        def spy(x_t: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> None:
-            sizes.append(len(x_t))
-            asked.extend(zip(steps.tolist(), texts.tolist(), images.tolist(), strict=True))
-
-        loop(network=run.network(phase, spy), progress=told.append)
-        assert sizes == [size for sizes in phase.batches for size in sizes] == told
-        assert asked == [(step, phase.texts.index(text), i) for step, text in phase.rows for i in range(run.images)]
+        asked = [one for call in calls(run, phase, loop) for one in torch.stack(call[1:4], dim=1).tolist()]
+        assert asked == [[row.step, phase.texts.index(row.text), i] for row in phase.rows for i in range(run.images)]
 
     check(run.inverting, run.invert)
     check(run.editing, partial(run.edit, x_t, residuals))
@@ -241,37 +254,37 @@ def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, (x_t, residuals), rtol=1e-5, atol=1e-5)
     state = run.edit(x_t, residuals)
     torch.testing.assert_close(state.x_t, edited.x_t, rtol=1e-4, atol=1e-4)
-    for one, other in zip(engine.mean_masks(run.plan, state), engine.mean_masks(run.plan, edited), strict=True):
+    for one, other in zip(run.masks(state), run.masks(edited), strict=True):
         torch.testing.assert_close(one, other)
     *of_inversion, together = run.invert_and_edit()
     torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together.x_t, edited.x_t, rtol=1e-4, atol=1e-4)
 
 
-def failing(network: engine.Network, error: Exception, most: int) -> engine.Network:
-    """A network that has memory for `most` evaluations a call."""
+def failing(network: Network, error: Exception, most: int) -> Network:
+    """A network that has memory for `most` evaluations per call."""
 
-    def limited(x_t: Tensor, *numbers: Tensor) -> Tensor:
-        if len(numbers[0]) > most:
+    def limited(x_t: Tensor, *call: Any) -> Tensor:
+        if len(call[0]) > most:
             raise error
-        return network(x_t, *numbers)
+        return network(x_t, *call)
 
     return limited
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 @pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.filterwarnings("ignore:.*out of memory with [2348] evaluations")
+@pytest.mark.filterwarnings("ignore:.*out of memory with [1-9] evaluations")
 def test_out_of_memory_splits_the_batch_and_goes_on(error: Exception, most: int) -> None:
     run = Run(capacity=16, target="a dog", concepts=(HAT,))
     x_t, residuals, edited = run.plainly()
-    with pytest.warns(UserWarning, match="inverting: out of memory with 9 evaluations a call; going on with"):
+    with pytest.warns(UserWarning, match="inverting: out of memory with 9 evaluations per call; going on with"):
         found = run.invert(failing(run.network(run.inverting), error, most))
     torch.testing.assert_close(found, (x_t, residuals), rtol=1e-12, atol=1e-12)
-    with pytest.warns(UserWarning, match="editing: out of memory with 6 evaluations a call; going on with 3"):
+    with pytest.warns(UserWarning, match="editing: out of memory with 6 evaluations per call; going on with 3"):
         state = run.edit(*found, failing(run.network(run.editing), error, most))
     torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
-    with pytest.warns(UserWarning, match="inverting and editing: out of memory with 16 evaluations a call; going on"):
+    with pytest.warns(UserWarning, match="inverting and editing: out of memory with 16 evaluations per call; going on"):
         *of_inversion, state = run.invert_and_edit(failing(run.network(run.one_pass), error, most))
     torch.testing.assert_close(of_inversion, [x_t, residuals], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
@@ -284,12 +297,12 @@ def test_what_cannot_be_split_is_raised(error: Exception) -> None:
         run.invert(failing(run.network(run.inverting), error, 0))
 
 
-def poisoned(network: engine.Network, phase: Phase, step: int, text: str, value: float) -> engine.Network:
-    """One value of one evaluation is not finite."""
+def poisoned(network: Network, phase: Phase, row: Row, value: float) -> Network:
+    """One value of one row is not finite."""
 
-    def network_with_a_fault(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        eps = network(x_t, inputs, steps, texts, images)
-        eps[(steps == step) & (texts == phase.texts.index(text)), 0, 0, 0] = value
+    def network_with_a_fault(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, *more: Any) -> Tensor:
+        eps = network(x_t, inputs, steps, texts, *more)
+        eps[(steps == row.step) & (texts == phase.texts.index(row.text)), 0, 0, 0] = value
         return eps
 
     return network_with_a_fault
@@ -298,20 +311,13 @@ def poisoned(network: engine.Network, phase: Phase, step: int, text: str, value:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_are_named_at_every_step_and_branch(value: float) -> None:
     run = Run(num_steps=6, skip=2, source="a cat", target="a dog", concepts=(HAT,), images=2)
-    x_t, residuals = run.invert()
-    timesteps = run.schedule.timesteps[2:].tolist()
-    for step, text in run.inverting.rows:
-        at = rf"inverting: the prediction for '{text}' .* step {step} \(t = {timesteps[step]}\)"
-        with pytest.raises(RunError, match=at):
-            run.invert(poisoned(run.network(run.inverting), run.inverting, step, text, value))
-    for step, text in run.editing.rows:
-        at = rf"editing: the prediction for '{text}' .* step {step} \(t = {timesteps[step]}\)"
-        with pytest.raises(RunError, match=at):
-            run.edit(x_t, residuals, poisoned(run.network(run.editing), run.editing, step, text, value))
-    for step, text in set(run.one_pass.rows):
-        at = rf"inverting and editing: the prediction for '{text}' .* step {step} \(t = {timesteps[step]}\)"
-        with pytest.raises(RunError, match=at):
-            run.invert_and_edit(poisoned(run.network(run.one_pass), run.one_pass, step, text, value))
+    start = run.invert()
+    loops = (run.inverting, run.invert), (run.editing, partial(run.edit, *start)), (run.one_pass, run.invert_and_edit)
+    for phase, loop in loops:
+        for row in dict.fromkeys(phase.rows):
+            at = rf"^{phase.name}: the prediction for '{row.text}' .* step {row.step} \(t = {run.timesteps[row.step]}\)"
+            with pytest.raises(RunError, match=at):
+                loop(network=poisoned(run.network(phase), phase, row, value))
 
 
 def test_latents_that_overflow_are_named() -> None:
@@ -322,132 +328,6 @@ def test_latents_that_overflow_are_named() -> None:
         run.edit(x_t, residuals)
 
 
-class Half(nn.Module):
-    """A module whose attempt fails as often as told."""
-
-    def __init__(self, failures: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.5]), requires_grad=False)
-        self.failures, self.seen = failures, list[torch.dtype]()
-
-    def attempt(self) -> str:
-        self.seen.append(self.weight.dtype)
-        if len(self.seen) <= self.failures:
-            raise engine.NotFinite("editing: bad at step 3")
-        return "done"
-
-
-def test_half_precision_is_retried_once_in_float32() -> None:
-    half = Half(1).half()
-    with pytest.warns(UserWarning, match="bad at step 3 in float16; once more in float32"):
-        assert engine.retried_in_float32(half, half.attempt) == "done"
-    assert half.seen == [torch.float16, torch.float32]
-    assert half.weight.dtype == torch.float16
-    again = Half(2).bfloat16()
-    with (
-        pytest.warns(UserWarning, match="once more"),
-        pytest.raises(RunError, match="bad at step 3, in float32 as well"),
-    ):
-        engine.retried_in_float32(again, again.attempt)
-    assert again.weight.dtype == torch.bfloat16
-
-
-def test_float32_is_not_retried() -> None:
-    single = Half(1)
-    with pytest.raises(RunError, match="bad at step 3; lower"):
-        engine.retried_in_float32(single, single.attempt)
-    assert len(single.seen) == 1
-
-
-class TestCoding:
-    """The autoencoder: a picture at a time, then in tiles."""
-
-    class Blur(nn.Module):
-        """Stands for a VAE whose receptive field is small: eight times larger pictures, softly."""
-
-        class config:
-            factor = 8
-
-        def __init__(self, most: int = 10**9, error: Exception = OUT_OF_MEMORY[0]) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
-            self.most, self.error = most, error
-            self.sides: list[tuple[int, ...]] = []
-
-        def fits(self, height: int, width: int) -> None:
-            self.sides.append((height, width))
-            if height * width > self.most:
-                raise self.error
-
-        def decode(self, latents: Tensor) -> Tensor:
-            self.fits(*latents.shape[-2:])
-            return nn.functional.interpolate(latents[:, :3], scale_factor=8, mode="nearest")
-
-        def encode(self, image: Tensor) -> Tensor:
-            self.fits(*(side // 8 for side in image.shape[-2:]))
-            return nn.functional.avg_pool2d(image, 8)
-
-    @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-    @pytest.mark.parametrize("size", [(32, 32), (40, 21), (17, 64)])
-    def test_tiles_after_memory_ran_out(self, size: tuple[int, int], error: Exception) -> None:
-        latents = torch.randn(2, 4, *size)
-        image = torch.randn(2, 3, 8 * size[0], 8 * size[1])
-        whole, limited = self.Blur(), self.Blur(most=300, error=error)
-        with pytest.warns(UserWarning, match="decoding: out of memory; going on in tiles"):
-            found = engine.decode(limited, latents)  # type: ignore[arg-type]
-        torch.testing.assert_close(found, engine.decode(whole, latents))  # type: ignore[arg-type]
-        with pytest.warns(UserWarning, match="encoding: out of memory; going on in tiles"):
-            found = engine.encode(limited, image)  # type: ignore[arg-type]
-        torch.testing.assert_close(found, engine.encode(whole, image))  # type: ignore[arg-type]
-
-    def test_a_batch_is_coded_a_picture_at_a_time(self) -> None:
-        vae = self.Blur()
-        assert engine.decode(vae, torch.randn(3, 4, 8, 8)).shape == (3, 3, 64, 64)  # type: ignore[arg-type]
-        assert vae.sides == [(8, 8)] * 3
-
-    @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-    def test_no_tile_fits(self, error: Exception) -> None:
-        vae = self.Blur(most=0, error=error)
-        with pytest.warns(UserWarning, match="in tiles of 64 pixels"), pytest.raises(type(error)):
-            engine.decode(vae, torch.randn(1, 4, 64, 64))  # type: ignore[arg-type]
-        assert vae.sides[-1] == (8, 8)
-
-    def test_half_precision_that_overflows(self) -> None:
-        class Overflowing(self.Blur):  # type: ignore[misc, name-defined]
-            def decode(self, latents: Tensor) -> Tensor:
-                found = super().decode(latents)
-                return found if self.weight.dtype == torch.float32 else found * torch.inf
-
-        with pytest.warns(UserWarning, match="decoding: values that are not finite in float16; once more in float32"):
-            assert engine.decode(Overflowing().half(), torch.randn(1, 4, 8, 8)).isfinite().all()  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("capacity", [1, 2, 3, 4, 5, 16])
-@pytest.mark.parametrize("steps", [1, 2, 7, 20])
-@pytest.mark.parametrize("texts", [1, 2, 3])
-@pytest.mark.parametrize("images", [1, 2, 3])
-def test_a_prediction_lands_with_its_row(steps: int, texts: int, images: int, capacity: int) -> None:
-    """Whatever the batches are, and however many rows read the same x_t."""
-    rows = tuple((step, str(text)) for step in range(steps) for text in range(texts))
-    phase = Phase("testing", (rows,), images, capacity, 0)
-    shared = []
-
-    def network(x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor) -> Tensor:
-        assert len(x_t) <= len(inputs) <= capacity
-        shared.append(len(inputs) - len(x_t))
-        return x_t[inputs] + (100.0 * steps + 10000.0 * images + 1e6 * texts).view(-1, 1, 1, 1)
-
-    evaluate = engine.Evaluator(network, phase, torch.arange(steps), torch.device("cpu"))
-    x_t = torch.randn(steps, images, 3, 2, 2, dtype=torch.float64)
-    of_step, of_image, of_text = (torch.arange(n, dtype=torch.float64) for n in (steps, images, texts))
-    numbers = 100.0 * of_step.view(-1, 1, 1) + 10000.0 * of_image + 1e6 * of_text.view(-1, 1)
-    wanted = (x_t[:, None] + numbers[..., None, None, None]).flatten(0, 1)
-    torch.testing.assert_close(evaluate(x_t, len(rows)), wanted)
-    evaluate.check()
-    if images == 1 and capacity >= texts * steps:
-        assert shared == [steps * (texts - 1)]
-
-
 @pytest.mark.parametrize("images", [1, 2])
 def test_rows_about_the_same_latents_share_them(images: int) -> None:
     """The branches of an editing step, those of the inversion, and the edit's beside the inversion's."""
@@ -455,9 +335,9 @@ def test_rows_about_the_same_latents_share_them(images: int) -> None:
     for phase, inputs in ((run.inverting, [9]), (run.editing, [1] * 9), (run.one_pass, [10] + [1] * 8)):
         sizes: list[int] = []
 
-        def counting(x_t: Tensor, *numbers: Tensor, network: engine.Network, sizes: list[int] = sizes) -> Tensor:
+        def counting(x_t: Tensor, *call: Any, network: Network, sizes: list[int] = sizes) -> Tensor:
             sizes.append(len(x_t))
-            return network(x_t, *numbers)
+            return network(x_t, *call)
 
         network = partial(counting, network=run.network(phase))
         if phase is run.inverting:
@@ -467,3 +347,121 @@ def test_rows_about_the_same_latents_share_them(images: int) -> None:
         else:
             run.invert_and_edit(network)
         assert sizes == [images * n for n in inputs]
+
+
+# --- Prompt-to-Prompt -----------------------------------------------------------------------------------------------
+
+
+def lending(cross_steps: int = 5, self_steps: int = 3, self_tokens: int = 30) -> Lending:
+    """A word of the source is replaced and one is put in; a picture has 30 pixels."""
+    mapper = token_mapper([(1,), (2,)], [(1,), (7,), (2,)], TOKENS)
+    return Lending(mapper, cross_steps, self_steps, self_tokens)
+
+
+LENT: dict[str, Any] = {
+    "source": "a cat", "target": "a dog", "negative": "blurry", "concepts": (HAT,), "lending": lending(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"negative": ""},  # the edit and the source both ask for the empty prompt, about latents of their own
+        {"source_guidance_scale": 1.0},  # nothing but its prompt guides the source
+        {"source_guidance_scale": 0.0},  # its prompt is asked about for its maps alone
+        {"guidance_scale": 1.0, "concepts": ()},  # nothing but the target is asked about
+        {"guidance_scale": 0.0, "concepts": ()},  # the target is not asked about, so there is nothing to lend to
+        {"lending": lending(cross_steps=2, self_steps=6), "momentum_scale": 0.3},
+        {"lending": lending(self_tokens=29)},
+        {"lending": lending(cross_steps=9, self_steps=0), "images": 3, "eta": 0.5},
+        {"lending": lending(cross_steps=0, self_steps=0)},
+    ],
+)
+def test_prompt_to_prompt_is_the_plain_loop_with_its_hook(more: dict[str, Any], capacity: int) -> None:
+    run = Run(**{**LENT, **more}, capacity=capacity)
+    plainly: list[Step] = []
+    fast: list[Step] = []
+    x_T, residuals, edited = run.plainly(plainly.append)
+    state = run.edit(x_T, residuals, watch=Watch(step=fast.append))
+    torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
+    for one, other in zip(fast, plainly, strict=True):
+        assert {*one.eps} == {*other.eps}
+        torch.testing.assert_close(one.x_prev, other.x_prev, rtol=1e-10, atol=1e-10)
+        for text, eps in one.eps.items():
+            torch.testing.assert_close(eps, other.eps[text], rtol=1e-10, atol=1e-10)
+    apart = replace(run, lending=None).edit(x_T, residuals).x_t - state.x_t
+    lends = any(run.lending.lends(step, run.settings) for step in range(9))  # type: ignore[union-attr]
+    assert (apart.abs().max() > 1e-3) == lends
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_no_pair_is_torn_and_progress_counts_its_evaluations(images: int, capacity: int) -> None:
+    run = Run(**LENT, images=images, capacity=capacity)
+    start = run.invert()
+    place, lent = run.editing.texts.index, 0
+    for _, steps, texts, of, attention in calls(run, run.editing, partial(run.edit, *start)):
+        assert len(steps) <= max(2, capacity)
+        if attention is None:
+            assert steps.min() >= 5 or place("a dog") not in texts
+            continue
+        source, target = attention.source, attention.target  # type: ignore[attr-defined]
+        assert len(source) == len(target) > 0
+        assert torch.equal(of[source], of[target]) and torch.equal(steps[source], steps[target])
+        assert (texts[source] == place("a cat")).all() and (texts[target] == place("a dog")).all()
+        lent += len(source)
+    assert lent == 5 * images
+    # The concept, the negative prompt and the target at every step; while it lends, the source's two prompts besides.
+    assert run.editing.evaluations == (9 * 3 + 5 * 2) * images
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("most", [2, 3, 5])
+@pytest.mark.filterwarnings("ignore:.*out of memory with [1-9] evaluations")
+def test_prompt_to_prompt_goes_on_in_smaller_batches(error: Exception, most: int) -> None:
+    run = Run(**LENT, images=3, capacity=64)
+    x_T, residuals, edited = run.plainly()
+    network, sizes = run.network(run.editing, lambda x_t, *more: sizes.append(len(x_t))), list[int]()
+    with pytest.warns(UserWarning, match="editing: out of memory with 15 evaluations per call; going on with 8"):
+        state = run.edit(x_T, residuals, failing(network, error, most))
+    torch.testing.assert_close(state.x_t, edited, rtol=1e-10, atol=1e-10)
+    assert max(sizes) <= most and sum(sizes) == run.editing.evaluations
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.filterwarnings("ignore:.*out of memory with [1-9] evaluations")
+def test_a_pair_that_does_not_fit_is_raised(error: Exception) -> None:
+    run = Run(**LENT, images=1, capacity=64)
+    start = run.invert()
+    with pytest.raises(type(error)):
+        run.edit(*start, failing(run.network(run.editing), error, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*out of memory with [1-9] evaluations")
+def test_memory_that_shrinks_behind_a_pair_does_not_hang() -> None:
+    """Two evaluations fit while they are a pair, and no more two behind it: it ends, whatever the way."""
+    run = Run(**LENT, images=1, capacity=64)
+    start, network, tries = run.invert(), run.network(run.editing), [0]
+
+    def shrinking(x_t: Tensor, *call: Any) -> Tensor:
+        tries[0] += 1
+        assert tries[0] < 50, "it tries the same batch for ever"
+        if len(call[0]) > (1 if call[-1] is None else 2):
+            raise OUT_OF_MEMORY[0]
+        return network(x_t, *call)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run.edit(*start, shrinking)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("capacity", [2, 64])
+def test_what_is_not_finite_is_named_in_the_sources_rows_too(capacity: int, value: float) -> None:
+    run = Run(**LENT, capacity=capacity, num_steps=6, skip=1)
+    start, phase = run.invert(), run.editing
+    for row in phase.rows:
+        at = rf"^editing: the prediction for '{row.text}' .* step {row.step} \(t = {run.timesteps[row.step]}\)"
+        with pytest.raises(RunError, match=at):
+            run.edit(*start, poisoned(run.network(phase), phase, row, value))

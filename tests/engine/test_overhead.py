@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ledits_min.app.cli import main
-from ledits_min.engine.preparation import Preparation
+from ledits_min.engine.overhead import Overhead
 
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
 PAUSE = 0.2
@@ -24,29 +24,29 @@ def slow_compiler(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., An
 
 
 def test_seconds_gather_until_they_are_taken() -> None:
-    preparation = Preparation()
-    assert preparation.take() == {}
+    overhead = Overhead()
+    assert overhead.take() == {}
     for _ in range(2):
-        with preparation.timed("record"):
+        with overhead.timed("record"):
             time.sleep(0.05)
-    with pytest.raises(ZeroDivisionError), preparation.timed("compile"):
+    with pytest.raises(ZeroDivisionError), overhead.timed("compile"):
         raise ZeroDivisionError
-    taken = preparation.take()
+    taken = overhead.take()
     assert taken["record"] >= 0.1 and list(taken) == ["record", "compile"]
-    assert preparation.take() == {}
+    assert overhead.take() == {}
 
 
 def test_the_compiler_is_watched_and_let_go() -> None:
-    preparation = Preparation()
+    overhead = Overhead()
     compiled = torch.compile(lambda x: x.sin() + 1, backend=slow_compiler, dynamic=False)
-    with preparation.watching_the_compiler():
+    with overhead.watching_the_compiler():
         compiled(torch.zeros(2))
         compiled(torch.zeros(2))
-    assert preparation.take()["compile"] >= PAUSE
-    with preparation.watching_the_compiler():
+    assert overhead.take()["compile"] >= PAUSE
+    with overhead.watching_the_compiler():
         compiled(torch.zeros(2))  # is compiled already
     compiled(torch.zeros(3))  # nobody watches
-    assert preparation.take() == {}
+    assert overhead.take() == {}
 
 
 def test_the_report_tells_compiling_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

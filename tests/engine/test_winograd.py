@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ledits_min.config import SD15_UNET, SD15_VAE
 from ledits_min.engine import cpu, ops, winograd
+from ledits_min.engine.budget import Model
 from ledits_min.engine.cost import unet_cost
-from ledits_min.engine.plan import Model
-from ledits_min.unet import ResnetBlock, UNet
+from ledits_min.engine.fast_networks import FastConditioning, FastResnetBlock, accelerate
+from ledits_min.unet import UNet
 
 # Relative to the exact result. Half precision rounds inputs, weights, products and result.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -139,15 +140,16 @@ def test_a_layer_that_is_trained_is_left_alone(taken: list[tuple[int, ...]]) -> 
 def test_a_block_is_as_near_to_its_float32_self(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is rounded more inside a layer is little beside what is rounded between layers."""
     torch.manual_seed(2)
-    block = ResnetBlock(512, 256, 1280, SD15_UNET).requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    block = FastResnetBlock(512, 256, SD15_UNET).requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     hidden = torch.randn(2, 512, 32, 32).contiguous(memory_format=torch.channels_last)
     time = torch.randn(2, 1280)
-    exact = block(hidden, time).double()
+    exact = block(hidden, FastConditioning(time, time)).double()
     block.bfloat16()
-    found = block(hidden.bfloat16(), time.bfloat16())
+    narrow = hidden.bfloat16(), FastConditioning(time.bfloat16(), time.bfloat16())
+    found = block(*narrow)
     assert len(taken) == 2
     monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: False)
-    plain = block(hidden.bfloat16(), time.bfloat16())
+    plain = block(*narrow)
     assert error(found, exact) < 1.5 * error(plain, exact) < 1e-2
 
 
@@ -155,7 +157,7 @@ def test_a_block_is_as_near_to_its_float32_self(taken: list[tuple[int, ...]], mo
 @torch.no_grad()
 def test_a_plan_knows_what_is_kept(taken: list[tuple[int, ...]]) -> None:
     config = replace(SD15_UNET, block_out_channels=(32, 256, 256, 256))
-    unet = UNet(config).bfloat16().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet = accelerate(UNet(config)).bfloat16().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_t = torch.randn(1, 4, 32, 32).contiguous(memory_format=torch.channels_last)
     unet(x_t, torch.tensor([5]), torch.randn(1, 7, 768))
     kept = sum(16 * outputs * inputs for outputs, inputs, _, _ in taken)
