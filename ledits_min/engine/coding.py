@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine.memory import is_out_of_memory
-from ledits_min.engine.retry import NotFinite, retried_in_float32
+from ledits_min.engine.retry import NotFinite, attempts
 from ledits_min.engine.tiling import in_tiles
 from ledits_min.errors import warn
 from ledits_min.vae import VAE
@@ -18,12 +18,18 @@ SMALLEST_TILE = 8  # latents per side; below it a tile is all border
 
 def encode(vae: VAE, image: Tensor) -> Tensor:
     """`VAE.encode`: image (B, 3, H, W) -> scaled latents, float32 (B, C, h, w)."""
-    return retried_in_float32(vae, lambda: _coded("encoding", vae.encode, image, vae.config.factor, 1))
+    for attempt in attempts(vae):
+        with attempt:
+            latents = _coded("encoding", vae.encode, image, vae.config.factor, 1)
+    return latents
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:
     """`VAE.decode`, likewise."""
-    return retried_in_float32(vae, lambda: _coded("decoding", vae.decode, latents, 1, vae.config.factor))
+    for attempt in attempts(vae):
+        with attempt:
+            image = _coded("decoding", vae.decode, latents, 1, vae.config.factor)
+    return image
 
 
 def _coded(name: str, code: Callable[[Tensor], Tensor], x: Tensor, inner: int, outer: int) -> Tensor:

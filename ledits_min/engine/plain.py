@@ -6,6 +6,8 @@ masks, the retry in float32 and the line that names what was not finite are thos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,38 +47,27 @@ class PlainRunner(Runner):
         def check(step: int, eps: dict[str, Tensor]) -> None:
             _check("inverting", step, int(timesteps[step]), _named(eps))
 
-        def attempt(advance: Advance) -> tuple[Tensor, Tensor]:
-            return invert(self._eps_model(settings, advance), contexts, x_0, noise, settings, check)
-
-        return self.run(attempt, phase, x_0, reporting, reporting.callback)
+        for attempt in self.attempts(phase, x_0, reporting, reporting.callback):
+            with attempt as advance:
+                inverted = invert(self._eps_model(settings, advance), contexts, x_0, noise, settings, check)
+        return inverted
 
     def edit(
-        self, phase: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
+        self, name: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
         lending: Lending | None = None,
     ) -> Edited:  # fmt: skip
         x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
-        planned = editing_phase(phase, inversion, settings, len(x_T), len(x_T), lending)
-
-        def attempt(advance: Advance) -> Edited:
-            eps_model = self._eps_model(inversion, advance)
-            counts = [torch.zeros_like(x_T) for _ in settings.terms]
-            trace, tell_step = observer(phase, inversion, settings, reporting)
-
-            def on_step(step: Step) -> None:
-                _check(phase, step.index, step.t, {**_named(step.eps), "the latents": step.x_prev})
-                for count, mask in zip(counts, step.masks, strict=False):  # no masks where no concept is
-                    if mask is not None:
-                        count += mask
-                if tell_step is not None:
-                    tell_step(step)
-
-            hook: dict[str, Any] = {}
-            if lending is not None:
-                hook["predict"] = lend_maps(eps_model, contexts, x_T, residuals, inversion, settings, lending)
-            latents = edit(eps_model, contexts, x_T, residuals, inversion, settings, on_step, **hook)
-            return Edited(latents, mean_masks(counts, settings, len(residuals)), trace)
-
-        return self.run(attempt, planned, x_T, reporting)
+        phase = editing_phase(name, inversion, settings, len(x_T), len(x_T), lending)
+        for attempt in self.attempts(phase, x_T, reporting):
+            with attempt as advance:
+                eps_model, hook = self._eps_model(inversion, advance), {}
+                if lending is not None:
+                    hook["predict"] = lend_maps(eps_model, contexts, x_T, residuals, inversion, settings, lending)
+                counts = [torch.zeros_like(x_T) for _ in settings.terms]
+                trace, tell_step = observer(name, inversion, settings, reporting)
+                on_step = partial(_observe, name, counts, tell_step)
+                latents = edit(eps_model, contexts, x_T, residuals, inversion, settings, on_step, **hook)
+        return Edited(latents, mean_masks(counts, settings, len(residuals)), trace)
 
     def invert_and_edit(
         self, contexts: Contexts, x_0: Tensor, noise: Tensor, inversion: InversionSettings, settings: EditSettings,
@@ -96,6 +87,16 @@ class PlainRunner(Runner):
             return prediction
 
         return counted
+
+
+def _observe(phase: str, counts: list[Tensor], tell_step: Callable[[Step], None] | None, step: Step) -> None:
+    """What every step is looked at for: values that are not finite, masks, whoever wants to hear of it."""
+    _check(phase, step.index, step.t, {**_named(step.eps), "the latents": step.x_prev})
+    for count, mask in zip(counts, step.masks, strict=False):  # there are no masks where no concept is
+        if mask is not None:
+            count += mask
+    if tell_step is not None:
+        tell_step(step)
 
 
 def _named(eps: dict[str, Tensor]) -> dict[str, Tensor]:

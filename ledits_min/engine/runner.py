@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TypeVar, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pa
 from ledits_min.engine.progress import Callback, Progress, Reporting, progress_bar, tell
 from ledits_min.engine.record import Edited, mean_masks, observer
 from ledits_min.engine.request import Start
-from ledits_min.engine.retry import retried_in_float32
+from ledits_min.engine.retry import Attempt, attempts
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
@@ -31,7 +31,6 @@ from ledits_min.text import Context
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 
-T = TypeVar("T")
 Contexts = Mapping[str, Context]
 Advance = Callable[[int], object]
 
@@ -83,31 +82,26 @@ class Runner:
     ) -> tuple[Tensor, Tensor]:
         """`edit.invert`, in batches over t; the callback hears of every call of the network."""
         phase = inversion_phase(settings, len(x_0), self.batch_limit(x_0))
-
-        def attempt(advance: Advance) -> tuple[Tensor, Tensor]:
-            network = self.network(phase, contexts, settings, x_0.device)
-            return loop.invert(network, phase, x_0, noise, settings, loop.Watch(advance))
-
-        return self.run(attempt, phase, x_0, reporting, reporting.callback)
+        for attempt in self.attempts(phase, x_0, reporting, reporting.callback):
+            with attempt as advance:
+                network = self.network(phase, contexts, settings, x_0.device)
+                inverted = loop.invert(network, phase, x_0, noise, settings, loop.Watch(advance))
+        return inverted
 
     def edit(
-        self, phase: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
+        self, name: str, contexts: Contexts, start: Start, settings: EditSettings, reporting: Reporting,
         lending: Lending | None = None,
     ) -> Edited:  # fmt: skip
-        """`edit.edit` under the name `phase`; with `lending` Prompt-to-Prompt."""
-        limit = self.batch_limit(start.x_T)
-        planned = editing_phase(phase, start.inversion, settings, len(start.x_T), limit, lending)
-
-        def attempt(advance: Advance) -> Edited:
-            network = self.network(planned, contexts, start.inversion, start.x_T.device)
-            trace, on_step = observer(phase, start.inversion, settings, reporting)
-            watch = loop.Watch(advance, on_step, reporting.trace)
-            state = loop.edit(
-                network, planned, start.x_T, start.residuals, start.inversion, settings, watch, lending
-            )  # fmt: skip
-            return Edited(state.x_t, mean_masks(list(state.kept), settings, len(start.residuals)), trace)
-
-        return self.run(attempt, planned, start.x_T, reporting)
+        """`edit.edit`, as a phase called `name`; with `lending` Prompt-to-Prompt."""
+        x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
+        phase = editing_phase(name, inversion, settings, len(x_T), self.batch_limit(x_T), lending)
+        for attempt in self.attempts(phase, x_T, reporting):
+            with attempt as advance:
+                network = self.network(phase, contexts, inversion, x_T.device)
+                trace, on_step = observer(name, inversion, settings, reporting)
+                watch = loop.Watch(advance, on_step, reporting.trace)
+                state = loop.edit(network, phase, x_T, residuals, inversion, settings, watch, lending)
+        return Edited(state.x_t, mean_masks(list(state.kept), settings, len(residuals)), trace)
 
     def invert_and_edit(
         self, contexts: Contexts, x_0: Tensor, noise: Tensor, inversion: InversionSettings, settings: EditSettings,
@@ -115,15 +109,13 @@ class Runner:
     ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
         """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
         phase = one_pass_phase(inversion, settings, len(x_0), self.batch_limit(x_0))
-
-        def attempt(advance: Advance) -> tuple[Tensor, Tensor, Edited]:
-            network = self.network(phase, contexts, inversion, x_0.device)
-            trace, on_step = observer(phase.name, inversion, settings, reporting)
-            watch = loop.Watch(advance, on_step, reporting.trace)
-            x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
-            return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
-
-        return self.run(attempt, phase, x_0, reporting)
+        for attempt in self.attempts(phase, x_0, reporting):
+            with attempt as advance:
+                network = self.network(phase, contexts, inversion, x_0.device)
+                trace, on_step = observer(phase.name, inversion, settings, reporting)
+                watch = loop.Watch(advance, on_step, reporting.trace)
+                x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
+        return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
 
     def network(
         self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
@@ -134,31 +126,34 @@ class Runner:
         denoiser = Denoiser(cast(FastUNet, self.unet), texts, schedule, self.prediction_type, self.compiled)
         return Graphed(denoiser, self.overhead) if use_graphs(device) else denoiser
 
-    def run(
-        self,
-        attempt: Callable[[Advance], T],
-        phase: Phase,
-        latents: Tensor,
-        reporting: Reporting,
-        on_evaluations: Callback | None = None,
-    ) -> T:
-        """`attempt`, with a bar that it advances; once more in float32 where half precision overflows."""
+    def attempts(
+        self, phase: Phase, latents: Tensor, reporting: Reporting, on_evaluations: Callback | None = None
+    ) -> Iterator[AbstractContextManager[Advance]]:
+        """Attempts at a phase, a second one in float32 where half precision overflows; each gives what moves its bar."""
         self.evaluations[phase.name] = 0
+        for attempt in attempts(self.unet):
+            yield self._watched(attempt, phase, latents, reporting, on_evaluations)
 
-        def once() -> T:
-            before = self.evaluations[phase.name]
-            with progress_bar(phase.name, phase.evaluations, "evaluation", reporting.progress) as bar:
+    @contextmanager
+    def _watched(
+        self, attempt: Attempt, phase: Phase, latents: Tensor, reporting: Reporting, on_evaluations: Callback | None
+    ) -> Iterator[Advance]:
+        """An attempt with a bar, its compiling timed apart, and one line where memory ends."""
+        before = self.evaluations[phase.name]
+        with (
+            attempt,
+            self.memory_named(phase.name, latents),
+            self.overhead.watching_the_compiler(),
+            progress_bar(phase.name, phase.evaluations, "evaluation", reporting.progress) as bar,
+        ):
 
-                def advance(evaluations: int) -> None:
-                    self.evaluations[phase.name] += evaluations
-                    bar.update(evaluations)
-                    done = self.evaluations[phase.name] - before
-                    tell(on_evaluations, Progress(phase.name, done, phase.evaluations))
+            def advance(evaluations: int) -> None:
+                self.evaluations[phase.name] += evaluations
+                bar.update(evaluations)
+                done = self.evaluations[phase.name] - before
+                tell(on_evaluations, Progress(phase.name, done, phase.evaluations))
 
-                return attempt(advance)
-
-        with self.memory_named(phase.name, latents), self.overhead.watching_the_compiler():
-            return retried_in_float32(self.unet, once)
+            yield advance
 
     @contextmanager
     def memory_named(self, phase: str, maps: Tensor, factor: int | None = None) -> Iterator[None]:

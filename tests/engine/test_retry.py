@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ledits_min.engine.retry import NotFinite, retried_in_float32
+from ledits_min.engine.retry import NotFinite, attempts
 from ledits_min.errors import RunError
 
 
@@ -25,10 +25,17 @@ class Half(nn.Module):
         return "done"
 
 
+def run(half: Half) -> str:
+    for attempt in attempts(half):
+        with attempt:
+            done = half.attempt()
+    return done
+
+
 def test_half_precision_is_retried_once_in_float32() -> None:
     half = Half(1).half()
     with pytest.warns(UserWarning, match="bad at step 3 in float16; once more in float32"):
-        assert retried_in_float32(half, half.attempt) == "done"
+        assert run(half) == "done"
     assert half.seen == [torch.float16, torch.float32]
     assert half.weight.dtype == torch.float16
     again = Half(2).bfloat16()
@@ -36,12 +43,30 @@ def test_half_precision_is_retried_once_in_float32() -> None:
         pytest.warns(UserWarning, match="once more"),
         pytest.raises(RunError, match="bad at step 3, in float32 as well"),
     ):
-        retried_in_float32(again, again.attempt)
+        run(again)
     assert again.weight.dtype == torch.bfloat16
 
 
 def test_float32_is_not_retried() -> None:
     single = Half(1)
     with pytest.raises(RunError, match="bad at step 3; lower"):
-        retried_in_float32(single, single.attempt)
+        run(single)
     assert len(single.seen) == 1
+
+
+def test_what_else_goes_wrong_is_raised_and_the_weights_are_as_they_were() -> None:
+    half = Half(0).half()
+    with pytest.raises(ValueError, match="another"):
+        for attempt in attempts(half):
+            with attempt:
+                raise ValueError("another")
+    assert half.weight.dtype == torch.float16
+
+    def fails_the_second_time() -> None:
+        for number, attempt in enumerate(attempts(half)):
+            with attempt:
+                raise ValueError("second") if number else NotFinite("first")
+
+    with pytest.warns(UserWarning, match="first"), pytest.raises(ValueError, match="second"):
+        fails_the_second_time()
+    assert half.weight.dtype == torch.float16

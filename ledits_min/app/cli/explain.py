@@ -69,7 +69,7 @@ def plan_edit(
     if inverted or apart or attention is not None:
         lending = None
         if attention is not None:
-            lending = ledits.lending(attention, inversion, settings, torch.empty(1, 4, *latents, device="meta"))
+            lending = ledits.lending(attention, inversion, settings, torch.empty(1, 4, *latents, device=ledits.device))
         phases = (editing_phase("editing", inversion, settings, 1, limit, lending),)
         if not inverted:
             phases = (inversion_phase(inversion, 1, limit), *phases)
