@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import permutations
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ledits_min.config import EditDefaults, ScheduleConfig
 from ledits_min.edit import Step, edit, invert
-from ledits_min.inversion import draw_noise
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import Concept, ConceptTerm
 
@@ -33,8 +34,8 @@ def picture(batch: int = 2, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype =
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def terms(*concepts: Concept) -> list[ConceptTerm]:
-    return [concept.resolve(EditDefaults()) for concept in concepts]
+def terms(*concepts: Concept) -> tuple[ConceptTerm, ...]:
+    return tuple(concept.resolve(EditDefaults()) for concept in concepts)
 
 
 HAT = Concept("hat", guidance_scale=3.0, threshold=0.8, warmup_steps=0)
@@ -51,15 +52,16 @@ def run(
     source: str = "",
     source_guidance_scale: float = 3.5,
     model: Callable[[Tensor, Tensor, Any], Tensor] = eps_model,
+    on_step: Callable[[Step], None] = lambda step: None,
     **settings: Any,
 ) -> Tensor:
-    """Invert, then edit with `settings`."""
-    schedule = make_schedule(ScheduleConfig(), num_steps)
-    noise = draw_noise(seeds, num_steps - skip, tuple(x_0.shape[1:]))
-    x_t, residuals = invert(
-        model, CONTEXTS, x_0, noise, schedule, skip, eta, source=source, source_guidance_scale=source_guidance_scale
+    """Invert, then edit with `EditSettings(**settings)`."""
+    inversion = InversionSettings(
+        num_steps=num_steps, skip=skip, eta=eta, source=source, source_guidance_scale=source_guidance_scale
     )
-    return edit(model, CONTEXTS, x_t, residuals, schedule, skip, eta, **settings)
+    noise = draw_noise(seeds, inversion.executed_steps, tuple(x_0.shape[1:]))
+    x_T, residuals = invert(model, CONTEXTS, x_0, noise, inversion)
+    return edit(model, CONTEXTS, x_T, residuals, inversion, EditSettings(**settings), on_step)
 
 
 def largest(difference: Tensor) -> float:
@@ -110,13 +112,13 @@ class TestReconstruction:
         """Fault 9: sizes written into the code."""
         x_0 = picture(1, shape)
         assert largest(run(x_0, 5, 1, seeds=(0,)) - x_0) <= 1e-10
-        assert run(x_0, 5, 1, seeds=(0,), terms=terms(HAT), momentum_scale=0.3).shape == x_0.shape
+        assert run(x_0, 5, 1, seeds=(0,), concepts=terms(HAT), momentum_scale=0.3).shape == x_0.shape
 
     def test_another_seed_reconstructs_as_well_and_edits_otherwise(self) -> None:
         """T9 and fault 8."""
         x_0 = picture()
         assert largest(run(x_0, seeds=(7, 8)) - x_0) <= 1e-10
-        edited = [run(x_0, seeds=seeds, terms=terms(HAT)) for seeds in ((0, 1), (7, 8))]
+        edited = [run(x_0, seeds=seeds, concepts=terms(HAT)) for seeds in ((0, 1), (7, 8))]
         assert largest(edited[0] - edited[1]) > 1e-2
 
 
@@ -156,25 +158,26 @@ class TestPureDDPMEdit:
         """Fault 12 of a well-known port; target = source at source_guidance_scale no longer reconstructs."""
         x_0 = picture()
         swapped = {**CONTEXTS, "": CONTEXTS["a cat"], "a cat": CONTEXTS[""]}
-        schedule = make_schedule(ScheduleConfig(), 12)
+        inversion = InversionSettings(num_steps=12, skip=0, source="a cat", source_guidance_scale=3.5)
         noise = draw_noise((0, 1), 12, SHAPE)
         for contexts, exact in ((CONTEXTS, True), (swapped, False)):
-            x_t, residuals = invert(eps_model, contexts, x_0, noise, schedule, 0, source="a cat")
-            x = edit(eps_model, CONTEXTS, x_t, residuals, schedule, 0, target="a cat", guidance_scale=3.5)
+            x_T, residuals = invert(eps_model, contexts, x_0, noise, inversion)
+            x = edit(eps_model, CONTEXTS, x_T, residuals, inversion, EditSettings("a cat", 3.5))
             assert (largest(x - x_0) < 1e-10) is exact
 
     def test_a_negative_prompt_has_no_part_in_the_inversion(self) -> None:
-        assert "negative" not in inspect.signature(invert).parameters
+        names = {*inspect.signature(invert).parameters, *(field.name for field in fields(InversionSettings))}
+        assert "source" in names and not names & {"negative", "edit", "concepts", "target"}
 
 
 class TestSkip:
     def test_residuals_belong_to_their_timestep(self) -> None:
         """Fault 8: the skip index applied twice. The steps that are run do not depend on how many were skipped."""
-        schedule, x_0 = make_schedule(ScheduleConfig(), 12), picture()
-        noise = draw_noise((0, 1), 12, SHAPE)
-        _, everything = invert(eps_model, CONTEXTS, x_0, noise, schedule, 0, 0.5)
+        x_0, noise = picture(), draw_noise((0, 1), 12, SHAPE)
+        settings = InversionSettings(num_steps=12, skip=0, eta=0.5)
+        _, everything = invert(eps_model, CONTEXTS, x_0, noise, settings)
         for skip in (1, 5, 11):
-            _, residuals = invert(eps_model, CONTEXTS, x_0, noise[skip:], schedule, skip, 0.5)
+            _, residuals = invert(eps_model, CONTEXTS, x_0, noise[skip:], replace(settings, skip=skip))
             torch.testing.assert_close(residuals, everything[skip:], rtol=0.0, atol=1e-14)
 
     @pytest.mark.parametrize("skip", [0, 4, 9])
@@ -193,20 +196,21 @@ class TestSkip:
 
 
 class TestCalls:
-    """Fault 7: one call a distinct live text and step, never more."""
+    """Fault 7: one call per distinct live text and step, never more."""
 
     def calls(self, **settings: Any) -> list[Counter[str]]:
         """Texts asked for at each of the ten steps of an edit."""
-        schedule = make_schedule(ScheduleConfig(), 10)
+        inversion = InversionSettings(num_steps=10, skip=0)
+        timesteps = inversion.make_schedule().timesteps.tolist()
         steps: list[Counter[str]] = [Counter() for _ in range(10)]
         names = {value: text for text, value in CONTEXTS.items()}
 
         def spy(x_t: Tensor, t: Tensor, context: float) -> Tensor:
-            steps[schedule.timesteps.tolist().index(int(t[0]))][names[context]] += 1
+            steps[timesteps.index(int(t[0]))][names[context]] += 1
             return eps_model(x_t, t, context)
 
         noise = draw_noise((0, 1), 10, SHAPE).double()
-        edit(spy, CONTEXTS, picture(), noise, schedule, 0, **settings)
+        edit(spy, CONTEXTS, picture(), noise, inversion, EditSettings(**settings))
         return steps
 
     def check(self, wanted: Sequence[Sequence[str]], **settings: Any) -> None:
@@ -223,22 +227,24 @@ class TestCalls:
         self.check([["blurry"]] * 10, negative="blurry", target="blurry")
 
     def test_concepts(self) -> None:
-        self.check([["", "hat"]] * 10, terms=terms(HAT))
-        self.check([["", "hat"]] * 10, terms=terms(HAT, replace(HAT, reverse=True)))
-        self.check([["", "hat"]] * 10, terms=terms(HAT), target="hat")
-        self.check([["", "hat", "a dog"]] * 10, terms=terms(HAT), target="a dog")
+        self.check([["", "hat"]] * 10, concepts=terms(HAT))
+        self.check([["", "hat"]] * 10, concepts=terms(HAT, replace(HAT, reverse=True)))
+        self.check([["", "hat"]] * 10, concepts=terms(HAT), target="hat")
+        self.check([["", "hat", "a dog"]] * 10, concepts=terms(HAT), target="a dog")
 
     def test_idle_concepts(self) -> None:
         acting = [[""]] * 2 + [["", "beard"]] * 4 + [[""]] * 4
-        self.check(acting, terms=terms(BEARD))
-        self.check([["", "beard"]] * 6 + [[""]] * 4, terms=terms(BEARD), momentum_scale=0.5)
+        self.check(acting, concepts=terms(BEARD))
+        self.check([["", "beard"]] * 6 + [[""]] * 4, concepts=terms(BEARD), momentum_scale=0.5)
         acting = [["a dog"]] * 2 + [["a dog", "", "beard"]] * 4 + [["a dog"]] * 4
-        self.check(acting, terms=terms(BEARD), target="a dog", guidance_scale=1.0)
+        self.check(acting, concepts=terms(BEARD), target="a dog", guidance_scale=1.0)
 
     def test_no_ops(self) -> None:
         empty = terms(Concept(""), replace(HAT, guidance_scale=0.0), replace(HAT, weight=0.0))
-        self.check([[""]] * 10, terms=empty, momentum_scale=0.5)
-        self.check([["blurry", ""]] * 10, terms=terms(Concept("blurry")), negative="blurry")
+        self.check([[""]] * 10, concepts=empty, momentum_scale=0.5)
+        self.check([["blurry", ""]] * 10, concepts=terms(Concept("blurry")), negative="blurry")
+        late = [replace(SMILE, warmup_steps=5, guidance_scale=0.0), replace(SMILE, warmup_steps=5, weight=0.0)]
+        self.check([["", "hat"]] * 10, concepts=terms(HAT, *late), momentum_scale=0.5)
 
     def test_inversion(self) -> None:
         count: Counter[float] = Counter()
@@ -247,7 +253,7 @@ class TestCalls:
             count[context] += 1
             return eps_model(x_t, t, context)
 
-        schedule, noise = make_schedule(ScheduleConfig(), 10), draw_noise((0, 1), 7, SHAPE)
+        noise = draw_noise((0, 1), 7, SHAPE)
         for source, scale, wanted in (
             ("", 3.5, {0.0: 7}),
             ("a cat", 3.5, {0.0: 7, 0.7: 7}),
@@ -255,7 +261,8 @@ class TestCalls:
             ("a cat", 0.0, {0.0: 7}),
         ):
             count.clear()
-            invert(spy, CONTEXTS, picture(), noise, schedule, 3, source=source, source_guidance_scale=scale)
+            settings = InversionSettings(num_steps=10, skip=3, source=source, source_guidance_scale=scale)
+            invert(spy, CONTEXTS, picture(), noise, settings)
             assert count == wanted
 
 
@@ -265,37 +272,52 @@ class TestConcepts:
         """Fault 6: a guidance scale of 1 or less switched SEGA and the negative prompt off."""
         x_0 = picture()
         plain = run(x_0, guidance_scale=scale)
-        assert largest(run(x_0, guidance_scale=scale, terms=terms(HAT)) - plain) > 1e-2
+        assert largest(run(x_0, guidance_scale=scale, concepts=terms(HAT)) - plain) > 1e-2
         if scale != 1.0:  # at 1, eps_uncond cancels
             assert largest(run(x_0, guidance_scale=scale, negative="blurry") - plain) > 1e-2
 
     @pytest.mark.parametrize("momentum_scale", [0.0, 0.3])
     def test_order_does_not_matter(self, momentum_scale: float) -> None:
         """T10."""
-        wanted = run(picture(), terms=terms(HAT, BEARD, SMILE), momentum_scale=momentum_scale)
+        wanted = run(picture(), concepts=terms(HAT, BEARD, SMILE), momentum_scale=momentum_scale)
         for order in permutations((HAT, BEARD, SMILE)):
-            found = run(picture(), terms=terms(*order), momentum_scale=momentum_scale)
+            found = run(picture(), concepts=terms(*order), momentum_scale=momentum_scale)
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("negative", ["", "blurry"])
     def test_an_empty_concept_changes_no_bit(self, negative: str) -> None:
-        """T11, with momentum: a no-op must not hold the others' momentum back either."""
+        """T11, with momentum: a no-op must not hold the others' momentum back either, however late its warm-up."""
         settings: dict[str, Any] = {"negative": negative, "target": "a dog", "momentum_scale": 0.4}
-        without = run(picture(), terms=terms(HAT, BEARD), **settings)
-        late = {"warmup_steps": 8}
+        without = run(picture(), concepts=terms(HAT, BEARD), **settings)
+        soon = {"warmup_steps": BEARD.warmup_steps}  # what has a direction but no strength must not be the last one
         for no_op in (
-            Concept(negative, **late),
-            replace(SMILE, guidance_scale=0.0, **late),
-            replace(SMILE, weight=0.0, **late),
+            Concept(negative, warmup_steps=8),
+            replace(SMILE, guidance_scale=0.0, **soon),
+            replace(SMILE, weight=0.0, **soon),
         ):
             for order in ((no_op, HAT, BEARD), (HAT, no_op, BEARD), (HAT, BEARD, no_op)):
-                assert torch.equal(run(picture(), terms=terms(*order), **settings), without)
-        alone = run(picture(), terms=terms(Concept(negative)), **settings)
+                assert torch.equal(run(picture(), concepts=terms(*order), **settings), without)
+        alone = run(picture(), concepts=terms(Concept(negative)), **settings)
         assert torch.equal(alone, run(picture(), **settings))
+
+    @pytest.mark.parametrize("field", ["guidance_scale", "weight"])
+    def test_no_strength_is_the_limit_of_a_small_one(self, field: str) -> None:
+        """Its warm-up holds the others' momentum back as ever: the result must not jump where a strength goes to 0."""
+        settings: dict[str, Any] = {"num_steps": 20, "skip": 2, "momentum_scale": 0.3}
+        seen: list[Step] = []
+
+        def edited(strength: float, **more: Any) -> Tensor:
+            late = replace(SMILE, warmup_steps=10, **{field: strength})
+            return run(picture(), concepts=terms(HAT, BEARD, late), **settings, **more)
+
+        nothing = edited(0.0, on_step=seen.append)
+        assert largest(nothing - edited(1e-6)) < 1e-4
+        assert largest(nothing - run(picture(), concepts=terms(HAT, BEARD), **settings)) > 1e-2
+        assert all(step.masks[2] is None and "smile" not in step.eps for step in seen)
 
     def test_same_seed_same_bytes(self) -> None:
         """T12; a picture's result does not depend on its neighbours in the batch."""
-        settings: dict[str, Any] = {"terms": terms(HAT, BEARD, SMILE), "target": "a dog", "momentum_scale": 0.4}
+        settings: dict[str, Any] = {"concepts": terms(HAT, BEARD, SMILE), "target": "a dog", "momentum_scale": 0.4}
         together = run(picture(), **settings)
         assert torch.equal(together, run(picture(), **settings))
         for i in range(2):
@@ -305,7 +327,7 @@ class TestConcepts:
     def test_a_concept_changes_only_what_its_mask_covers_in_one_step(self) -> None:
         seen: list[Step] = []
         last = replace(HAT, warmup_steps=8)
-        edited = run(picture(), terms=terms(last), on_step=seen.append)
+        edited = run(picture(), concepts=terms(last), on_step=seen.append)
         mask = seen[-1].masks[0]
         assert mask is not None
         changed = (edited - run(picture())).abs() > 1e-9
@@ -315,17 +337,17 @@ class TestConcepts:
         x_0 = picture()
         last = replace(HAT, warmup_steps=8)
         plain = run(x_0)
-        moves = [run(x_0, terms=terms(replace(last, guidance_scale=scale))) - plain for scale in (1.0, 2.0, 4.0)]
+        moves = [run(x_0, concepts=terms(replace(last, guidance_scale=scale))) - plain for scale in (1.0, 2.0, 4.0)]
         torch.testing.assert_close(moves[1], 2.0 * moves[0], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(moves[2], 4.0 * moves[0], rtol=1e-9, atol=1e-9)
-        away = run(x_0, terms=terms(replace(last, guidance_scale=1.0, reverse=True))) - plain
+        away = run(x_0, concepts=terms(replace(last, guidance_scale=1.0, reverse=True))) - plain
         torch.testing.assert_close(away, -moves[0], rtol=1e-9, atol=1e-9)
 
 
 class TestSteps:
     def test_what_a_step_reports(self) -> None:
         seen: list[Step] = []
-        x = run(picture(), 12, 3, terms=terms(HAT, BEARD), target="a dog", on_step=seen.append)
+        x = run(picture(), 12, 3, concepts=terms(HAT, BEARD), target="a dog", on_step=seen.append)
         assert [step.index for step in seen] == list(range(9))
         assert [step.t for step in seen] == make_schedule(ScheduleConfig(), 12).timesteps[3:].tolist()
         assert torch.equal(seen[-1].x_prev, x)
@@ -334,10 +356,10 @@ class TestSteps:
         assert [step.masks[1] is not None for step in seen] == [False] * 2 + [True] * 4 + [False] * 3
 
     def test_inversion_reports_its_progress(self) -> None:
-        seen: list[int] = []
-        schedule, noise = make_schedule(ScheduleConfig(), 10), draw_noise((0, 1), 7, SHAPE)
-        invert(eps_model, CONTEXTS, picture(), noise, schedule, 3, on_step=seen.append)
-        assert seen == list(range(7))
+        seen: list[tuple[int, set[str]]] = []
+        noise, settings = draw_noise((0, 1), 7, SHAPE), InversionSettings(num_steps=10, skip=3, source="a cat")
+        invert(eps_model, CONTEXTS, picture(), noise, settings, lambda step, eps: seen.append((step, set(eps))))
+        assert seen == [(step, {"", "a cat"}) for step in range(7)]
 
 
 @pytest.mark.parametrize("function", [invert, edit])

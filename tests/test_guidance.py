@@ -1,11 +1,13 @@
 """Classifier-free guidance, and the texts that a step really asks the network about."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ledits_min.guidance import classifier_free_guidance, guided_eps, guided_texts, step_texts
+from ledits_min.guidance import EditSettings, classifier_free_guidance, guided_eps, guided_texts
 from ledits_min.sega import ConceptTerm
 
 TEXT = st.sampled_from(["", "a cat", "ugly", "hat", "beard"])
@@ -13,12 +15,12 @@ SCALE = st.sampled_from([0.0, 0.5, 1.0, 7.5])
 TERMS = st.lists(
     st.builds(
         ConceptTerm,
-        text=st.sampled_from(["hat", "beard", "a cat"]),
-        guidance_scale=st.just(5.0),
+        text=st.sampled_from(["hat", "beard", "a cat", "ugly"]),
+        guidance_scale=st.sampled_from([5.0, 0.0]),
         threshold=st.just(0.9),
         warmup_steps=st.integers(0, 4),
         cooldown_steps=st.none() | st.integers(0, 6),
-        weight=st.just(1.0),
+        weight=st.sampled_from([1.0, 0.0]),
         reverse=st.booleans(),
     ),
     max_size=4,
@@ -61,11 +63,13 @@ def test_the_short_cuts_change_nothing(base: str, text: str, scale: float) -> No
 def test_texts_of_a_step(
     negative: str, target: str, scale: float, terms: list[ConceptTerm], step: int, momentum_scale: float
 ) -> None:
-    texts = step_texts(negative, target, scale, terms, step, momentum_scale)
+    texts = EditSettings(target, scale, negative, tuple(terms), momentum_scale).texts(step)
     live = {
         term.text
         for term in terms
-        if (term.cooldown_steps is None or step < term.cooldown_steps)
+        if term.text != negative
+        and term.guidance_scale * term.weight > 0.0
+        and (term.cooldown_steps is None or step < term.cooldown_steps)
         and (step >= term.warmup_steps or momentum_scale > 0.0)
     }
     needed = set(live)
@@ -81,7 +85,16 @@ def test_an_idle_concept_costs_nothing() -> None:
     """Fault 7."""
     early = ConceptTerm("hat", 5.0, 0.9, 0, 2, 1.0, False)
     late = ConceptTerm("beard", 5.0, 0.9, 4, 6, 1.0, False)
-    calls = [step_texts("", "", 15.0, [early, late], step, 0.0) for step in range(8)]
+    calls = [EditSettings(concepts=(early, late)).texts(step) for step in range(8)]
     assert calls == [("", "hat")] * 2 + [("",)] * 2 + [("", "beard")] * 2 + [("",)] * 2
-    calls = [step_texts("", "", 15.0, [early, late], step, 0.2) for step in range(8)]
+    calls = [EditSettings(concepts=(early, late), momentum_scale=0.2).texts(step) for step in range(8)]
     assert calls == [("", "hat", "beard")] * 2 + [("", "beard")] * 4 + [("",)] * 2
+
+
+def test_a_concept_with_the_text_of_eps_uncond_is_none_at_all() -> None:
+    """One without strength stays: its warm-up counts."""
+    hat, empty, ugly = (ConceptTerm(text, 5.0, 0.9, 0, None, 1.0, False) for text in ("hat", "", "ugly"))
+    weak = replace(hat, guidance_scale=0.0), replace(hat, weight=0.0)
+    assert EditSettings(concepts=(empty, hat, ugly, *weak)).terms == (hat, ugly, *weak)
+    assert EditSettings(negative="ugly", concepts=(empty, hat, ugly, *weak)).terms == (empty, hat, *weak)
+    assert EditSettings(concepts=weak, momentum_scale=0.3).texts(0) == ("",)

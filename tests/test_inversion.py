@@ -1,6 +1,7 @@
 """Edit-friendly inversion: the noise, the noisy copies, the reverse step, and the faults around the residuals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ledits_min.config import ScheduleConfig
-from ledits_min.edit import edit, invert, levels
+from ledits_min.edit import edit, invert
+from ledits_min.guidance import EditSettings
 from ledits_min.inversion import (
+    InversionSettings,
     draw_noise,
     eps_from_v,
     noisy_latents,
@@ -126,13 +129,15 @@ class TestReverseStep:
 class TestResiduals:
     """What the reverse steps add; every faulty form below is somebody's released code."""
 
-    schedule = make_schedule(ScheduleConfig(), 20)
+    settings = InversionSettings(num_steps=20, skip=0)
+    schedule = settings.make_schedule()
 
     def reconstruct(self, change: Callable[[Tensor], Tensor], eta: float = 1.0) -> float:
         x_0 = latents()
         noise = draw_noise([0, 1], 20, SHAPE).double()
-        x_t, residuals = invert(eps_model, {"": 0.0}, x_0, noise, self.schedule, 0, eta)
-        x = edit(eps_model, {"": 0.0}, x_t, change(residuals), self.schedule, 0, eta)
+        inversion = replace(self.settings, eta=eta)
+        x_T, residuals = invert(eps_model, {"": 0.0}, x_0, noise, inversion)
+        x = edit(eps_model, {"": 0.0}, x_T, change(residuals), inversion, EditSettings())
         return float((x - x_0).abs().max())
 
     def test_untouched_they_reconstruct(self) -> None:
@@ -155,7 +160,7 @@ class TestResiduals:
     def test_eta_where_eta_squared_belongs_hides_behind_a_round_trip(self, eta: float) -> None:
         """Fault 1 reconstructs as well as the truth, which is why tests/oracle/test_schedule.py looks at the step."""
         i = 5
-        alpha_bar_t, alpha_bar_prev, sigma_t = levels(self.schedule, self.schedule.sigmas(eta), i)
+        alpha_bar_t, alpha_bar_prev, sigma_t = self.schedule.levels(eta)[i]
         x_t, x_prev = latents(), latents().flip(0)
         eps = eps_model(x_t, self.schedule.timesteps[i].expand(2), 0.0)
         full = sigma(alpha_bar_t, alpha_bar_prev, 1.0)
@@ -176,19 +181,19 @@ class TestResiduals:
 
     def half_precision_error(self, order: range) -> float:
         """z_t and x_t in float16, x_{t-1} <- mu_t + sigma_t z_t on the way, in the given order of steps."""
-        x_0, sigmas = latents(), self.schedule.sigmas(1.0)
+        x_0, levels = latents(), self.schedule.levels(1.0)
         x = trajectory(x_0, draw_noise([0, 1], 20, SHAPE).double(), self.schedule.alpha_bar_t).half()
         z = torch.zeros_like(x[1:])
 
         def mean(x_t: Tensor, i: int) -> Tensor:
             eps = eps_model(x_t.double(), self.schedule.timesteps[i].expand(2), 0.0)
-            return posterior_mean(x_t.double(), eps, *levels(self.schedule, sigmas, i))
+            return posterior_mean(x_t.double(), eps, *levels[i])
 
         for i in order:
             mu_t = mean(x[i], i)
-            z[i] = ((x[i + 1] - mu_t) / sigmas[i]).half()
-            x[i + 1] = (mu_t + sigmas[i] * z[i]).half()
+            z[i] = ((x[i + 1] - mu_t) / levels[i].sigma_t).half()
+            x[i + 1] = (mu_t + levels[i].sigma_t * z[i]).half()
         x_t = x[0]
         for i in range(20):
-            x_t = (mean(x_t.half(), i) + sigmas[i] * z[i]).half()
+            x_t = (mean(x_t.half(), i) + levels[i].sigma_t * z[i]).half()
         return float((x_t.double() - x_0).abs().max())

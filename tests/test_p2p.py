@@ -13,18 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ledits_min import Concept, InputError, Inversion, LEdits, PromptToPrompt
 from ledits_min import edit as plain
-from ledits_min.config import EditDefaults, ScheduleConfig, UNetConfig
-from ledits_min.inversion import draw_noise
-from ledits_min.p2p import (
-    AttentionControl,
-    SourceRow,
-    TokenMapper,
-    attention_maps,
-    edit,
-    mix_maps,
-    refine_mapper,
-)
-from ledits_min.schedule import make_schedule
+from ledits_min.config import EditDefaults, UNetConfig
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, draw_noise
+from ledits_min.p2p import AttentionControl, TokenMapper, attention_maps, lend_maps, mix_maps, refine_mapper
 from ledits_min.unet import UNet
 
 TINY = Path(__file__).parents[1] / "weights/tiny"
@@ -37,6 +29,13 @@ def test_maps_are_mixed_by_hand() -> None:
     target = torch.tensor([[0.1, 0.6, 0.3]], dtype=torch.float64)
     mixed = mix_maps(source, target, TokenMapper(lend, torch.tensor([0.0, 1.0, 0.0])))
     torch.testing.assert_close(mixed, torch.tensor([[0.5, 0.6, 0.3]], dtype=torch.float64))
+
+
+def control(
+    mapper: TokenMapper | None, self_tokens: int, source: Sequence[int] = (0, 1), target: Sequence[int] = (2, 3)
+) -> AttentionControl:
+    """By default of two images: two rows that lend, then two that receive."""
+    return AttentionControl(torch.tensor(source), torch.tensor(target), mapper, self_tokens)
 
 
 def random_qkv(tokens: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +53,7 @@ class TestMaps:
         q, k, eye = random_qkv(9, 6)
         own = scaled_dot_product_attention(q, k, eye)
         mapper = refine_mapper([(1,), (2,)], [(1,), (7,), (2,)], 6)
-        maps = AttentionControl(mapper, 0).cross_attention(q, k, eye)
+        maps = control(mapper, 0).cross_attention(q, k, eye)
         torch.testing.assert_close(maps[:2], own[:2])
         for n, lender in enumerate([0, 1, None, 2, 3, 4]):
             wanted = own[2:, ..., n] if lender is None else own[:2, ..., lender]
@@ -63,15 +62,30 @@ class TestMaps:
     def test_self_attention_is_the_source_s_where_the_map_is_small(self) -> None:
         q, k, eye = random_qkv(9, 9)
         own = scaled_dot_product_attention(q, k, eye)
-        lent = AttentionControl(None, 9).self_attention(q, k, eye)
+        lent = control(None, 9).self_attention(q, k, eye)
         torch.testing.assert_close(lent, torch.cat([own[:2], own[:2]]))
-        assert torch.equal(AttentionControl(None, 8).self_attention(q, k, eye), own)
+        assert torch.equal(control(None, 8).self_attention(q, k, eye), own)
 
     def test_nothing_is_changed_where_nothing_is_lent(self) -> None:
         q, k, eye = random_qkv(9, 6)
-        assert torch.equal(
-            AttentionControl(None, 0).cross_attention(q, k, eye), scaled_dot_product_attention(q, k, eye)
-        )
+        assert torch.equal(control(None, 0).cross_attention(q, k, eye), scaled_dot_product_attention(q, k, eye))
+
+    def test_rows_of_no_pair_are_left_alone_wherever_the_pairs_stand(self) -> None:
+        """Row 2 lends to row 0, row 1 to row 3; rows 1 and 3 are then left out of the pairs."""
+        q, k, eye = random_qkv(9, 9)
+        mapper = refine_mapper([(1,), (2,)], [(1,), (7,), (2,)], 9)
+        own = scaled_dot_product_attention(q, k, eye)
+        both = control(mapper, 9, (2, 1), (0, 3))
+        torch.testing.assert_close(both.self_attention(q, k, eye), own[[2, 1, 2, 1]])
+        crossed = both.cross_attention(q, k, eye)
+        for one, other in ((2, 0), (1, 3)):
+            torch.testing.assert_close(crossed[other], mix_maps(own[one], own[other], mapper))
+        alone = control(mapper, 9, (2,), (0,))
+        for found, wanted in ((alone.self_attention, own[2]), (alone.cross_attention, crossed[0])):
+            attended = found(q, k, eye)
+            torch.testing.assert_close(attended[0], wanted)
+            assert torch.equal(attended[[1, 3]], own[[1, 3]])
+            torch.testing.assert_close(attended[2], own[2])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_maps_are_float32(self, dtype: torch.dtype) -> None:
@@ -125,8 +139,8 @@ class ByHand:
 
     @staticmethod
     def weights(query: Tensor, keys: Tensor) -> Tensor:
-        scores = torch.stack([(query * key).sum() / len(key) ** 0.5 for key in keys])
-        return torch.exp(scores) / torch.exp(scores).sum()
+        scores = torch.exp((query * keys).sum(dim=1) / len(query) ** 0.5)
+        return scores / scores.sum()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mix: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         out = torch.zeros_like(q)
@@ -160,12 +174,12 @@ class TestInsideTheUNet:
         x_t = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
         t, table = torch.tensor([440, 440]), contexts()
         context = torch.cat([table["source"], table["target"]])
-        latents = x_t[:1]
+        lending = PromptToPrompt(1.0, 1.0).lending(SOURCE, TARGET, TOKENS, 1, x_t[:1])
+        pair = torch.tensor([0]), torch.tensor([1])
 
         by_hand = ByHand([0, 1, 2, None, 3, 4, 5, 6], self_tokens=4)
         wanted = unet(x_t, t, context, attention=by_hand)
-        control = PromptToPrompt(1.0, 1.0).control(SOURCE, TARGET, TOKENS, 1, latents)(0)
-        found = unet(x_t, t, context, attention=control)
+        found = unet(x_t, t, context, attention=lending.control(0, *pair))
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # the UNet returns float32
         assert sorted(set(by_hand.seen)) == [
             ("cross", 4, 8), ("cross", 16, 8), ("cross", 64, 8), ("self", 4, 4), ("self", 16, 16), ("self", 64, 64),
@@ -175,40 +189,59 @@ class TestInsideTheUNet:
         own = unet(x_t, t, context)
         torch.testing.assert_close(found[:1], own[:1], rtol=1e-6, atol=1e-6)
         assert (found[1:] - own[1:]).abs().max() > 1e-3
-        for half in (AttentionControl(control.mapper, 0), AttentionControl(None, 4)):  # type: ignore[union-attr]
+        for half in (AttentionControl(*pair, lending.mapper, 0), AttentionControl(*pair, None, 4)):
             assert (unet(x_t, t, context, attention=half)[1:] - found[1:]).abs().max() > 1e-4
 
     def test_control_that_lends_nothing_changes_nothing(self, unet: UNet) -> None:
         x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         t, context = torch.tensor([440, 440]), contexts()["source"].expand(2, -1, -1)
-        assert torch.equal(unet(x_t, t, context, attention=AttentionControl(None, 0)), unet(x_t, t, context))
+        nothing = control(None, 0, (0,), (1,))
+        assert torch.equal(unet(x_t, t, context, attention=nothing), unet(x_t, t, context))
 
 
 class TestWindows:
-    def windows(self, attention: PromptToPrompt, num_steps: int, shape: tuple[int, int] = (8, 8)) -> tuple[int, int]:
-        at = attention.control(SOURCE, TARGET, TOKENS, num_steps, torch.zeros(1, 4, *shape))
-        controls = [at(step) for step in range(num_steps + 1)]
-        cross = [control is not None and control.mapper is not None for control in controls]
-        lent = [control is not None and control.self_tokens > 0 for control in controls]
+    def windows(self, attention: PromptToPrompt, num_steps: int) -> tuple[int, int]:
+        """In how many of the steps cross- and self-attention maps are lent."""
+        lending = attention.lending(SOURCE, TARGET, TOKENS, num_steps, torch.zeros(1, 4, 8, 8))
+        pair = torch.tensor([0]), torch.tensor([1])
+        controls = [lending.control(step, *pair) for step in range(num_steps)]
+        cross = [control.mapper is not None for control in controls]
+        own = [control.self_tokens > 0 for control in controls]
         assert cross == sorted(cross, reverse=True)
-        assert lent == sorted(lent, reverse=True)
-        return sum(cross), sum(lent)
+        assert own == sorted(own, reverse=True)
+        either = [lending.lends(step, EditSettings("target")) for step in range(num_steps)]
+        assert either == [c or o for c, o in zip(cross, own, strict=True)]
+        return sum(cross), sum(own)
 
     def test_fractions_of_num_steps(self) -> None:
         """Of all steps, not of the executed ones: 60 and 20 of 100, whatever is skipped."""
         assert self.windows(PromptToPrompt(), 100) == (60, 20)
         assert self.windows(PromptToPrompt(), 50) == (30, 10)
-        assert self.windows(PromptToPrompt(cross=0.29, self=0.58), 100) == (29, 58)
+        assert self.windows(PromptToPrompt(), 24) == (15, 4)
         assert self.windows(PromptToPrompt(cross=0.0, self=1.0), 7) == (0, 7)
+        assert self.windows(PromptToPrompt(cross=1.0, self=0.0), 7) == (7, 0)
+
+    @pytest.mark.parametrize("num_steps", [24, 25, 33, 50, 100])
+    def test_counts_are_rounded_as_in_the_authors_code(self, num_steps: int) -> None:
+        """The cross-attention window is a share of a table with num_steps + 1 rows, the self-attention one is not."""
+        for tenths in range(11):
+            share = tenths / 10
+            table = torch.arange(num_steps + 1)[: int(share * (num_steps + 1))]
+            wanted = min(len(table), num_steps), int(num_steps * share)
+            assert self.windows(PromptToPrompt(share, share), num_steps) == wanted
+
+    @pytest.mark.parametrize(("scale", "asked"), [(9.0, True), (1.0, True), (0.0, False)])
+    def test_nothing_is_lent_to_a_target_that_is_not_asked_about(self, scale: float, asked: bool) -> None:
+        lending = PromptToPrompt().lending(SOURCE, TARGET, TOKENS, 10, torch.zeros(1, 4, 8, 8))
+        assert lending.lends(0, EditSettings("target", scale)) is asked
 
     @pytest.mark.parametrize(
         ("shape", "tokens"), [((64, 64), 256), ((128, 128), 1024), ((16, 16), 16), ((65, 33), 153)]
     )
     def test_self_attention_is_lent_at_a_quarter_of_the_side(self, shape: tuple[int, int], tokens: int) -> None:
         """16 x 16 of SD's 64 x 64; of 65 x 33, halved twice, 17 x 9."""
-        control = PromptToPrompt().control(SOURCE, TARGET, TOKENS, 10, torch.zeros(1, 4, *shape))(0)
-        assert control is not None
-        assert control.self_tokens == tokens
+        lending = PromptToPrompt().lending(SOURCE, TARGET, TOKENS, 10, torch.zeros(1, 4, *shape))
+        assert lending.self_tokens == tokens
 
     @pytest.mark.parametrize("values", [{"cross": 1.1}, {"self": -0.1}, {"cross": float("nan")}, {"self": "0.2"}])
     def test_values_out_of_range_are_refused(self, values: dict[str, Any]) -> None:
@@ -225,31 +258,32 @@ def run(
     calls: list[tuple[int, bool]] | None = None,
     negative: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """(x_0, the edited x_0) of 10 steps, 3 skipped, in float64; `attention` None is edit.edit."""
+    """(x_0, the edited x_0) of 10 steps, 3 skipped, in float64; `attention` None is `edit.edit` without a hook."""
     generator = torch.Generator().manual_seed(9)
     x_0 = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)[batch]
-    schedule, skip = make_schedule(ScheduleConfig(), 10), 3
+    inversion = InversionSettings(num_steps=10, skip=3, source="source", source_guidance_scale=3.5)
     noise = draw_noise([0, 1], 7, (4, 8, 8))[:, batch]
     table = contexts()
 
-    def eps_model(x_t: Tensor, t: Tensor, context: Tensor, attention: AttentionControl | None = None) -> Tensor:
+    def eps_model(
+        x_t: Tensor, t: Tensor, context: Tensor | list[Tensor], attention: AttentionControl | None = None
+    ) -> Tensor:
         if calls is not None:
             calls.append((len(x_t), attention is not None))
-        return unet(x_t, t, context.expand(len(x_t), -1, -1), attention=attention).double()
+        several = context if isinstance(context, list) else [context]
+        told = torch.cat(several).repeat_interleave(len(x_t) // len(several), dim=0)
+        return unet(x_t, t, told, attention=attention).double()
 
-    x_t, residuals = plain.invert(eps_model, table, x_0, noise, schedule, skip, 1.0, "source", 3.5)
+    x_T, residuals = plain.invert(eps_model, table, x_0, noise, inversion)
     if calls is not None:
         calls.clear()
-    target, scale = ("source", 3.5) if same else ("target", 9.0)
-    terms = [concept.resolve(EditDefaults()) for concept in concepts]
-    settings = (
-        table, x_t, residuals, schedule, skip, 1.0, target, scale, negative, terms, 0.0, 0.6, lambda step: None,
-    )  # fmt: skip
+    terms = tuple(concept.resolve(EditDefaults()) for concept in concepts)
+    settings = EditSettings(*(("source", 3.5) if same else ("target", 9.0)), negative, terms)
     if attention is None:
-        return x_0, plain.edit(eps_model, *settings)
-    both = torch.cat([table["source"], table[target]]).repeat_interleave(len(x_t), dim=0)
-    control = attention.control(SOURCE, SOURCE if same else TARGET, TOKENS, 10, x_t)
-    return x_0, edit(eps_model, *settings, row=SourceRow("source", 3.5, table[""], both, control))
+        return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings)
+    lending = attention.lending(SOURCE, SOURCE if same else TARGET, TOKENS, inversion.num_steps, x_T)
+    hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
+    return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings, predict=hook)
 
 
 def largest(difference: Tensor) -> float:

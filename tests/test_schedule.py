@@ -5,7 +5,7 @@ import torch
 
 from ledits_min.config import ScheduleConfig
 from ledits_min.errors import InputError
-from ledits_min.schedule import make_schedule, sigma, sqrt
+from ledits_min.schedule import Level, make_schedule, sigma, sqrt
 
 
 def test_published_numbers() -> None:
@@ -69,6 +69,25 @@ def test_sigma_is_the_posterior_deviation_of_ddpm_at_eta_one() -> None:
     torch.testing.assert_close(schedule.sigmas(1.0) ** 2, beta_tilde, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(schedule.sigmas(0.3), 0.3 * schedule.sigmas(1.0), rtol=1e-12, atol=0.0)
     assert not schedule.sigmas(0.0).any()
+
+
+@pytest.mark.parametrize("skip", [0, 1, 18, 49])
+def test_what_is_skipped_is_not_there(skip: int) -> None:
+    """The executed steps alone, each as it is without a skip."""
+    whole, rest = make_schedule(ScheduleConfig(), 50), make_schedule(ScheduleConfig(), 50, skip)
+    assert rest.num_steps == 50 - skip
+    for name in ("timesteps", "t_prev", "alpha_bar_t", "alpha_bar_prev"):
+        assert torch.equal(getattr(rest, name), getattr(whole, name)[skip:]), name
+    assert torch.equal(rest.alphas_cumprod, whole.alphas_cumprod)
+    assert rest.levels(0.5) == whole.levels(0.5)[skip:]
+
+
+def test_levels_are_the_tables_step_by_step() -> None:
+    schedule = make_schedule(ScheduleConfig(), 10, 3)
+    columns = schedule.alpha_bar_t, schedule.alpha_bar_prev, schedule.sigmas(0.7)
+    levels = schedule.levels(0.7)
+    assert levels == [Level(*numbers) for numbers in torch.stack(columns, dim=1).tolist()]
+    assert all(type(number) is float for level in levels for number in level)
 
 
 def test_scalars_and_tensors_agree() -> None:

@@ -107,13 +107,13 @@ class TestTerm:
         assert not any(replace(TERM, warmup_steps=4, cooldown_steps=4).acts(step) for step in range(9))
         assert replace(TERM, cooldown_steps=None).acts(10**6)
 
-    def test_what_is_no_term_at_all(self) -> None:
-        assert replace(TERM, text="").is_noop(base="")
-        assert replace(TERM, text="ugly").is_noop(base="ugly")
-        assert not replace(TERM, text="").is_noop(base="ugly")
-        assert replace(TERM, guidance_scale=0.0).is_noop(base="")
-        assert replace(TERM, weight=0.0).is_noop(base="")
-        assert not TERM.is_noop(base="")
+    def test_without_strength_it_neither_acts_nor_matters(self) -> None:
+        """Its warm-up is its own all the same."""
+        assert TERM.pulls
+        for weak in (replace(TERM, guidance_scale=0.0, warmup_steps=2), replace(TERM, weight=0.0, warmup_steps=2)):
+            assert not weak.pulls
+            assert not any(weak.acts(step) or weak.matters(step, 0.3) for step in range(9))
+            assert [weak.is_warm(step) for step in range(4)] == [False, False, True, True]
 
     def test_defaults_are_the_papers_or_the_checkpoints(self) -> None:
         term = Concept("hat").resolve(EditDefaults())
@@ -149,7 +149,7 @@ class TestTerm:
 
 
 def predictions(terms: list[ConceptTerm], seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """eps_uncond, and one prediction a concept, float64; a text has the same one whatever stands beside it."""
+    """eps_uncond, and one prediction per concept, float64; a text has the same one whatever stands beside it."""
 
     def draw(offset: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * seed + offset)
@@ -213,6 +213,21 @@ class TestGuidance:
             before = history[step - 1].momentum
             torch.testing.assert_close(history[step].gamma, scale * before)
             torch.testing.assert_close(history[step].momentum, (beta + (1.0 - beta) * scale) * before)
+
+    @pytest.mark.parametrize("field", ["guidance_scale", "weight"])
+    def test_a_concept_without_strength_holds_the_momentum_back_as_a_weak_one_does(self, field: str) -> None:
+        """No jump where a strength goes to 0: gamma is the limit, the momentum waits, no prediction is wanted."""
+        late = replace(SMILE, warmup_steps=10)
+        nothing, little, gone = (
+            run([HAT, BEARD, *more], 14, 0.3)
+            for more in ([replace(late, **{field: 0.0})], [replace(late, **{field: 1e-6})], [])
+        )
+        for without, weak in zip(nothing, little, strict=True):
+            assert (without.gamma - weak.gamma).abs().max() < 1e-4
+            assert (without.momentum - weak.momentum).abs().max() < 1e-4
+            assert without.masks[2] is None
+        jumps = [float((a.gamma - b.gamma).abs().max()) for a, b in zip(nothing, gone, strict=True)]
+        assert min(jumps[2:10]) > 0.1 and max(jumps[10:]) == 0.0
 
     def test_masks_are_reported_for_acting_concepts_only(self) -> None:
         history = run([HAT, BEARD], 8, momentum_scale=0.3)

@@ -68,9 +68,36 @@ def test_the_report_holds_the_plan_and_what_was_done(tmp_path: Path, capsys: pyt
     assert "inverting" not in capsys.readouterr().out
 
 
+def test_prompt_to_prompt_is_told_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cross-attention maps are lent in int(0.5 (6 + 1)) steps: there the source is asked about too, for both texts."""
+    asked = [*EDIT, "--target", "a portrait with a beard", "--p2p", "cross=0.5,self=0.2"]
+    assert main([*asked, "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = {"inverting": 2 * 4, "editing": 3 * 4 - 1 + 2 * 3}
+    for phase, evaluations in wanted.items():
+        assert any(line.startswith(f"{phase}: {evaluations} evaluations in ") for line in lines), lines
+
+    out, report, saved = (tmp_path / name for name in ("x.png", "x.json", "x.safetensors"))
+    assert main([*asked, "-o", str(out), "--report", str(report), "--save-inversion", str(saved)]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    assert told["evaluated"] == wanted
+    assert {phase: told["planned"]["phases"][phase]["evaluations"] for phase in wanted} == wanted
+
+    again = ["edit", str(saved), "--add", "hat", "--dtype", "float32", *asked[-4:]]
+    capsys.readouterr()
+    assert main([*again, "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"editing: {wanted['editing']} evaluations in ") for line in lines), lines
+    assert not any("inverting" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["--add", "zebra"], "does not know 'zebra'"), (["--steps", "1000"], "--steps"), (["--p2p"], "--explain")],
+    [
+        (["--add", "zebra"], "does not know 'zebra'"),
+        (["--steps", "1000"], "--steps"),
+        (["--p2p"], "target prompt is empty"),
+    ],
 )
 def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EDIT, "--explain", *more]) == 2
