@@ -43,7 +43,7 @@ def check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path |
 
 
 def open_picture(args: argparse.Namespace) -> Image.Image:
-    from ledits_min.files.picture import open_image
+    from ledits_min.files.opening import open_image
 
     notices: list[str] = []
     picture = open_image(args.image, notices=notices)

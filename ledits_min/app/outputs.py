@@ -22,7 +22,7 @@ from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.inversion import Inversion, InversionSettings
-from ledits_min.files.picture import OUTPUT_SIDES
+from ledits_min.files.write import OUTPUT_SIDES
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 

@@ -17,7 +17,8 @@ from ledits_min.config import UNetConfig
 from ledits_min.engine.runner import Runner
 from ledits_min.errors import InputError
 from ledits_min.files.inversion import Inversion, InversionSettings
-from ledits_min.files.picture import fit_size, open_image, to_tensor
+from ledits_min.files.opening import open_image
+from ledits_min.files.picture import fit_size, to_tensor
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import sinusoids
 

@@ -15,7 +15,7 @@ from ledits_min.config import ScheduleConfig
 from ledits_min.errors import InputError, check_number, check_whole, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import TensorInfo, read_header
-from ledits_min.files.picture import atomic_write
+from ledits_min.files.write import atomic_write
 
 FORMAT = "ledits_min inversion 1"
 

@@ -33,7 +33,9 @@ from ledits_min.app.terminal import disk_is_full, one_line, tell
 from ledits_min.engine.plan import count
 from ledits_min.engine.progress import progress_bar
 from ledits_min.errors import InputError, RunError, quoted
-from ledits_min.files.picture import atomic_write, fit_size, open_image, save_image, upright_size
+from ledits_min.files.opening import open_image, upright_size
+from ledits_min.files.picture import fit_size
+from ledits_min.files.write import atomic_write, save_image
 from ledits_min.p2p import PromptToPrompt, check_prompts
 from ledits_min.sega import Concept
 

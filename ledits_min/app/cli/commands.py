@@ -36,7 +36,7 @@ def run_edit(args: argparse.Namespace) -> None:
     from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs
     from ledits_min.app.cli.explain import latent_size, plan_edit
-    from ledits_min.files.picture import atomic_write, check_output_picture, save_image
+    from ledits_min.files.write import atomic_write, check_output_picture, save_image
     from ledits_min.p2p import check_prompts
 
     concepts = [Concept(**fields) for fields in args.concepts or []]
@@ -128,7 +128,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     grid = sweep.Grid.of(args)
     from ledits_min import Concept
     from ledits_min.app import outputs
-    from ledits_min.files.picture import atomic_write, save_image
+    from ledits_min.files.write import atomic_write, save_image
     from ledits_min.p2p import check_prompts
 
     out = Path(f"{Path(args.image).stem}.sweep.png" if args.output is None else args.output)
@@ -188,7 +188,7 @@ def run_batch(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from ledits_min.app import outputs
     from ledits_min.app.cli import demo
-    from ledits_min.files.picture import save_image
+    from ledits_min.files.write import save_image
 
     check_outputs(args, {"-o": (args.output, outputs.PICTURES)})
     clock = Clock()

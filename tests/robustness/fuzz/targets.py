@@ -27,7 +27,8 @@ from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, Tex
 from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
 from ledits_min.files.inversion import FORMAT
-from ledits_min.files.picture import open_image, to_tensor
+from ledits_min.files.opening import open_image
+from ledits_min.files.picture import to_tensor
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.shapes import text_shapes, unet_shapes, vae_shapes
