@@ -18,7 +18,15 @@ from ledits_min.engine.networks import build_networks, resolve_device, resolve_d
 from ledits_min.engine.ops import EditPlan
 from ledits_min.engine.prepare import ImageLike, Prepared, encode_pictures, open_pictures, told_contexts
 from ledits_min.engine.progress import Callback
-from ledits_min.engine.request import Guidance, Start, check_noise, check_output_size, check_prompt, check_seeds
+from ledits_min.engine.request import (
+    Guidance,
+    Start,
+    check_call,
+    check_noise,
+    check_output_size,
+    check_prompt,
+    check_seeds,
+)
 from ledits_min.engine.runner import Edited, Runner
 from ledits_min.errors import InputError, check_number, check_whole
 from ledits_min.files.configs import read_config
@@ -195,6 +203,7 @@ class LEdits:
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
+        check_call(callback=callback)
         ready = self._prepare(image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size)
         settings, schedule = ready.settings, make_schedule(self.schedule, ready.settings.num_steps)
         contexts = self._contexts(["", source], ready.sizes, ready.x_0)
@@ -273,6 +282,9 @@ class LEdits:
         callback      called with a `Progress` after every step; Stopped where it returns true
         """
         self._check_open()
+        check_call(
+            inversion=inversion, concepts=concepts, callback=callback, channels=self.unet.config.in_channels
+        )  # fmt: skip
         settings = inversion.settings
         if settings.fingerprint != self.fingerprint:
             raise InputError(
@@ -325,6 +337,7 @@ class LEdits:
         rounds differently. Prompt-to-Prompt, in its plain loop, shares nothing: with `attention` one runs after the
         other, and each calls back as it does alone.
         """
+        check_call(concepts=concepts, callback=callback)
         check_output_size(output_size)
         check_attention(attention)
         guidance = self._guidance(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
@@ -375,6 +388,7 @@ class LEdits:
         default.
         """
         self._check_open()
+        check_call(concepts=concepts, callback=callback)
         guidance = self._guidance(prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
 from ledits_min.config import TextConfig
-from ledits_min.errors import InputError
+from ledits_min.errors import InputError, quoted, short
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class TextEncoder:
 
     def check(self, prompt: str) -> None:
         """Warn of words that do not fit; refuse words that a word-level tokenizer does not know."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown != self.tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
             backend, vocabulary = self.tokenizer.backend_tokenizer, self.tokenizer.get_vocab()
@@ -105,13 +105,14 @@ class TextEncoder:
             hint = f" (did you mean {', '.join(near)}?)" if near else ""
             words_known = ", ".join(known)
             raise InputError(
-                f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}{hint}; it knows: {words_known}"
+                f"prompt {quoted(prompt)}: this model does not know {quoted(', '.join(strange))}{hint}; "
+                f"it knows: {words_known}"
             )
         room = self.length - 2  # begin and end tokens
         if len(ids) > room:
-            dropped = self.tokenizer.decode(ids[room:])
+            dropped = short(self.tokenizer.decode(ids[room:]), 300)
             warnings.warn(
-                f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped!r}", stacklevel=3
+                f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped}", stacklevel=3
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ledits_min.config import EditDefaults
-from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.errors import InputError, check_number, check_whole, quoted, short
+from ledits_min.files.inversion import Inversion
 from ledits_min.schedule import Schedule
 from ledits_min.sega import Concept, ConceptTerm
 
@@ -62,6 +64,8 @@ class Guidance:
                 raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
         check_prompt("target", target)
         check_prompt("negative", negative)
+        for concept in concepts:
+            warn_of_syntax(concept.text)
         terms = [concept.resolve(defaults) for concept in concepts]
         return cls(target, guidance_scale, negative, terms, momentum_scale, momentum_beta)
 
@@ -88,7 +92,55 @@ class Guidance:
 def check_prompt(name: str, text: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
+    warn_of_syntax(text)
     return text
+
+
+_SYNTAX = (  # how other programs write what is no part of a prompt here -> what to use instead
+    (re.compile(r"\([^()]*:\s*[\d.]+\s*\)"), "a weight", "give a concept a guidance_scale or weight"),
+    (re.compile(r"\bBREAK\b"), "a break between chunks", "a prompt is one chunk; put what matters first"),
+    (re.compile(r"<(?:lora|lyco):[^<>]*>", re.IGNORECASE), "a LoRA", "load it with lora= (--lora FILE:SCALE)"),
+    (re.compile(r"\bembedding:\S+"), "an embedding", "textual-inversion files are loaded beside the model"),
+)
+
+
+def warn_of_syntax(text: str) -> None:
+    """One warning for each kind of other programs' prompt syntax: it is read as plain words."""
+    for pattern, what, instead in _SYNTAX:
+        if match := pattern.search(text):
+            warnings.warn(
+                f"{quoted(match[0], 60)} in a prompt is {what} to other programs and plain words here; {instead}",
+                stacklevel=6,
+            )
+
+
+def check_call(
+    *,
+    inversion: object = None,
+    concepts: object = (),
+    callback: object = None,
+    channels: int | None = None,
+) -> None:
+    """What is easily mistaken in a call, with the way out; `channels` are those of the model's latents."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {short(callback)}; a function that takes a Progress is wanted")
+    if isinstance(concepts, str | Concept):
+        one = f"Concept({short(concepts)})" if isinstance(concepts, str) else short(concepts)
+        raise InputError(f"concepts is {short(concepts)}; a list is wanted: concepts=[{one}]")
+    if not isinstance(concepts, list | tuple):
+        raise InputError(f"concepts is {type(concepts).__name__}; a list of Concept is wanted")
+    for concept in concepts:
+        if not isinstance(concept, Concept):
+            way_out = f"write Concept({short(concept)})" if isinstance(concept, str) else "a Concept is wanted"
+            raise InputError(f"concepts holds {short(concept)}; {way_out}")
+    if channels is not None and not isinstance(inversion, Inversion):
+        raise InputError(
+            f"inversion is {short(inversion)}; `edit` takes what `invert` gives back or Inversion.load reads, and "
+            "`invert_and_edit` takes a picture"
+        )
+    if isinstance(inversion, Inversion) and inversion.latents.shape[1] != channels:
+        found = inversion.latents.shape[1]
+        raise InputError(f"this inversion has latents of {found} channels, the model works with {channels}")
 
 
 def check_output_size(output_size: str) -> None:

@@ -80,7 +80,7 @@ def open_image(
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise InputError(f"image array is {source.dtype} {source.shape}; uint8 (H, W, 3) is wanted")
-        _check_size((source.shape[1], source.shape[0]), "image array")
+        check_size((source.shape[1], source.shape[0]), "image array")
         return Image.fromarray(np.ascontiguousarray(source))
     if isinstance(source, Image.Image):
         return _read(_Opened(source, "image", Promise()), notices)
@@ -176,7 +176,7 @@ def _open_file(source: str | os.PathLike[str]) -> _Opened:
         raise InputError(_why_no_picture(data[:512], name))
     promise = look_into(kind, data, name)
     if promise.size is not None:
-        _check_size(promise.size, name)
+        check_size(promise.size, name)
     try:
         image = _READERS[kind](io.BytesIO(data))
     except InputError as error:
@@ -185,7 +185,7 @@ def _open_file(source: str | os.PathLike[str]) -> _Opened:
         raise InputError(f"{name} is far above {MAX_PIXELS / 1e6:.0f} megapixels; scale it down") from None
     except _DAMAGED as error:
         raise _damaged(name, error) from error
-    _check_size(image.size, name)  # before decoding: a small file can promise gigabytes
+    check_size(image.size, name)  # before decoding: a small file can promise gigabytes
     if kind in ("TIFF", "WEBP", "AVIF", "HEIC"):  # these know without counting to the end
         promise.many = bool(getattr(image, "is_animated", False))
     return _Opened(image, name, promise, kind, data)
@@ -212,7 +212,8 @@ def _reason(error: BaseException) -> str:
     return quoted(error, 100).strip("'") or type(error).__name__
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
+    """InputError for a picture outside 16 px .. 64 megapixels or 8:1."""
     width, height = size
     if width * height > MAX_PIXELS:
         raise InputError(
@@ -227,13 +228,13 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 def _read(opened: _Opened, notices: list[str]) -> Image.Image:
     """Decode; upright 8-bit sRGB with nothing else attached."""
     name = opened.name
-    _check_size(opened.image.size, name)
+    check_size(opened.image.size, name)
     if opened.promise.many:
         notices.append(f"{name} has more than one frame or page; the first is used")
     try:
         reading = colours_said(opened.kind, opened.image, opened.promise, name)  # before its tiles are gone
         image = _decoded(opened, notices)
-        _check_size(image.size, name)  # a frame may be larger than its picture
+        check_size(image.size, name)  # a frame may be larger than its picture
         rgb = _upright(opened, _to_srgb(image, reading, name, notices), notices)
     except InputError:
         raise

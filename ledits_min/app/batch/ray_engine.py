@@ -15,12 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ledits_min.app.batch.run import Batch, Editor, Failure, Outcome, Outcomes
+from ledits_min.app.batch.folder import Failure
+from ledits_min.app.batch.run import Batch, Editor, Outcome, Outcomes
 from ledits_min.app.cli.explain import without_weights
 from ledits_min.app.inputs import parts
-from ledits_min.app.terminal import one_line
+from ledits_min.app.terminal import one_line, quiet_stderr
 from ledits_min.errors import InputError, RunError
-from ledits_min.files.picture import quiet_stderr
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.pipeline import LEdits
 
