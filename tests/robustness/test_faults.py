@@ -202,6 +202,7 @@ def test_signalled_at_random_moments_of_an_edit(tmp_path: Path) -> None:
 INTERRUPTED_IMPORT = """
 import builtins, os, signal, sys
 from ledits_min.app.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background passes Ctrl-C on as ignored
 plain, count, wanted = builtins.__import__, 0, int(sys.argv[1])
 def counting(*arguments, **named):
     global count

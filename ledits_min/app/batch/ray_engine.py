@@ -1,4 +1,4 @@
-"""The job table on Ray: the batches of `batch.py` through Ray Data, an actor with a model of its own a GPU or CPU slot.
+"""The job table on Ray: the batches of `run.py` through Ray Data, one actor with its own model per GPU or CPU slot.
 
 A worker that dies is replaced and its batch done again; what it had written is known by its hash and stays.
 """
@@ -9,8 +9,13 @@ import argparse
 import json
 import logging
 import os
+import shutil
+import signal
+import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,10 +59,9 @@ class RayEngine:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.device.startswith("cuda:"):
             raise InputError(f"--device {args.device}: Ray hands the GPUs out itself; pass cuda")
-        self.args = args
-        with quiet_stderr():
-            _start(args.workers)
+        self.args, self._ended = args, ExitStack()
         try:
+            _start(args.workers, self._ended)
             found = ray.cluster_resources()
             gpus = int(found.get("GPU", 0)) if args.device in ("auto", "cuda") else 0
             self.slot, slots = ({"num_gpus": 1}, gpus) if gpus else ({"num_cpus": 1}, int(found.get("CPU", 0)))
@@ -71,14 +75,14 @@ class RayEngine:
             self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
             self.ledits.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:
-            ray.shutdown()
+            self._ended.close()
             raise
 
     def __enter__(self) -> RayEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.shutdown()
+        self._ended.close()
 
     def outcomes(self, batches: Sequence[Batch], folder: Path, attention: PromptToPrompt | None) -> Outcomes:
         if not batches:
@@ -115,13 +119,39 @@ class RayEngine:
             yield Outcome([], [Failure.of(job, LOST) for job in jobs])
 
 
-def _start(workers: int | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:  # more slots than cores are fine, if so many workers are asked for
+def _start(workers: int | None, ended: ExitStack) -> None:
+    """Connect to a cluster, or start one; `ended` disconnects, ends it, and removes what it left on the disk."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray keeps every session's logs; ours end with the run. The names of its sockets must stay short.
+        place = tempfile.mkdtemp(prefix="ledits-ray-", dir="/tmp" if len(tempfile.gettempdir()) > 30 else None)
+        ended.callback(shutil.rmtree, place, ignore_errors=True)
+        # More slots than cores are fine, if so many workers are asked for.
         slots = max(workers or 0, os.cpu_count() or 1)
-        ray.init("local", num_cpus=slots, include_dashboard=False, object_store_memory=STORE, **quiet)
+        quiet |= {"address": "local", "num_cpus": slots, "include_dashboard": False, "object_store_memory": STORE}
+        quiet |= {"_temp_dir": place}
+    ended.callback(_shut_down)
+    with _signals_kept(), quiet_stderr():
+        ray.init(**quiet)
+
+
+def _shut_down() -> None:
+    with _signals_kept():
+        ray.shutdown()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts handlers of its own in place, one of which prints a trace for SIGTERM; how this command ends is ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _absolute(model: dict[str, Any]) -> dict[str, Any]:

@@ -354,7 +354,7 @@ def _whole(text: str) -> str:
     """One line in which what belongs together holds together: a range, a default, an option and its value."""
     line = " ".join(text.split())
     line = re.sub(r"(\d) \.\. (\d)", "\\1\xa0..\xa0\\2", line)
-    return re.sub(r"(default:|--[\w-]+) (?=[\d\[])", "\\1\xa0", line)
+    return re.sub(r"(default:) |(--[\w-]+) (?=[\d\[])", "\\1\\2\xa0", line)
 
 
 class _Parser(argparse.ArgumentParser):
