@@ -50,7 +50,7 @@ except ImportError:
 
 STORE = 2**27  # bytes; only numbers and outcomes pass through it
 RETRIES = 3
-LOST = f"{RETRIES + 1} workers died over its batch; try --batch-size 1, or --engine local to see why"
+LOST = "every worker that took its batch died; try --batch-size 1, or --engine local to see why"
 
 
 class RayEngine:
@@ -94,29 +94,41 @@ class RayEngine:
         dtype = str(self.ledits.dtype).removeprefix("torch.")
         model = {"model": self.args.model, "device": self.device, "dtype": dtype, "compile": self.args.compile}
         model |= parts(self.args)
-        # A block a batch: what is handed out, lost and handed out again is one batch.
-        table = ray.data.from_items([{"batch": i} for i in range(len(batches))], override_num_blocks=len(batches))
+        constructor = (_absolute(model), batches, folder.absolute(), attention, self.args.overwrite)
+        waiting = list(range(len(batches)))
+        while waiting:
+            lost = set(waiting)
+            try:
+                for row in self._round(waiting, constructor).iter_rows():
+                    lost.discard(int(row["batch"]))
+                    yield _outcome(row["outcome"])
+            except ray.exceptions.RayError as error:
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise RunError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from None
+            if len(lost) == len(waiting):
+                break
+            # What was handed to a machine that has left is lost with it; among those that stay it is tried again.
+            waiting = sorted(lost)
+        for i in waiting:
+            jobs = [task.job for task in batches[i].tasks if task.job.line in batches[i].missing]
+            yield Outcome([], [Failure.of(job, LOST) for job in jobs])
+
+    def _round(self, numbers: Sequence[int], constructor: tuple[Any, ...]) -> ray.data.Dataset:
+        """Those batches, each once, on the workers there is room for now."""
+        slots = int(ray.cluster_resources().get("GPU" if "num_gpus" in self.slot else "CPU", 0))
+        workers = max(1, min(self.workers, slots, len(numbers)))
+        # A block per batch: what is handed out, lost and handed out again is one batch.
+        table = ray.data.from_items([{"batch": i} for i in numbers], override_num_blocks=len(numbers))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # options of actors go until 2.64; there is no other way to end a retry
-            done = table.map_batches(
+            return table.map_batches(
                 Worker,
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(batches))),
-                fn_constructor_args=(_absolute(model), batches, folder.absolute(), attention, self.args.overwrite),
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                fn_constructor_args=constructor,
                 max_task_retries=RETRIES,
                 **self.slot,
             )
-        lost = set(range(len(batches)))
-        try:
-            for row in done.iter_rows():
-                lost.discard(int(row["batch"]))
-                yield _outcome(row["outcome"])
-        except ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RunError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from None
-        for i in sorted(lost):
-            jobs = [task.job for task in batches[i].tasks if task.job.line in batches[i].missing]
-            yield Outcome([], [Failure.of(job, LOST) for job in jobs])
 
 
 def _start(workers: int | None, ended: ExitStack) -> None:
