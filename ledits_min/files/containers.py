@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from ledits_min.errors import InputError
 from ledits_min.files.tags import check_all_directories, check_directories
 
-MAX_JPEG_WORK = 2_500_000_000  # scans x pixels; an ordinary progressive picture of 64 megapixels has ten scans
+MAX_JPEG_WORK = 1_000_000_000  # scans x pixels, some 3 ns each; an ordinary progressive picture of 64 megapixels has ten scans
 MAX_SCANS = 1000
 MAX_SEGMENTS = 10_000
 MAX_JUNK = 65_536  # bytes between segments
 MAX_EXIF = 4_000_000
 MAX_CHUNKS = 200_000
+MAX_PROFILES = 8  # of a PNG, which may have one; Pillow decompresses them all
 MAX_GIF_LEAD = 1_000_000  # bytes before the first frame, where Pillow joins comments one by one
 MAX_RLE = 4_000_000  # bytes of a run-length coded BMP, which Pillow decodes in Python
 
@@ -80,7 +81,7 @@ def look_into(kind: str, data: bytes, name: str) -> Promise:
 
 
 def _png(data: bytes, name: str) -> Promise:
-    found, at, count = Promise(), 8, 0
+    found, at, count, profiles = Promise(), 8, 0, 0
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         body = data[at + 8 : at + 8 + min(length, 64)]
@@ -93,6 +94,9 @@ def _png(data: bytes, name: str) -> Promise:
         elif kind == b"IEND":
             break
         count += 1
+        profiles += kind == b"iCCP"
+        if profiles > MAX_PROFILES:
+            raise InputError(f"{name} is a PNG of more than {MAX_PROFILES} colour profiles; save it again")
         if count > MAX_CHUNKS:
             raise InputError(f"{name} is a PNG of more than {MAX_CHUNKS:,} chunks; save it again in another program")
         at += 12 + length

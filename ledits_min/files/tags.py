@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
     tag: int
     kind: int
-    count: int
+    number: int
     value: bytes
 
 
@@ -49,9 +49,9 @@ def check_directories(data: Data, name: str) -> None:
         if not waiting:
             return
         for entry in _entries(data, waiting.pop(), name):
-            size = entry.count * _SIZES.get(entry.kind, 0)
-            if size > 8 and entry.kind not in _BYTES and entry.count > MAX_NUMBERS:
-                raise InputError(f"{name} has a tag of {entry.count:,} numbers; save it again in another program")
+            size = entry.number * _SIZES.get(entry.kind, 0)
+            if size > 8 and entry.kind not in _BYTES and entry.number > MAX_NUMBERS:
+                raise InputError(f"{name} has a tag of {entry.number:,} numbers; save it again in another program")
             left -= min(size, len(data))
             if left < 0:
                 raise InputError(f"{name} has tags that promise more than the file holds; save it again without them")

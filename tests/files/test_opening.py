@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ledits_min.errors import InputError
 from ledits_min.files import opening
@@ -116,6 +117,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a directory of tags": (lambda: tiff_with(*((20_000 + i, 3, 1, 0) for i in range(3000))), "directory of 3,0"),
     "comments of a gif": (lambda: gif_with(b"\x21\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0"), "before its first"),
     "junk in a gif": (lambda: gif_with(bytes(1_100_000)), "before its first"),
+    "profiles": (lambda: png_with(*[(b"iCCP", b"p\0\0" + zlib.compress(bytes(10**6)))] * 9), "colour profiles"),
     "chunks": (lambda: png_with(*[(b"prVt", b"")] * 200_001), "more than 200,000 chunks"),
     "runs": (lambda: run_length_bmp(5_000_000), "run-length coded"),
 }  # fmt: skip
@@ -140,14 +142,14 @@ def test_pages_are_never_counted(tmp_path: Path) -> None:
     """The time of 60,000 pages is that of two: nothing asks for the second one."""
     (tmp_path / "x.tif").write_bytes(tiff_of_pages(60_000))
     asked: list[int] = []
-    plain = opening.TiffImageFile._seek
+    plain = TiffImageFile._seek
 
     def counting(self: Any, frame: int) -> None:
         asked.append(frame)
         plain(self, frame)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening.TiffImageFile, "_seek", counting)
+        patch.setattr(TiffImageFile, "_seek", counting)
         notices: list[str] = []
         assert open_image(tmp_path / "x.tif", notices=notices).size == (16, 16)
     assert asked == [0]

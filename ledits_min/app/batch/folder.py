@@ -51,6 +51,7 @@ class Found:
     ours: bool
     hash: str = ""
     what: str = "exists and is no output of a batch"
+    replaceable: bool = True
 
 
 def found_at(path: Path) -> Found | None:
@@ -59,7 +60,8 @@ def found_at(path: Path) -> Found | None:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode):
             kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder"}
-            return Found(False, what=f"is {kinds.get(stat.S_IFMT(status.st_mode), 'not a regular file')}")
+            kind = kinds.get(stat.S_IFMT(status.st_mode), "not a regular file")
+            return Found(False, what=f"is {kind}", replaceable=stat.S_ISLNK(status.st_mode))
         if status.st_size > MAX_OUTPUT:
             return Found(False)
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,7 +70,7 @@ def found_at(path: Path) -> Found | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return Found(False, what=f"cannot be looked at: {error.strerror}")
+        return Found(False, what=f"cannot be looked at: {error.strerror}", replaceable=False)
     if not data:  # nothing to lose
         return Found(True)
     mark = f"tEXt{HASH}\0".encode()
@@ -111,6 +113,17 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {quoted(folder)} cannot be made: {error.strerror}; choose another folder") from None
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """InputError for somebody else's under an output's name; a batch's own may go, or the plan was refused."""
+    found = found_at(path)
+    if found is None or found.ours:
+        return
+    if not overwrite:
+        raise InputError(f"{quoted(path)} {found.what}; pass --overwrite to replace it")
+    if not found.replaceable:
+        raise InputError(f"{quoted(path)} {found.what}, which --overwrite does not replace; move it away")
 
 
 def check_others(folder: Path, others: Sequence[str], overwrite: bool) -> None:

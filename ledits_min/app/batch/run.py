@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -32,6 +30,7 @@ from ledits_min.app.batch.folder import (
     HASH,
     Failure,
     check_others,
+    check_place,
     found_at,
     held,
     make_folder,
@@ -201,7 +200,7 @@ class Editor:
                 continue
             try:
                 pictures[task.job.line] = _decoded(task)
-                self._check_place(self.folder / task.job.output)
+                check_place(self.folder / task.job.output, self.overwrite)
                 opened.missing.append(task)
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
                 opened.outcome.failures.append(Failure.of(task.job, error))
@@ -213,15 +212,6 @@ class Editor:
                         pictures[task.job.line] = _decoded(task)
             opened.members = [(task, pictures[task.job.line]) for task in batch.tasks if task.job.line in pictures]
         return opened
-
-    def _check_place(self, path: Path) -> None:
-        found = found_at(path)
-        if found is None or found.ours:  # of other settings, too: the plan was refused, or they are to go
-            return
-        if not self.overwrite:
-            raise InputError(f"{quoted(path)} {found.what}; pass --overwrite to replace it")
-        if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISLNK(mode):
-            raise InputError(f"{quoted(path)} {found.what}, which --overwrite does not replace; move it away")
 
     def edit(self, opened: Opened) -> tuple[list[tuple[Task, Image.Image]], Outcome]:
         """All members together; where that fails, what is missing one by one, so that only the guilty fail."""
