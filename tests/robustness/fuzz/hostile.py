@@ -76,7 +76,10 @@ class Decoders:
         if kind == "JPEG":
             exif = b"Exif\0\0" + exif[:65_000]
             return self.plain[kind][:2] + struct.pack(">BBH", 0xFF, 0xE1, len(exif) + 2) + exif + self.plain[kind][2:]
-        return encoded(self.small, kind, exif=exif)
+        if kind == "PNG":
+            chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+            return self.plain[kind][:33] + chunk + self.plain[kind][33:]
+        return encoded(self.small, kind, exif=exif) if kind == "WEBP" else self.plain[kind] + exif
 
     def _pages(self, rng: Random, count: int) -> bytes:
         if rng.random() < 0.2:
