@@ -19,8 +19,9 @@ def read_file(path: str | os.PathLike[str], wanted: str, most: int) -> bytes:
         _check(os.stat(path), name, wanted, most)  # before it is opened: opening a device may move it
         # Not blocking, and looked at again: a pipe may have taken the file's place in between.
         with open(path, "rb", opener=_without_waiting) as file:
-            _check(os.fstat(file.fileno()), name, wanted, most)
-            return file.read(most)
+            status = os.fstat(file.fileno())
+            _check(status, name, wanted, most)
+            return file.read(status.st_size)
     except FileNotFoundError:
         why = "is a link to a file that does not exist" if Path(path).is_symlink() else "does not exist"
         raise InputError(f"{name} {why}; check the path") from None

@@ -29,18 +29,20 @@ def inversion(ledits: LEdits) -> Inversion:
 
 
 Call = Callable[[LEdits, Inversion], object]
+WRONG: Any = ["hat"]
+NOTHING: Any = [None]
 SLIPS: list[tuple[Call, str]] = [
     (lambda ledits, x: ledits.edit(x, concepts="hat"), r"concepts is 'hat'; .*concepts=\[Concept\('hat'\)\]"),
-    (lambda ledits, x: ledits.edit(x, concepts=["hat"]), r"concepts holds 'hat'; write Concept\('hat'\)"),
+    (lambda ledits, x: ledits.edit(x, concepts=WRONG), r"concepts holds 'hat'; write Concept\('hat'\)"),
     (lambda ledits, x: ledits.edit(x, concepts=Concept("hat")), r"a list is wanted: concepts=\[Concept\(text='hat'"),
     (lambda ledits, x: ledits.edit(x, concepts={"hat": 7.0}), "concepts is dict; a list of Concept is wanted"),
-    (lambda ledits, x: ledits.edit(x, concepts=[None]), "concepts holds None; a Concept is wanted"),
+    (lambda ledits, x: ledits.edit(x, concepts=NOTHING), "concepts holds None; a Concept is wanted"),
     (lambda ledits, x: ledits.edit("p.png"), "inversion is 'p.png'; `edit` takes what `invert` gives back"),
     (lambda ledits, x: ledits.edit(x, callback=5), "callback is 5; a function that takes a Progress"),
     (lambda ledits, x: ledits.invert(SAMPLE, callback=5), "callback is 5"),
     (lambda ledits, x: ledits.invert_and_edit(SAMPLE, concepts="hat"), "concepts is 'hat'"),
     (lambda ledits, x: ledits.invert_and_edit(SAMPLE, callback="x"), "callback is 'x'"),
-    (lambda ledits, x: ledits.generate("hat", concepts=["hat"]), "concepts holds 'hat'"),
+    (lambda ledits, x: ledits.generate("hat", concepts=WRONG), "concepts holds 'hat'"),
     (lambda ledits, x: ledits.edit(_with_channels(x, 3)), "latents of 3 channels, the model works with 4"),
     (lambda ledits, x: ledits.edit(_with_channels(x, 8)), "latents of 8 channels"),
     (lambda ledits, x: ledits.invert(SAMPLE, size=[64], **QUICK), r"size is \[64\]; two whole numbers"),

@@ -66,7 +66,7 @@ def found_at(path: Path) -> Found | None:
             return Found(False)
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
-            data = file.read(MAX_OUTPUT)
+            data = file.read(status.st_size)
     except FileNotFoundError:
         return None
     except OSError as error:
