@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ledits_min.errors import InputError
 from ledits_min.files.tags import check_all_directories, check_directories
 
-MAX_JPEG_WORK = 1_000_000_000  # scans x pixels, some 3 ns each; an ordinary progressive picture of 64 megapixels has ten scans
+MAX_JPEG_WORK = 1_000_000_000  # scans x pixels, some 3 ns each; most progressive pictures have ten scans
 MAX_SCANS = 1000
 MAX_SEGMENTS = 10_000
 MAX_JUNK = 65_536  # bytes between segments
