@@ -10,10 +10,12 @@ import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-
-from PIL import Image, PngImagePlugin
+from typing import TYPE_CHECKING
 
 from ledits_min.errors import InputError, quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 OUTPUT_SIDES = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # what a format can hold
 
@@ -29,6 +31,8 @@ def save_image(
     check_output_picture(path, image.size)
     buffer = io.BytesIO()
     if suffix == ".png":
+        from PIL import PngImagePlugin  # not above: the command checks its names before it imports anything
+
         text = PngImagePlugin.PngInfo()
         for key, value in (metadata or {}).items():
             text.add_text(key, value)

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngImageFile
-
 from ledits_min.app.batch.jobs import Job
 from ledits_min.app.terminal import one_line
 from ledits_min.errors import InputError, quoted
@@ -82,6 +80,8 @@ def found_at(path: Path) -> Found | None:
 
 
 def _is_whole(data: bytes) -> bool:
+    from PIL.PngImagePlugin import PngImageFile  # not above: the command reads this file before any other
+
     try:
         PngImageFile(io.BytesIO(data)).verify()  # the checksums of all that follows, the last one aside
     except Exception:  # noqa: BLE001 - whatever Pillow says of a damaged file: it is not whole
