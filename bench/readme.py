@@ -11,7 +11,8 @@ from pathlib import Path
 from ledits_min import Concept, LEdits
 from ledits_min.app.cli.demo import run
 from ledits_min.app.sheet import Cell, contact_sheet
-from ledits_min.files.picture import open_image, save_image
+from ledits_min.files.opening import open_image
+from ledits_min.files.write import save_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ("portrait1", "portrait2", "portrait3")

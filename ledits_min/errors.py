@@ -31,9 +31,9 @@ def check_whole(name: str, value: int | None, low: int, high: int, optional: boo
         raise InputError(f"{name} is {short(value)}; a whole number in {low} .. {high} is wanted")
 
 
-def short(value: Any) -> str:
+def short(value: Any, limit: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def quoted(value: object, limit: int = 160) -> str:

@@ -20,6 +20,7 @@ from ledits_min.engine.record import Edited
 from ledits_min.engine.request import (
     Start,
     check_attention,
+    check_call,
     check_noise,
     check_output_size,
     check_prompt,
@@ -31,8 +32,9 @@ from ledits_min.engine.request import (
 from ledits_min.engine.runner import Runner
 from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
-from ledits_min.files.inversion import Inversion, check_inversion_settings
-from ledits_min.files.picture import ImageLike, fit_size, lay_change, open_pictures, to_images, to_tensor
+from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
+from ledits_min.files.opening import ImageLike, open_pictures
+from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, PromptToPrompt, check_prompts
@@ -218,6 +220,7 @@ class LEdits:
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
+        check_call(callback=callback)
         self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
@@ -273,6 +276,8 @@ class LEdits:
         callback      called with a `Progress` after every step; Stopped where it returns true
         """
         self._check_open()
+        check_call(concepts, callback)
+        check_inversion(inversion, self.unet.config.in_channels)
         if inversion.settings.fingerprint != self.fingerprint:
             raise InputError(
                 "this inversion was made with another model, or with other parts or LoRAs; edit it with the same ones, "
@@ -321,6 +326,7 @@ class LEdits:
         rounds differently. Prompt-to-Prompt shares nothing with the inversion: with `attention` one runs after the
         other, and each calls back as it does alone.
         """
+        check_call(concepts, callback)
         check_output_size(output_size)
         check_attention(attention)
         settings = edit_settings(
@@ -375,6 +381,7 @@ class LEdits:
         default.
         """
         self._check_open()
+        check_call(concepts, callback)
         settings = edit_settings(
             self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta
         )  # fmt: skip

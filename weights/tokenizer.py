@@ -11,7 +11,7 @@ from transformers.models.clip import CLIPTokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from ledits_min.config import TextConfig
-from ledits_min.errors import InputError, quoted, warn
+from ledits_min.errors import InputError, quoted, short, warn
 from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -92,7 +92,7 @@ def check_vocabulary(tokenizer: Any, known: int) -> None:
 
 def check_words(tokenizer: Any, prompt: str, room: int) -> None:
     """Warn of words that do not fit into `room` tokens; refuse words that a word-level tokenizer does not know."""
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     unknown = tokenizer.unk_token_id
     if unknown in ids and unknown != tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
         backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
@@ -104,8 +104,9 @@ def check_words(tokenizer: Any, prompt: str, room: int) -> None:
         near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
         raise InputError(
-            f"prompt {prompt!r}: this model does not know {', '.join(strange)!r}{hint}; it knows: {', '.join(known)}"
+            f"prompt {quoted(prompt)}: this model does not know {quoted(', '.join(strange))}{hint}; "
+            f"it knows: {', '.join(known)}"
         )
     if len(ids) > room:
-        dropped = tokenizer.decode(ids[room:])
-        warn(f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped!r}")
+        dropped = short(tokenizer.decode(ids[room:]), 300)
+        warn(f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped}")

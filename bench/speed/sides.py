@@ -26,7 +26,8 @@ from ledits_min.engine.ops import EditPlan
 from ledits_min.engine.request import Start
 from ledits_min.engine.runner import Runner
 from ledits_min.files.configs import config_json
-from ledits_min.files.picture import open_image, to_tensor
+from ledits_min.files.opening import open_image
+from ledits_min.files.picture import to_tensor
 from ledits_min.inversion import draw_noise
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.sega import Concept, ConceptTerm

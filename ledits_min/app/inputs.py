@@ -1,15 +1,17 @@
-"""What the commands read: pictures, saved inversions, models, and the names of what they will write."""
+"""What the commands read: pictures, saved inversions, models. What can be refused without torch is refused first."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ledits_min.app.terminal import notice, waiting
+from ledits_min.app.terminal import notice, quiet_stderr, waiting
+from ledits_min.app.words import check_words
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import MAX_HEADER_BYTES
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ledits_min.inversion import InversionSettings
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
+_MADE_WITH = ("source", "source-guidance-scale", "steps", "skip", "eta", "seed", "size", "save-inversion")
 
 
 def is_saved_inversion(path: str) -> bool:
@@ -33,38 +36,35 @@ def is_saved_inversion(path: str) -> bool:
     return header or (Path(path).suffix.lower() == ".safetensors" and not start.startswith(_PICTURE_MAGIC))
 
 
-def check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path | None, Sequence[str]]]) -> None:
-    from ledits_min.app.outputs import check_outputs
-
-    outputs = {option: (Path(path), suffixes) for option, (path, suffixes) in wanted.items() if path is not None}
-    loras = [path for path, _ in args.lora or []]
-    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *loras]
-    check_outputs(outputs, inputs, args.overwrite)
-
-
 def open_picture(args: argparse.Namespace) -> Image.Image:
-    from ledits_min.files.picture import open_image
+    from ledits_min.files.opening import open_image
 
     notices: list[str] = []
-    picture = open_image(args.image, notices=notices)
+    # libtiff writes what it finds damaged to descriptor 2; nobody else has anything to say yet.
+    is_tiff = Path(args.image).suffix.lower() in (".tif", ".tiff")
+    with quiet_stderr() if is_tiff else nullcontext():
+        picture = open_image(args.image, notices=notices)
     for text in notices:
         notice(args, text)
     return picture
 
 
-def load_inversion(args: argparse.Namespace) -> Inversion:
-    """A saved inversion; the options that made it cannot be given again, because they would have no effect."""
-    from ledits_min import Inversion
-
-    inversion = Inversion.load(args.image)
-    if len(inversion.originals) != 1:
-        raise InputError(f"{quoted(args.image)} holds {len(inversion.originals)} pictures; edit those from Python")
-    for option in ("source", "source-guidance-scale", "steps", "skip", "eta", "seed", "size", "save-inversion"):
+def check_inversion_options(args: argparse.Namespace) -> None:
+    """The options that made a saved inversion cannot be given again, because they would have no effect."""
+    for option in _MADE_WITH:
         if getattr(args, option.replace("-", "_"), None) is not None:
             raise InputError(
                 f"--{option} has no effect on a saved inversion such as {quoted(args.image)}; leave it out, or pass "
                 "the picture instead"
             )
+
+
+def load_inversion(args: argparse.Namespace) -> Inversion:
+    from ledits_min import Inversion
+
+    inversion = Inversion.load(args.image)
+    if len(inversion.originals) != 1:
+        raise InputError(f"{quoted(args.image)} holds {len(inversion.originals)} pictures; edit those from Python")
     return inversion
 
 
@@ -74,10 +74,20 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
     return {"lora": args.lora or [], **{name: getattr(args, name) for name in names}}
 
 
-def load_model(args: argparse.Namespace) -> LEdits:
+def check_model(args: argparse.Namespace, texts: Iterable[str] = ()) -> None:
+    """InputError for a checkpoint that will not load, and for a word in `texts` that it does not know."""
     from ledits_min.weights.read.survey import survey_whole
 
-    survey_whole(args.model, **parts(args))  # a bad file is refused before torch and transformers are imported
+    survey = survey_whole(args.model, **parts(args))
+    check_words(survey.tokenizer, texts)
+
+
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """Every prompt on the command line."""
+    return [args.source or "", args.target, args.negative, *(fields["text"] for fields in args.concepts or [])]
+
+
+def load_model(args: argparse.Namespace) -> LEdits:
     with waiting(f"loading {quoted(args.model, 60)}"):
         from ledits_min import LEdits
 
@@ -90,9 +100,8 @@ def load_model(args: argparse.Namespace) -> LEdits:
 
 
 def check_prompt(ledits: LEdits, text: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prompt that is too long is told when it is used
-        ledits.text.check(text)
+    """InputError for words the model does not know, a warning for those it will not read."""
+    ledits.text.check(text)
 
 
 def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:

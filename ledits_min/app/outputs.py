@@ -1,15 +1,11 @@
-"""What the command writes: names checked before any work, parameters, the report, the picture of the masks."""
+"""What the command writes: parameters, the report, the picture of the masks."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import platform
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +16,8 @@ from torch import Tensor
 
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import quoted
 from ledits_min.files.inversion import Inversion
-from ledits_min.files.picture import OUTPUT_SIDES
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
@@ -30,62 +25,10 @@ from ledits_min.sega import Concept
 if TYPE_CHECKING:
     from ledits_min.pipeline import LEdits  # for the type alone: a name that cannot be written is refused before it
 
-PICTURES = tuple(OUTPUT_SIDES)
 PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
 COLUMNS = 4
 _MARGIN, _GREY = 12, (80, 80, 80)
 _LOW, _HIGH = np.array([213.0, 94.0, 0.0]), np.array([255.0, 235.0, 130.0])  # vermilion to pale yellow, on grey
-
-
-def check_outputs(
-    outputs: Mapping[str, tuple[Path, Sequence[str]]], inputs: Sequence[str | None], overwrite: bool
-) -> None:
-    """InputError unless every output can be written; {option: (path, endings it may have)}."""
-    taken: dict[str, str] = {}
-    for option, (path, suffixes) in outputs.items():
-        name = f"{option} {quoted(path)}"
-        if path.suffix.lower() not in suffixes:
-            raise InputError(f"{name} must end in {' or '.join(suffixes)}")
-        _check_place(path, name, overwrite)
-        real = os.path.realpath(path)
-        if real in taken:
-            raise InputError(f"{name} is also the name given with {taken[real]}; give each output its own")
-        taken[real] = option
-        for source in inputs:
-            if source is not None and _same_file(source, path):
-                raise InputError(f"{name} is an input of this run; write to another name")
-
-
-def _check_place(path: Path, name: str, overwrite: bool) -> None:
-    try:
-        folder = Path(os.path.realpath(path)).parent
-        if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise InputError(f"{name}: {quoted(folder)} is not a folder; name a folder that exists")
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise InputError(f"{name}: the folder {quoted(folder)} does not exist; make it first") from None
-        mode = None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        why = "the name is too long" if long else str(getattr(error, "strerror", None) or error)
-        raise InputError(f"{name} cannot be written: {why}; choose another name with -o") from None
-    if mode is not None and not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise InputError(f"{name} is {what}; name a file to write")
-    if mode is not None and not overwrite:
-        raise InputError(f"{name} exists already; pass --overwrite, or another name with -o")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{name}: the folder {quoted(folder)} cannot be written to; choose another")
-
-
-def _same_file(source: str, path: Path) -> bool:
-    try:
-        return os.path.samefile(source, path)
-    except (OSError, ValueError):
-        return False
 
 
 def settings(

@@ -6,13 +6,17 @@ import argparse
 import errno
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 from ledits_min.errors import InputError, RunError, quoted
+
+MAX_SAID = 4000  # letters of one line
 
 
 class Clock:
@@ -36,7 +40,9 @@ def warnings_as_lines() -> Iterator[list[str]]:
     """Python's warnings as `ledits: warning: ...`; yields the list of what was said, for the report."""
     said: list[str] = []
 
-    def show(message: Warning | str, *_: object, **__: object) -> None:
+    def show(message: Warning | str, category: object, filename: str, *_: object, **__: object) -> None:
+        if "PIL" in Path(filename).parts:  # what matters of a damaged picture is refused or noted by us
+            return
         if str(message) not in said:  # a sweep would say it for every cell
             said.append(str(message))
             say(f"warning: {message}")
@@ -85,11 +91,58 @@ def notice(args: argparse.Namespace, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr, whatever the text holds."""
-    if sys.stderr is not None:
-        line = "".join(character if character.isprintable() else " " for character in text)
+    """One line on stderr, whatever the text holds; dropped where stderr is closed or full."""
+    if sys.stderr is None:
+        return
+    line = "".join(character if character.isprintable() else " " for character in text[:MAX_SAID])
+    line = f"ledits: {' '.join(line.split())}" + (" ..." if len(text) > MAX_SAID else "")
+    encoding = sys.stderr.encoding or "utf-8"
+    try:
         with _beside_the_bar():
-            print(f"ledits: {' '.join(line.split())}", file=sys.stderr, flush=True)
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Point a stream that takes no more at nothing: what is still buffered must not fail again when Python exits."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_standard_streams() -> None:
+    """Something behind descriptors 0 to 2, so that no file of ours becomes one that a library writes messages to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence on descriptor 2, for libraries that write there by themselves what they also raise.
+
+    It is the whole process that falls silent: for the command's main thread while no other runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nothing to keep quiet
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _beside_the_bar() -> AbstractContextManager[object]:
@@ -105,9 +158,8 @@ def tell(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        # The reader has left (`| head`); what is still buffered must not fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left (`| head`)
+        _give_up(sys.stdout)
 
 
 def tell_written(clock: Clock, paths: Sequence[str | Path | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from ledits_min.errors import quoted
 
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?", re.ASCII)
 
 Parse = Callable[[str], float]
@@ -65,7 +67,18 @@ def parse_lora(text: str) -> tuple[str, float]:
         path, scale = text, "1"
     if not path:
         raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no file; write it before the colon")
-    return path, parse_number(scale)
+    return parse_path(path), parse_number(scale)
+
+
+def parse_path(text: str) -> str:
+    """With the home folder for a leading ~, which a shell leaves alone in --option=~/x."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def parse_device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is none of auto, cpu, cuda, cuda:N and mps")
+    return text
 
 
 def parse_list(parse: Parse) -> Callable[[str], tuple[float, ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Progress:
     phase    "inverting", "editing", "inverting and editing" (of `LEdits.invert_and_edit`) or "generating"
     done     of `total`: evaluations of the UNet while inverting, which runs all timesteps at once, else executed steps
     latents  x_t behind the step, float32 (B, C, h, w) on the device, the receiver's own copy; None while inverting
-    trace    the step's entry in `Result.trace`, with trace=True
+    trace    the step's entry in `Result.trace`, with trace=True; the receiver's own copy
 
     A phase that is repeated in float32, because half precision overflowed, counts from the start again.
     """
@@ -50,7 +51,7 @@ class Stopped(RunError):
 
 def tell(callback: Callback | None, progress: Progress) -> None:
     """Call back, if anybody wants it; Stopped where the answer is true."""
-    if callback is not None and callback(progress):
+    if callback is not None and callback(replace(progress, trace=deepcopy(progress.trace))):
         unit = "evaluations" if progress.latents is None else "steps"
         raise Stopped(f"{progress.phase}: stopped by the callback after {progress.done} of {progress.total} {unit}")
 

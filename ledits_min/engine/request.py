@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.config import EditDefaults
-from ledits_min.errors import InputError, check_number, check_whole, warn
+from ledits_min.errors import InputError, check_number, check_whole, quoted, short, warn
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import PromptToPrompt
@@ -49,6 +50,8 @@ def edit_settings(
             raise InputError(f"{name} is 1; it must stay below 1, or the momentum never fades")
     check_prompt("target", target)
     check_prompt("negative", negative)
+    for concept in concepts:
+        warn_of_syntax(concept.text)
     terms = tuple(concept.resolve(defaults) for concept in concepts)
     return EditSettings(target, scale, negative, terms, momentum_scale, momentum_beta)
 
@@ -71,12 +74,43 @@ def warn_of_idle(settings: EditSettings, steps: int) -> None:
 def check_prompt(name: str, text: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
+    warn_of_syntax(text)
     return text
 
 
 def check_attention(attention: object) -> None:
     if not isinstance(attention, PromptToPrompt | None):
         raise InputError(f"attention is {type(attention).__name__}; PromptToPrompt() or None is wanted")
+
+
+_SYNTAX = (  # how other programs write what is no part of a prompt here -> what to use instead
+    (re.compile(r"\([^()]*:\s*[\d.]+\s*\)"), "a weight", "give a concept a guidance_scale or weight"),
+    (re.compile(r"\bBREAK\b"), "a break between chunks", "a prompt is one chunk; put what matters first"),
+    (re.compile(r"<(?:lora|lyco):[^<>]*>", re.IGNORECASE), "a LoRA", "load it with lora= (--lora FILE:SCALE)"),
+    (re.compile(r"\bembedding:\S+"), "an embedding", "load it with embedding= (--embedding FILE)"),
+)
+
+
+def warn_of_syntax(text: str) -> None:
+    """One warning for each kind of other programs' prompt syntax: it is read as plain words."""
+    for pattern, what, instead in _SYNTAX:
+        if match := pattern.search(text):
+            warn(f"{quoted(match[0], 60)} in a prompt is {what} to other programs and plain words here; {instead}")
+
+
+def check_call(concepts: object = (), callback: object = None) -> None:
+    """What is easily mistaken in a call, with the way out."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {short(callback)}; a function that takes a Progress is wanted")
+    if isinstance(concepts, str | Concept):
+        one = f"Concept({short(concepts)})" if isinstance(concepts, str) else short(concepts)
+        raise InputError(f"concepts is {short(concepts)}; a list is wanted: concepts=[{one}]")
+    if not isinstance(concepts, list | tuple):
+        raise InputError(f"concepts is {type(concepts).__name__}; a list of Concept is wanted")
+    for concept in concepts:
+        if not isinstance(concept, Concept):
+            way_out = f"write Concept({short(concept)})" if isinstance(concept, str) else "a Concept is wanted"
+            raise InputError(f"concepts holds {short(concept)}; {way_out}")
 
 
 def check_output_size(output_size: str) -> None:

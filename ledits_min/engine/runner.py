@@ -129,7 +129,7 @@ class Runner:
     def attempts(
         self, phase: Phase, latents: Tensor, reporting: Reporting, on_evaluations: Callback | None = None
     ) -> Iterator[AbstractContextManager[Advance]]:
-        """Attempts at a phase, a second one in float32 where half precision overflows; each gives what moves its bar."""
+        """Attempts at a phase, a second in float32 where half precision overflows; each gives what moves its bar."""
         self.evaluations[phase.name] = 0
         for attempt in attempts(self.unet):
             yield self._watched(attempt, phase, latents, reporting, on_evaluations)

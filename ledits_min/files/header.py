@@ -142,6 +142,8 @@ def _header_length(start: bytes, size: int, source: str) -> int:
         # Eight letters read as a number are far above the limit, so only a text can start like this.
         if length > MAX_HEADER_BYTES and start[:1] in (b"{", b"["):
             raise InputError(f"{source} is JSON text; if it is an index of several files, pass their folder")
+        if len(start) >= 8 and _is_text(start):
+            raise InputError(f"{source} is a text file; a .safetensors file is wanted here")
     if size < 8:
         raise InputError(
             f"{source} is cut short: {size} bytes, and even the header's length takes 8; download it again"
@@ -170,6 +172,16 @@ def _refuse_by_magic(start: bytes, source: str) -> None:
     for magic, meaning in _MAGIC:
         if start.startswith(magic):
             raise InputError(f"{source} is {meaning}")
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.end < len(start) or error.start < len(start) - 3:
+            return False
+        text = start[: error.start].decode("utf-8")  # the last letter goes on behind what was read
+    return bool(text) and all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def _metadata(value: Any, source: str) -> dict[str, str]:

@@ -12,13 +12,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ledits_min.config import ScheduleConfig
-from ledits_min.errors import InputError, check_number, check_whole, quoted
+from ledits_min.errors import InputError, check_number, check_whole, quoted, short
 from ledits_min.files.configs import read_config
+from ledits_min.files.door import read_file
 from ledits_min.files.header import TensorInfo, read_header
-from ledits_min.files.picture import atomic_write
+from ledits_min.files.opening import check_size
+from ledits_min.files.picture import MAX_SIDE
+from ledits_min.files.write import atomic_write
 from ledits_min.inversion import InversionSettings
 
 FORMAT = "ledits_min inversion 1"
+MAX_BYTES = 2**32  # of a file, which is read whole
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Inversion:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         # One entry: the library writes several in an order of chance, and equal inversions are equal files.
         metadata = {FORMAT: json.dumps(asdict(self.settings))}
-        atomic_write(path, save(tensors, metadata))
+        content = save(tensors, metadata)
+        if len(content) > MAX_BYTES:
+            raise InputError(f"{quoted(path)} would be {len(content):,} bytes long; save fewer pictures in one file")
+        atomic_write(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
@@ -60,7 +67,11 @@ class Inversion:
             raise InputError(f"{quoted(path)}: not a saved inversion; {way_out}")
         settings = _read_settings(header.metadata[FORMAT], quoted(path))
         _check_shapes(header.tensors, settings, quoted(path))
-        tensors = load(Path(path).read_bytes())  # not by name: the library takes only names that are UTF-8
+        # Not by name: the library takes only names that are UTF-8.
+        content = read_file(path, "a saved inversion", MAX_BYTES)
+        if len(content) != header.size:
+            raise InputError(f"{quoted(path)} was changed while it was read; try again")
+        tensors = load(content)
         for name in ("x_T", "residuals", "latents"):
             if not bool(tensors[name].isfinite().all()):
                 raise InputError(f"{quoted(path)}: {name} holds values that are not finite; make the inversion again")
@@ -79,6 +90,18 @@ def _read_settings(text: str, path: str) -> InversionSettings:
         raise InputError(f"{path}: damaged settings ({type(error).__name__}); make the inversion again") from None
     check_inversion_settings(settings, path)
     return settings
+
+
+def check_inversion(inversion: object, channels: int) -> None:
+    """InputError unless it is an inversion whose latents have the model's channels."""
+    if not isinstance(inversion, Inversion):
+        raise InputError(
+            f"inversion is {short(inversion)}; `edit` takes what `invert` gives back or Inversion.load reads, and "
+            "`invert_and_edit` takes a picture"
+        )
+    if inversion.latents.shape[1] != channels:
+        found = inversion.latents.shape[1]
+        raise InputError(f"this inversion has latents of {found} channels, the model works with {channels}")
 
 
 def check_inversion_settings(settings: InversionSettings, where: str) -> None:
@@ -107,6 +130,9 @@ def _check_shapes(found: Mapping[str, TensorInfo], settings: InversionSettings, 
             and all(found[name].dtype == "F32" and found[name].shape == shape for name, shape in wanted.items())
             and all(p.dtype == "U8" and len(p.shape) == 3 and p.shape[2] == 3 and p.numel for p in pictures)
             and len(settings.seeds) in (0, latents[0])
+            and max(latents[2:]) <= MAX_SIDE
         ):
+            for picture in pictures:
+                check_size((picture.shape[1], picture.shape[0]), f"{path}: one of its pictures")
             return
     raise InputError(f"{path}: its tensors do not fit its settings; make the inversion again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 
 from ledits_min import LEdits
 from ledits_min.app.batch import run as batch
+from ledits_min.app.batch.folder import found_at, held
 from ledits_min.app.cli import main
 
 SAMPLES = Path(__file__).resolve().parents[2] / "weights/tiny/samples"
@@ -124,6 +126,14 @@ def test_only_what_changed_is_done_again(
     rows[3]["seed"] = 1
     rows[4]["add"] = "beard"
     write_table(place / "t.jsonl", rows)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "ledits: error: -o 'out': 'portrait2.png' and 2 more there are of other pictures or settings; pass --overwrite "
+        "to make them anew, or name another folder\n"
+    )
+    assert contents(place / "out") == whole
+    argv += ["--overwrite"]
     assert done() == {"portrait2.png", "portrait4.png", "portrait5.png"}
     third = Path("out/portrait3.png")
     third.write_bytes(third.read_bytes()[:-20])  # cut short
@@ -191,7 +201,7 @@ def test_what_is_in_the_way(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_full_disk_ends_the_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(image: Any, path: Path, metadata: Any) -> None:
+    def full(image: Any, path: Path, metadata: Any, through_links: bool) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(batch, "save_image", full)
@@ -234,14 +244,20 @@ def test_a_signal_leaves_whole_pictures(place: Path) -> None:
     assert (process.returncode, said) == (143, "ledits: error: terminated\n")
     found = list(Path("out").iterdir())
     assert 3 < len(found) < 60
-    assert all(batch.finished_hash(path) for path in found)
+    assert all(hash_of(path) for path in found)
 
 
 def test_a_folder_that_another_run_writes_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
-    with batch.held(Path("out")):
+    with held(Path("out")):
         assert main(["batch", ".", "-o", "out", "--add", "hat", *FAST]) == 2
     assert "-o 'out': another batch is writing there" in capsys.readouterr().err
+
+
+def hash_of(path: Path) -> str | None:
+    """Of a batch's own picture, "" where it is not whole; None for anything else."""
+    found = found_at(path)
+    return found.hash if found is not None and found.ours else None
 
 
 def test_a_damaged_picture_is_not_finished(place: Path) -> None:
@@ -249,10 +265,76 @@ def test_a_damaged_picture_is_not_finished(place: Path) -> None:
     assert main(["batch", "t.jsonl", "-o", "out", "--add", "hat", *FAST]) == 0
     path = Path("out/portrait1.png")
     content = path.read_bytes()
-    assert batch.finished_hash(path)
-    for length in (0, 8, 40, len(content) // 2, len(content) - 1):
+    assert hash_of(path)
+    for length in (0, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        assert batch.finished_hash(path) is None
+        assert hash_of(path) == ""
+    for length in (8, 40):  # before its mark: nobody knows whose it is
+        path.write_bytes(content[:length])
+        assert hash_of(path) is None
     path.write_bytes(content[:-60] + bytes([content[-60] ^ 1]) + content[-59:])
-    assert batch.finished_hash(path) is None
-    assert batch.finished_hash(place / "portrait1.png") == ""
+    assert hash_of(path) == ""
+    assert hash_of(place / "portrait1.png") is None
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a text": (lambda path: path.write_text("precious"), "exists and is no output of a batch"),
+    "a picture": (lambda path: shutil.copy("portrait6.png", path), "exists and is no output of a batch"),
+    "a link": (lambda path: path.symlink_to("../precious.txt"), "is a link"),
+    "a link to nothing": (lambda path: path.symlink_to("../gone.txt"), "is a link"),
+    "a link to a device": (lambda path: path.symlink_to("/dev/full"), "is a link"),
+    "a pipe": (os.mkfifo, "is not a regular file"),
+    "a folder": (lambda path: path.mkdir(), "is a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_somebody_elses_stays(place: Path, kind: str) -> None:
+    """Under an output's name; with --overwrite a link itself is replaced, and what it names stays."""
+    make, says = FOREIGN[kind]
+    Path("out").mkdir()
+    Path("precious.txt").write_text("precious")
+    path = Path("out/portrait1.png")
+    make(path)
+    before = os.lstat(path)
+    write_table(place / "t.jsonl", [{"image": "portrait1.png"}, {"image": "portrait2.png"}])
+    argv = ["batch", "t.jsonl", "-o", "out", "--add", "hat", *FAST]
+    assert main(argv) == 1
+    (entry,) = errors(place / "out")
+    assert entry["line"] == 1 and says in entry["reason"] and "--overwrite" in entry["reason"]
+    assert os.path.samestat(os.lstat(path), before)
+    replaced = kind not in ("a pipe", "a folder")
+    assert main([*argv, "--overwrite"]) == int(not replaced)
+    assert bool(hash_of(path)) == replaced
+    assert Path("precious.txt").read_text() == "precious" and not Path("gone.txt").exists()
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["a text", "of other lines", "empty", "a link", "a pipe", "the table itself"])
+def test_an_errors_file_of_somebody_else_stays(place: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    Path("out").mkdir()
+    Path("precious.txt").write_text("precious")
+    path, table = Path("out/errors.jsonl"), write_table(place / "t.jsonl", [{"image": "portrait1.png"}])
+    if kind == "a link":
+        path.symlink_to("../precious.txt")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "the table itself":
+        table = write_table(path, [{"image": "../portrait1.png"}])
+    else:
+        path.write_text({"a text": "precious\n", "of other lines": '{"line": 3}\n', "empty": ""}[kind])
+    before = os.lstat(path)
+    assert main(["batch", str(table), "-o", "out", "--add", "hat", *FAST]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "errors.jsonl' is of no batch; move it away, or name another folder with -o" in line
+    assert os.path.samestat(os.lstat(path), before) and os.listdir("out") == ["errors.jsonl"]
+    assert Path("precious.txt").read_text() == "precious"
+
+
+def test_what_another_process_is_writing_stays(place: Path) -> None:
+    Path("out").mkdir()
+    write_table(place / "t.jsonl", [{"image": "portrait1.png"}])
+    with open("out/.ledits-alive.tmp", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["batch", "t.jsonl", "-o", "out", "--add", "hat", *FAST]) == 0
+    assert sorted(os.listdir("out")) == [".ledits-alive.tmp", "portrait1.png"]

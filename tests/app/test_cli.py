@@ -293,6 +293,7 @@ STOPPED = """
 import os, signal, sys
 import ledits_min.{module} as module
 from ledits_min.app.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background passes Ctrl-C on as ignored
 plain = module.{function}
 def stopped(*positional, **named):
     os.kill(os.getpid(), signal.{signal})
@@ -304,7 +305,12 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("module", "function", "signal", "code"),
-    [("engine", "edit", "SIGTERM", 143), ("engine", "invert", "SIGINT", 130), ("image", "os.replace", "SIGTERM", 143)],
+    [
+        ("unet", "UNet.forward", "SIGTERM", 143),
+        ("unet", "UNet.forward", "SIGINT", 130),
+        ("vae", "VAE.decode", "SIGINT", 130),
+        ("files.write", "os.replace", "SIGTERM", 143),
+    ],
 )
 def test_a_stopped_process_leaves_nothing(place: Path, module: str, function: str, signal: str, code: int) -> None:
     text = STOPPED.format(module=module, function=function, signal=signal)
@@ -316,15 +322,15 @@ def test_a_stopped_process_leaves_nothing(place: Path, module: str, function: st
 
 
 def test_a_signal_that_a_library_takes_for_its_own_failure_is_still_named(place: Path) -> None:
-    text = STOPPED.format(module="engine", function="edit", signal="SIGTERM").replace(
-        "module.edit = stopped",
+    text = STOPPED.format(module="unet", function="UNet.forward", signal="SIGTERM").replace(
+        "module.UNet.forward = stopped",
         """
 def translated(*arguments, **named):
     try:
         return stopped(*arguments, **named)
     except BaseException:
         raise SystemError("returned a result with an exception set") from None
-module.edit = translated""",
+module.UNet.forward = translated""",
     )
     assert "translated" in text
     run = ["edit", "p.png", "--add", "hat", *FAST, "--save-inversion", "i.safetensors"]
@@ -349,6 +355,35 @@ def test_closed_streams_do_not_matter(place: Path, redirect: str) -> None:
     assert finished.stderr == ""
     assert names(place) == {"p.png", "p.ledits.png"}
     Image.open(place / "p.ledits.png").load()
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>/dev/full --debug"])
+def test_what_cannot_be_said_changes_nothing(place: Path, redirect: str) -> None:
+    """Neither the exit code of a refusal nor an edit that has something to warn of."""
+    redirect, *debug = redirect.split()
+    shell = f'exec "$@" {redirect}'
+    assert process("edit", "none.png", *debug, shell=shell).returncode == 2
+    finished = process("edit", "p.png", *FAST, *debug, shell=shell)  # asks for nothing, which is warned of
+    assert finished.returncode == 0
+    Image.open(place / "p.ledits.png").load()
+
+
+def test_a_very_long_prompt_is_not_repeated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edit", "p.png", "--add", "zeppelin " * 25_000]) == 2
+    assert len(capsys.readouterr().err) < 5000
+
+
+def test_a_prompt_that_is_too_long_is_told_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In our words alone: transformers has a line of its own for it."""
+    assert main(["edit", "p.png", "--add", "a hat " * 100, *FAST]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ledits: warning: the prompt is ") and len(line) < 500
+
+
+def test_the_syntax_of_other_programs_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model knows none of these signs as words, so that it refuses them, too."""
+    assert main(["edit", "p.png", "--model", "tiny", "--explain", "--target", "a hat BREAK a man"]) == 2
+    assert "'break'" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_failure(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ledits_min.app.batch.jobs import COLUMNS, Job, read_jobs
+from ledits_min.app.batch.jobs import COLUMNS, Job, left_out, read_jobs
 from ledits_min.app.cli.options import build_parser
 from ledits_min.errors import InputError
 
@@ -78,7 +79,9 @@ def test_a_folder_is_its_pictures_in_order(tmp_path: Path) -> None:
         ({"steps": 10, "skip": 10}, "column skip is 10; a whole number in 0 .. 9"),
         ({"seed": -1}, "column seed is -1"),
         ({"guidance_scale": 10**400}, "column guidance_scale is 1000"),
-        ({"size": [1, 2]}, "column size: '[1, 2]' is not a longer side"),
+        ({"size": [1, 2, 3]}, "column size: '[1, 2, 3]' is not a longer side"),
+        ({"size": [1, "2"]}, "is not a longer side"),
+        ({"add": "hat:scale=2000"}, "column add 'hat': scale is 2000.0; a number in 0 .. 1000"),
         ({"size": "big"}, "column size: 'big' is neither a longer side"),
         ({"target": 3}, "column target: '3' is not a text"),
         ({"add": 3}, "column add: '3' is not a concept"),
@@ -121,13 +124,45 @@ def test_a_bad_value_is_the_fault_of_its_row_alone(tmp_path: Path, row: dict[str
         ("t.csv", "steps\n3\n", r"line 1: no column is named image"),
         ("t.csv", 'image\n"a.png\n', r"line 2 is not CSV"),
         ("t.csv", "image\n", r"holds no row"),
-        ("t.csv", "", r"holds no row"),
+        ("t.csv", "", r"is an empty file; a job table is wanted here"),
+        ("t.csv", "image;steps\na.png;3\n", r"line 1: the columns are separated by semicolons; save the table with"),
+        ("t.csv", "image\tsteps\na.png\t3\n", r"separated by tabs"),
         ("t.txt", "a.png", r"neither a .jsonl or .csv file nor a folder"),
     ],
 )  # fmt: skip
 def test_a_bad_table_is_refused(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
     with pytest.raises(InputError, match=says):
         jobs_of(tmp_path / name, content)
+
+
+def test_a_size_may_be_a_list(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path / "t.jsonl", json.dumps({"image": "a.png", "size": [512, 384]}))
+    assert job.options["size"] == (512, 384)
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path: Path) -> None:
+    for name in ("b.png", "a.HEIC", ".hidden.png", "notes.txt", "1.cr2", "2.cr2", "3.cr2", "4.cr2"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "sub").mkdir()
+    (line,) = left_out(tmp_path)
+    assert "'1.cr2', '2.cr2', '3.cr2', '4.cr2' and 1 more (no picture by the name's ending)" in line
+    assert "'sub' (a folder, which is not searched)" in line
+    assert "'.hidden.png' (hidden)" in line
+    for name in ("notes.txt", "1.cr2", "2.cr2", "3.cr2", "4.cr2", ".hidden.png"):
+        (tmp_path / name).unlink()
+    (tmp_path / "sub").rmdir()
+    assert left_out(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_a_table_that_never_ends_is_refused(tmp_path: Path, target: str) -> None:
+    path = tmp_path / "t.csv"
+    if target == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    with pytest.raises(InputError, match="is not a regular file; a job table is wanted"):
+        read_jobs(path, build_parser().parse_args(["batch", str(path), "-o", "out"]))
 
 
 def test_tables_that_are_not_there(tmp_path: Path) -> None:

@@ -56,17 +56,15 @@ def test_float32_is_not_retried() -> None:
 
 def test_what_else_goes_wrong_is_raised_and_the_weights_are_as_they_were() -> None:
     half = Half(0).half()
+
+    def fail(*failures: Exception) -> None:
+        for failure, attempt in zip(failures, attempts(half), strict=False):
+            with attempt:
+                raise failure
+
     with pytest.raises(ValueError, match="another"):
-        for attempt in attempts(half):
-            with attempt:
-                raise ValueError("another")
+        fail(ValueError("another"))
     assert half.weight.dtype == torch.float16
-
-    def fails_the_second_time() -> None:
-        for number, attempt in enumerate(attempts(half)):
-            with attempt:
-                raise ValueError("second") if number else NotFinite("first")
-
     with pytest.warns(UserWarning, match="first"), pytest.raises(ValueError, match="second"):
-        fails_the_second_time()
+        fail(NotFinite("first"), ValueError("second"))
     assert half.weight.dtype == torch.float16

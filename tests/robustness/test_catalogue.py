@@ -37,7 +37,7 @@ LOAD, FAMILIES, SURVEY = "weights/test_load.py::", "weights/test_families.py::",
 HEADER, INSPECT, EMA = "files/test_header.py::", "weights/test_inspect.py::", "weights/test_ema.py::"
 IMAGE, CLI, FAULTS = "files/test_picture.py::", "app/test_cli.py::", "robustness/test_faults.py::"
 ENGINE, RUNNER, PIPELINE = "engine/test_loop.py::", "engine/test_runner.py::", "test_pipeline.py::"
-NETWORKS = "engine/test_networks.py::"
+NETWORKS, OPENING, WRITE = "engine/test_networks.py::", "files/test_opening.py::", "files/test_write.py::"
 
 CATALOGUE: dict[int, Kind] = {
     1: kind("an empty file", "*: empty", "header: in a process"),
@@ -110,7 +110,7 @@ CATALOGUE: dict[int, Kind] = {
              f"{FAMILIES}test_what_a_file_says_of_itself_is_believed"),
     53: kind("SD 1.5 that predicts v", f"{SURVEY}test_prediction_type_of_a_folder",
              f"{SURVEY}test_prediction_type_of_a_single_file",
-             "test_runner.py::test_what_is_computed_once_is_what_the_unet_computes",
+             f"{RUNNER}test_what_is_computed_once_is_what_the_unet_computes",
              reason="Such a merge says so in its metadata or by a marker, or --prediction-type says it."),
     54: kind("v_pred and ztsnr markers", "checkpoint: zero terminal snr", "folder: zero snr",
              f"{SURVEY}test_prediction_type_of_a_single_file"),
@@ -204,9 +204,9 @@ CATALOGUE: dict[int, Kind] = {
               "robustness/test_bad_options.py::test_a_folder_without_the_right_to_write"),
     110: kind("names of results that cannot be", "output: *ending*", "output: dash", "output: empty",
               "output: *exists", "output: is a pipe", "output: the input*", "output: twice",
-              "output: invert over a file", f"{IMAGE}test_every_output_format_can_be_read_again"),
+              "output: invert over a file", f"{WRITE}test_every_output_format_can_be_read_again"),
     111: kind("a result too wide for its format", "output: too wide for webp",
-              f"{IMAGE}test_formats_that_cannot_hold_the_picture_are_refused"),
+              f"{WRITE}test_formats_that_cannot_hold_the_picture_are_refused"),
     112: kind("Ctrl-C and SIGTERM", f"{FAULTS}test_signalled_at_random_moments_of_an_edit",
               f"{FAULTS}test_interrupted_while_it_imports", f"{CLI}test_a_stopped_process_leaves_nothing"),
     114: kind("an inversion of something else", f"{CLI}test_an_inversion_of_another_model_is_refused",
@@ -218,11 +218,32 @@ CATALOGUE: dict[int, Kind] = {
     119: kind("a name of the hub, offline", "checkpoint: repo id", "weights/test_hub.py::test_what_is_no_id",
               "weights/test_hub.py::test_what_is_not_there_is_one_command_away",
               "app/test_sealed.py::test_what_is_not_there_is_not_fetched"),
+    120: kind("pictures that keep their decoder busy", f"{OPENING}test_a_decoder_is_not_kept_busy",
+              f"{OPENING}test_pages_are_never_counted", f"{OPENING}test_an_avif_with_exif_that_promises_is_refused"),
+    121: kind("pictures opened by many threads",
+              f"{OPENING}test_threads_open_pictures_and_the_process_stays_as_it_was"),
+    122: kind("somebody else's files in the folder of a batch", "app/test_batch.py::test_what_is_somebody_elses_stays",
+              "app/test_batch.py::test_an_errors_file_of_somebody_else_stays",
+              "app/test_batch.py::test_what_another_process_is_writing_stays"),
+    123: kind("pipes and devices in place of files", "files/test_write.py::test_only_a_file_is_replaced",
+              "app/test_jobs.py::test_a_table_that_never_ends_is_refused", "output: a link to *"),
+    124: kind("a terminal that takes no more", f"{CLI}test_what_cannot_be_said_changes_nothing"),
+    125: kind("file systems that cannot sync or rename",
+              "files/test_write.py::test_a_file_system_that_cannot_sync_or_rename_still_gets_its_file"),
+    126: kind("saved inversions of impossible pictures",
+              "files/test_inversion.py::test_impossible_pictures_are_refused_by_the_header"),
+    127: kind("slips in a call from Python", "engine/test_request.py::test_a_slip_is_refused_with_the_way_out"),
+    128: kind("colours that are coded in another way",
+              f"{OPENING}test_colours_that_are_not_converted_are_told"),
+    129: kind("a signal, or a lost machine, while Ray works",
+              "app/test_batch_cluster.py::test_a_signal_ends_it_with_one_line_and_nothing_stays",
+              "app/test_batch_cluster.py::test_a_cluster_of_three_machines_loses_one"),
 }  # fmt: skip
 # Words that no option has: relatives of no kind above.
 TYPING = ("option: q.png", "option: no *", "option: unknown *", "option: invert *", "option: inspect nothing",
           "option: misspelt *", "option: word in *", "option: --prediction-type *", "option: --target *",
-          "option: --negative *", "option: --source zeppelin", "option: --p2p *")  # fmt: skip
+          "option: --negative *", "option: --source zeppelin", "option: --p2p *", "option: --scale *",
+          "option: --threshold=*", "option: --cross *", "option: --guidance-scal *", "option: --prompt *")  # fmt: skip
 
 
 @cache
@@ -267,7 +288,7 @@ def test_every_bad_input_is_of_some_kind() -> None:
     assert all(rows_like(pattern) for pattern in TYPING)
     strays = [name for name in rows() if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     assert not strays
-    assert len(CATALOGUE) == 98 and sum(not kind.proofs for kind in CATALOGUE.values()) == 1
+    assert len(CATALOGUE) == 108 and sum(not kind.proofs for kind in CATALOGUE.values()) == 1
 
 
 def main() -> None:

@@ -18,8 +18,12 @@ from typing import Any
 from ledits_min.app.cli.options import check_ranges
 from ledits_min.app.values import parse_concept, parse_number, parse_prompt, parse_size, parse_whole
 from ledits_min.errors import InputError, quoted
+from ledits_min.files.door import read_file
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+PICTURE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif",
+)  # fmt: skip
+MAX_TABLE = 64_000_000  # bytes
 NAME_BYTES = 255  # what file systems take
 
 
@@ -65,6 +69,27 @@ def read_jobs(table: Path, args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def left_out(table: Path) -> list[str]:
+    """Of a folder of pictures: a line on what in it is not taken, and why."""
+    if not table.is_dir():
+        return []
+    found: dict[str, list[str]] = {}
+    for entry in sorted(table.iterdir()):
+        if entry.name.startswith("."):
+            found.setdefault("hidden", []).append(entry.name)
+        elif entry.is_dir():
+            found.setdefault("a folder, which is not searched", []).append(entry.name)
+        elif not entry.name.lower().endswith(PICTURE_SUFFIXES):
+            found.setdefault("no picture by the name's ending", []).append(entry.name)
+    named = [f"{_few(names)} ({why})" for why, names in found.items()]
+    return [f"left out of {quoted(table)}: {', '.join(named)}"] if named else []
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(quoted(name, 60) for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _pictures(folder: Path) -> Iterator[tuple[int, str]]:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
     return enumerate((name for name in names if name.lower().endswith(PICTURE_SUFFIXES)), start=1)
@@ -92,15 +117,10 @@ def _rows(table: Path) -> Iterator[tuple[int, Row]]:
     if table.suffix.lower() not in readers:
         raise InputError(f"{name} is neither a .jsonl or .csv file nor a folder of pictures")
     try:
-        text = table.read_bytes().decode("utf-8-sig")
+        text = read_file(table, "a job table", MAX_TABLE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{name}, line {line} is not UTF-8 text; save the table as UTF-8") from None
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist; check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} cannot be read: {reason}; check the path") from None
     return readers[table.suffix.lower()](text, name)
 
 
@@ -140,6 +160,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, Row]]:
                 continue
             if not header:
                 header = [cell.strip() for cell in cells]
+                _check_separator(header, where[1])
                 _check_columns(header, where[1])
                 if "image" not in header:
                     raise InputError(f"{where[1]}: no column is named image; the first line names the columns")
@@ -149,6 +170,12 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, Row]]:
             yield where[0], {column: _Text(cell) for column, cell in zip(header, cells, strict=True) if cell.strip()}
     except csv.Error as error:
         raise InputError(f"{name}, line {reader.line_num} is not CSV: {error}") from None
+
+
+def _check_separator(header: list[str], where: str) -> None:
+    for separator, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and header[0].split(separator)[0].strip() in COLUMNS and separator in header[0]:
+            raise InputError(f"{where}: the columns are separated by {called}; save the table with commas between them")
 
 
 def _check_columns(columns: Any, where: str) -> None:
@@ -229,8 +256,10 @@ def _number(value: Any) -> float:
 
 
 def _size(value: Any) -> int | tuple[int, int]:
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+        return value[0], value[1]
     if type(value) is not int and not isinstance(value, str):
-        raise _wrong(value, "a longer side (512) or WxH (512x384)")
+        raise _wrong(value, "a longer side (512), WxH (512x384) or [W, H]")
     return value if type(value) is int else parse_size(str(value).strip())
 
 

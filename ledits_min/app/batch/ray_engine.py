@@ -1,4 +1,4 @@
-"""The job table on Ray: the batches of `batch.py` through Ray Data, an actor with a model of its own a GPU or CPU slot.
+"""The job table on Ray: the batches of `run.py` through Ray Data, one actor with its own model per GPU or CPU slot.
 
 A worker that dies is replaced and its batch done again; what it had written is known by its hash and stays.
 """
@@ -9,18 +9,23 @@ import argparse
 import json
 import logging
 import os
+import shutil
+import signal
+import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ledits_min.app.batch.run import Batch, Editor, Failure, Outcome, Outcomes
+from ledits_min.app.batch.folder import Failure
+from ledits_min.app.batch.run import Batch, Editor, Outcome, Outcomes
 from ledits_min.app.cli.explain import without_weights
 from ledits_min.app.inputs import parts
-from ledits_min.app.terminal import one_line
+from ledits_min.app.terminal import one_line, quiet_stderr
 from ledits_min.errors import InputError, RunError
-from ledits_min.files.picture import quiet_stderr
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.pipeline import LEdits
 
@@ -45,7 +50,7 @@ except ImportError:
 
 STORE = 2**27  # bytes; only numbers and outcomes pass through it
 RETRIES = 3
-LOST = f"{RETRIES + 1} workers died over its batch; try --batch-size 1, or --engine local to see why"
+LOST = "every worker that took its batch died; try --batch-size 1, or --engine local to see why"
 
 
 class RayEngine:
@@ -54,10 +59,9 @@ class RayEngine:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.device.startswith("cuda:"):
             raise InputError(f"--device {args.device}: Ray hands the GPUs out itself; pass cuda")
-        self.args = args
-        with quiet_stderr():
-            _start(args.workers)
+        self.args, self._ended = args, ExitStack()
         try:
+            _start(args.workers, self._ended)
             found = ray.cluster_resources()
             gpus = int(found.get("GPU", 0)) if args.device in ("auto", "cuda") else 0
             self.slot, slots = ({"num_gpus": 1}, gpus) if gpus else ({"num_cpus": 1}, int(found.get("CPU", 0)))
@@ -71,14 +75,14 @@ class RayEngine:
             self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
             self.ledits.runner.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:
-            ray.shutdown()
+            self._ended.close()
             raise
 
     def __enter__(self) -> RayEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.shutdown()
+        self._ended.close()
 
     def outcomes(self, batches: Sequence[Batch], folder: Path, attention: PromptToPrompt | None) -> Outcomes:
         if not batches:
@@ -90,38 +94,76 @@ class RayEngine:
         dtype = str(self.ledits.dtype).removeprefix("torch.")
         model = {"model": self.args.model, "device": self.device, "dtype": dtype, "compile": self.args.compile}
         model |= parts(self.args)
-        # A block a batch: what is handed out, lost and handed out again is one batch.
-        table = ray.data.from_items([{"batch": i} for i in range(len(batches))], override_num_blocks=len(batches))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # options of actors go until 2.64; there is no other way to end a retry
-            done = table.map_batches(
-                Worker,
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(batches))),
-                fn_constructor_args=(_absolute(model), batches, folder.absolute(), attention, self.args.overwrite),
-                max_task_retries=RETRIES,
-                **self.slot,
-            )
-        lost = set(range(len(batches)))
-        try:
-            for row in done.iter_rows():
-                lost.discard(int(row["batch"]))
-                yield _outcome(row["outcome"])
-        except ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RunError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from None
-        for i in sorted(lost):
+        constructor = (_absolute(model), batches, folder.absolute(), attention, self.args.overwrite)
+        waiting = list(range(len(batches)))
+        while waiting:
+            lost = set(waiting)
+            try:
+                for row in self._round(waiting, constructor).iter_rows():
+                    lost.discard(int(row["batch"]))
+                    yield _outcome(row["outcome"])
+            except ray.exceptions.RayError as error:
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise RunError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from None
+            if len(lost) == len(waiting):
+                break
+            # What was handed to a machine that has left is lost with it; among those that stay it is tried again.
+            waiting = sorted(lost)
+        for i in waiting:
             jobs = [task.job for task in batches[i].tasks if task.job.line in batches[i].missing]
             yield Outcome([], [Failure.of(job, LOST) for job in jobs])
 
+    def _round(self, numbers: Sequence[int], constructor: tuple[Any, ...]) -> ray.data.Dataset:
+        """Those batches, each once, on the workers there is room for now."""
+        slots = int(ray.cluster_resources().get("GPU" if "num_gpus" in self.slot else "CPU", 0))
+        workers = max(1, min(self.workers, slots, len(numbers)))
+        # A block per batch: what is handed out, lost and handed out again is one batch.
+        table = ray.data.from_items([{"batch": i} for i in numbers], override_num_blocks=len(numbers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # options of actors go until 2.64; there is no other way to end a retry
+            return table.map_batches(
+                Worker,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                fn_constructor_args=constructor,
+                max_task_retries=RETRIES,
+                **self.slot,
+            )
 
-def _start(workers: int | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:  # more slots than cores are fine, if so many workers are asked for
+
+def _start(workers: int | None, ended: ExitStack) -> None:
+    """Connect to a cluster, or start one; `ended` disconnects, ends it, and removes what it left on the disk."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray keeps every session's logs; ours end with the run. The names of its sockets must stay short.
+        place = tempfile.mkdtemp(prefix="ledits-ray-", dir="/tmp" if len(tempfile.gettempdir()) > 30 else None)
+        ended.callback(shutil.rmtree, place, ignore_errors=True)
+        # More slots than cores are fine, if so many workers are asked for.
         slots = max(workers or 0, os.cpu_count() or 1)
-        ray.init("local", num_cpus=slots, include_dashboard=False, object_store_memory=STORE, **quiet)
+        quiet |= {"address": "local", "num_cpus": slots, "include_dashboard": False, "object_store_memory": STORE}
+        quiet |= {"_temp_dir": place}
+    ended.callback(_shut_down)
+    with _signals_kept(), quiet_stderr():
+        ray.init(**quiet)
+
+
+def _shut_down() -> None:
+    with _signals_kept():
+        ray.shutdown()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts handlers of its own in place, one of which prints a trace for SIGTERM; how this command ends is ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _absolute(model: dict[str, Any]) -> dict[str, Any]:

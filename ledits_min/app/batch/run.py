@@ -9,16 +9,14 @@ its output is whole and carries the hash of all that decides its pixels; nothing
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -27,22 +25,32 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from ledits_min.app import outputs
+from ledits_min.app.batch.folder import (
+    ERRORS,
+    HASH,
+    Failure,
+    check_others,
+    check_place,
+    found_at,
+    held,
+    make_folder,
+    write_errors,
+)
 from ledits_min.app.batch.jobs import Job
 from ledits_min.app.inputs import check_prompt, edit_settings, inversion_settings, load_model
-from ledits_min.app.terminal import disk_is_full, one_line, tell
+from ledits_min.app.terminal import disk_is_full, tell
 from ledits_min.engine.budget import count
 from ledits_min.engine.progress import progress_bar
 from ledits_min.errors import InputError, RunError, quoted
-from ledits_min.files.picture import atomic_write, fit_size, open_image, save_image, upright_size
+from ledits_min.files.opening import open_image, upright_size
+from ledits_min.files.picture import fit_size
+from ledits_min.files.write import save_image
 from ledits_min.p2p import PromptToPrompt, check_prompts
 from ledits_min.sega import Concept
 
 if TYPE_CHECKING:
     from ledits_min.pipeline import LEdits
 
-HASH = "ledits_job"  # the text of a PNG that holds its job's hash
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-ERRORS = "errors.jsonl"
 AHEAD, BEHIND = 2, 4  # batches that are decoded before their turn, and that wait to be written
 
 
@@ -63,22 +71,8 @@ class Task:
         return hashlib.sha256(json.dumps([self.picture, self.settings], sort_keys=True).encode()).hexdigest()
 
     def is_done(self, folder: Path) -> bool:
-        return finished_hash(folder / self.job.output) == self.hash
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What errors.jsonl says of a job."""
-
-    line: int
-    image: str
-    output: str
-    reason: str
-
-    @classmethod
-    def of(cls, job: Job, error: BaseException | str) -> Failure:
-        reason = error if isinstance(error, str) else one_line(error)
-        return cls(job.line, job.image, job.output, " ".join(reason.split()))
+        found = found_at(folder / self.job.output)
+        return found is not None and found.hash == self.hash
 
 
 @dataclass(frozen=True)
@@ -101,14 +95,16 @@ class Outcome:
 
 
 def plan(
-    jobs: Sequence[Job], ledits: LEdits, folder: Path, batch_size: int, attention: PromptToPrompt | None
-) -> tuple[list[Batch], list[Failure]]:
+    jobs: Sequence[Job], ledits: LEdits, folder: Path, batch_size: int, attention: PromptToPrompt | None,
+    overwrite: bool = False,
+) -> tuple[list[Batch], list[Failure]]:  # fmt: skip
     """The batches that hold a missing job, in the table's order, and the jobs that cannot be tried.
 
-    `ledits` needs no weights. Pictures are read for their hashes and sizes; nothing is decoded.
+    `ledits` needs no weights. Pictures are read for their hashes and sizes; nothing is decoded. InputError where the
+    folder holds a batch's pictures of other settings, unless they are to be overwritten.
     """
     groups: dict[str, list[Task]] = {}
-    failures = []
+    failures, others, done = [], list[str](), set[int]()
     look, check_text = cache(_look), cache(lambda text: check_prompt(ledits, text))
     with progress_bar("reading", len(jobs), "job", wanted=True) as bar:
         for job in jobs:
@@ -119,17 +115,23 @@ def plan(
                 task = _task(job, picture, size, ledits, attention)
                 for text in _texts(task.settings):
                     check_text(text)
+                found = found_at(folder / job.output)
+                if found is not None and found.hash == task.hash:
+                    done.add(job.line)
+                elif found is not None and found.hash:
+                    others.append(job.output)
             except (InputError, OSError) as error:
                 failures.append(Failure.of(job, error))
             else:
                 shared = {name: value for name, value in task.settings.items() if name != "seeds"}
                 groups.setdefault(json.dumps(shared), []).append(task)
             bar.update()
+    check_others(folder, others, overwrite)
     batches = []
     for tasks in groups.values():
         for start in range(0, len(tasks), batch_size):
             some = tuple(tasks[start : start + batch_size])
-            batches.append(Batch(some, tuple(task.job.line for task in some if not task.is_done(folder))))
+            batches.append(Batch(some, tuple(task.job.line for task in some if task.job.line not in done)))
     return [batch for batch in batches if batch.missing], failures
 
 
@@ -161,18 +163,6 @@ def _task(
 def _texts(settings: dict[str, Any]) -> list[str]:
     texts = [settings["source"], settings["target"], settings["negative"]]
     return texts + [concept["text"] for concept in settings["concepts"]]
-
-
-def finished_hash(path: Path) -> str | None:
-    """The hash that a whole PNG carries; "" for a whole picture without one, None for anything else."""
-    try:
-        with Image.open(path) as image:
-            found = str(image.info.get(HASH, ""))
-            image.verify()  # the checksums of all that follows, the last one aside
-        whole = not found or path.read_bytes().endswith(PNG_END)
-    except Exception:  # noqa: BLE001 - whatever Pillow says of a damaged file: it is not whole
-        return None
-    return found if whole else None
 
 
 # --- one batch ------------------------------------------------------------------------------------------------------
@@ -210,7 +200,7 @@ class Editor:
                 continue
             try:
                 pictures[task.job.line] = _decoded(task)
-                self._check_place(self.folder / task.job.output)
+                check_place(self.folder / task.job.output, self.overwrite)
                 opened.missing.append(task)
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
                 opened.outcome.failures.append(Failure.of(task.job, error))
@@ -222,10 +212,6 @@ class Editor:
                         pictures[task.job.line] = _decoded(task)
             opened.members = [(task, pictures[task.job.line]) for task in batch.tasks if task.job.line in pictures]
         return opened
-
-    def _check_place(self, path: Path) -> None:
-        if not self.overwrite and finished_hash(path) == "":
-            raise InputError(f"{quoted(path)} exists and is no output of a batch; pass --overwrite to replace it")
 
     def edit(self, opened: Opened) -> tuple[list[tuple[Task, Image.Image]], Outcome]:
         """All members together; where that fails, what is missing one by one, so that only the guilty fail."""
@@ -263,7 +249,8 @@ class Editor:
         """Write each output whole. A full disk ends the run; whatever else stands in the way ends that job."""
         for task, image in results:
             try:
-                save_image(image, self.folder / task.job.output, {**outputs.metadata(task.settings), HASH: task.hash})
+                text = {HASH: task.hash, **outputs.metadata(task.settings)}
+                save_image(image, self.folder / task.job.output, text, through_links=False)
                 outcome.done.append(task.job.line)
             except (InputError, OSError) as error:
                 if disk_is_full(error):
@@ -334,10 +321,10 @@ def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[ar
     """Do what is missing of the table; RunError where jobs failed."""
     began = time.perf_counter()
     folder = Path(args.output)
-    _check_folder(folder, jobs)
+    make_folder(folder)
     attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
     with held(folder), make_engine(args) as engine:
-        batches, failures = plan(jobs, engine.ledits, folder, args.batch_size, attention)
+        batches, failures = plan(jobs, engine.ledits, folder, args.batch_size, attention, args.overwrite)
         write_errors(folder, failures)
         missing = sum(len(batch.missing) for batch in batches)
         already, wrote = len(jobs) - len(failures) - missing, 0
@@ -358,51 +345,3 @@ def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[ar
     if failures:
         jobs_failed = f"{len(failures)} of {count(len(jobs), 'job')} failed"
         raise RunError(f"{jobs_failed}; {quoted(folder / ERRORS)} says why, a line each")
-
-
-def write_errors(folder: Path, failures: Sequence[Failure]) -> None:
-    """One line a failed job, in the table's order; no file where none failed."""
-    if not failures:
-        (folder / ERRORS).unlink(missing_ok=True)
-        return
-    lines = (json.dumps(asdict(failure)) for failure in sorted(failures, key=lambda failure: failure.line))
-    atomic_write(folder / ERRORS, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _check_folder(folder: Path, jobs: Sequence[Job]) -> None:
-    """InputError where the outputs cannot go there, or would replace the pictures they are made of."""
-    inputs = {os.path.realpath(job.path) for job in jobs}
-    for job in jobs:
-        if job.output and os.path.realpath(folder / job.output) in inputs:
-            raise InputError(f"-o {quoted(folder)}: {quoted(job.output)} there is an input of this run; choose another")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = "it is not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", error)
-        raise InputError(f"-o {quoted(folder)} cannot be used: {reason}; choose another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"-o {quoted(folder)} cannot be written to; choose another folder")
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Nobody else's while it lasts, and rid of what a killed run was writing."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"-o {quoted(folder)}: another batch is writing there; wait for it, or stop it") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        _sweep(folder)
-        yield
-        _sweep(folder)  # a worker of Ray may have been killed
-    finally:
-        os.close(handle)
-
-
-def _sweep(folder: Path) -> None:
-    for left in folder.glob(".ledits-*.tmp"):
-        left.unlink(missing_ok=True)

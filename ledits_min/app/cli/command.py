@@ -11,12 +11,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ledits_min.app.cli.commands import COMMANDS
 from ledits_min.app.cli.options import build_parser
-from ledits_min.app.terminal import one_line, say, warnings_as_lines
+from ledits_min.app.terminal import one_line, open_standard_streams, say, warnings_as_lines
 from ledits_min.errors import InputError
 
 
@@ -26,7 +26,9 @@ class _Terminated(BaseException):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code; every failure is one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # the process is this command's own
+        open_standard_streams()
+        argv = sys.argv[1:]
     with _signals() as heard, warnings_as_lines() as said:
         try:
             args = build_parser().parse_args(argv)
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             if isinstance(error, SystemExit) and not heard:  # --help and --version
                 return int(error.code or 0)
             if "--debug" in argv:
-                traceback.print_exc()
+                with suppress(OSError, ValueError):
+                    traceback.print_exc()
             # A signal that arrives inside a library's compiled part may come out of it as that library's own failure.
             code, line = explain(heard[0]() if heard else error)
             say(f"error: {line}")

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ledits_min.app.batch.jobs import read_jobs
-from ledits_min.app.cli.options import check_ranges
+from ledits_min.app.batch.folder import check_folder
+from ledits_min.app.batch.jobs import left_out, read_jobs
+from ledits_min.app.cli.options import check_attention, check_ranges
 from ledits_min.app.inputs import (
-    check_outputs,
+    check_inversion_options,
+    check_model,
     check_prompt,
     edit_picture,
     edit_settings,
@@ -23,47 +25,72 @@ from ledits_min.app.inputs import (
     load_model,
     open_picture,
     parts,
+    texts_of,
 )
-from ledits_min.app.terminal import Clock, tell, tell_written
+from ledits_min.app.places import PICTURES, check_outputs
+from ledits_min.app.terminal import Clock, notice, tell, tell_written
 from ledits_min.errors import InputError, check_whole, quoted
+from ledits_min.files.header import read_header
+from ledits_min.files.write import atomic_write, check_output_picture, save_image
 
 if TYPE_CHECKING:
-    from ledits_min import Concept, PromptToPrompt
+    from PIL import Image
+
+    from ledits_min import Concept
 
 
 def run_edit(args: argparse.Namespace) -> None:
     check_ranges(args)
+    if args.masks is not None and not args.concepts:
+        raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
+    saved = is_saved_inversion(args.image)
+    check_attention(args, saved)
+    out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
+    if not args.explain:
+        check_outputs(args, {
+            "-o": (out, PICTURES),
+            "--masks": (args.masks, PICTURES),
+            "--report": (args.report, (".json",)),
+            "--save-inversion": (args.save_inversion, (".safetensors",)),
+        })  # fmt: skip
+    clock = Clock()
+    picture = _picture_or_inversion(args, saved)
+    if picture is not None:
+        check_output_picture(out, picture.size)
+    check_model(args, texts_of(args))
+    if args.explain:
+        _tell_plan(args, picture)
+    else:
+        _edit(args, picture, out, clock)
+
+
+def _picture_or_inversion(args: argparse.Namespace, saved: bool) -> Image.Image | None:
+    """The picture; of a saved inversion its header is looked at, and None comes back."""
+    if not saved:
+        return open_picture(args)
+    check_inversion_options(args)
+    read_header(args.image)
+    return None
+
+
+def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, clock: Clock) -> None:
+    """Everything that needs torch; `picture` is None where an inversion is given."""
     from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs
     from ledits_min.app.cli.explain import latent_size, plan_edit
-    from ledits_min.files.picture import atomic_write, check_output_picture, save_image
     from ledits_min.p2p import check_prompts
 
     concepts = [Concept(**fields) for fields in args.concepts or []]
     attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
-    if args.masks is not None and not concepts:
-        raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
-
-    saved = is_saved_inversion(args.image)
-    if args.explain:
-        _tell_plan(args, concepts, attention)
-        return
-    out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
-    check_outputs(args, {
-        "-o": (out, outputs.PICTURES),
-        "--masks": (args.masks, outputs.PICTURES),
-        "--report": (args.report, (".json",)),
-        "--save-inversion": (args.save_inversion, (".safetensors",)),
-    })  # fmt: skip
-
-    clock = Clock()
-    made = load_inversion(args) if saved else None
+    made = load_inversion(args) if picture is None else None
     if attention is not None:
         check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
-    picture = outputs.original_picture(made) if made else open_picture(args)
-    check_output_picture(out, picture.size)
+    if made is not None:
+        picture = outputs.original_picture(made)
+        check_output_picture(out, picture.size)
+    assert picture is not None
     ledits = load_model(args)
-    for text in (args.target, args.negative, *(concept.text for concept in concepts)):
+    for text in texts_of(args):
         check_prompt(ledits, text)  # now, not after minutes of inversion
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
@@ -86,7 +113,7 @@ def run_edit(args: argparse.Namespace) -> None:
     if args.report is not None:
         plan = plan_edit(
             ledits, inversion.settings, latent_size(inversion), edit, ledits.device,
-            inverted=saved, apart=args.save_inversion is not None,
+            inverted=made is not None, apart=args.save_inversion is not None,
         )  # fmt: skip
         evaluations = {"planned": plan.to_json(), "evaluated": ledits.runner.evaluations}
         content = outputs.report(
@@ -97,20 +124,23 @@ def run_edit(args: argparse.Namespace) -> None:
     tell_written(clock, [out, args.masks, args.report, args.save_inversion])
 
 
-def _tell_plan(args: argparse.Namespace, concepts: Sequence[Concept], attention: PromptToPrompt | None) -> None:
+def _tell_plan(args: argparse.Namespace, picture: Image.Image | None) -> None:
     """What the same command without --explain would evaluate. No weight is read and nothing is written."""
+    from ledits_min import Concept, PromptToPrompt
     from ledits_min.app.cli.explain import fitted_size, latent_size, plan_edit, without_weights
     from ledits_min.p2p import check_prompts
 
-    made = load_inversion(args) if is_saved_inversion(args.image) else None
+    concepts = [Concept(**fields) for fields in args.concepts or []]
+    made = load_inversion(args) if picture is None else None
     ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
-    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+    for text in texts_of(args):
         check_prompt(ledits, text)
     if made is not None:
         settings, latents = made.settings, latent_size(made)
     else:
-        settings = inversion_settings(args, ledits)
-        latents = fitted_size(ledits, open_picture(args), args.size)
+        assert picture is not None
+        settings, latents = inversion_settings(args, ledits), fitted_size(ledits, picture, args.size)
+    attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
     if attention is not None:
         check_prompts(settings.source, args.target, args.negative)
     edit = {**edit_settings(args, ledits), "concepts": concepts, "attention": attention}
@@ -125,22 +155,28 @@ def run_sweep(args: argparse.Namespace) -> None:
     from ledits_min.app.sweep import grid as sweep
 
     grid = sweep.Grid.of(args)
-    from ledits_min import Concept
-    from ledits_min.app import outputs
-    from ledits_min.files.picture import atomic_write, save_image
-    from ledits_min.p2p import check_prompts
-
+    saved = is_saved_inversion(args.image)
+    check_attention(args, saved)
     out = Path(f"{Path(args.image).stem}.sweep.png" if args.output is None else args.output)
     beside = Path(f"{os.path.splitext(out)[0]}.json")
-    check_outputs(args, {"-o": (out, outputs.PICTURES), "the numbers beside -o,": (beside, (".json",))})
+    check_outputs(args, {"-o": (out, PICTURES), "the numbers beside -o,": (beside, (".json",))})
     clock = Clock()
-    made = load_inversion(args) if is_saved_inversion(args.image) else None
+    picture = _picture_or_inversion(args, saved)
+    check_model(args, texts_of(args))
+
+    from ledits_min import Concept
+    from ledits_min.app import outputs
+    from ledits_min.p2p import check_prompts
+
+    made = load_inversion(args) if picture is None else None
     if args.p2p is not None:
         check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
-    picture = outputs.original_picture(made) if made else open_picture(args)
+    if made is not None:
+        picture = outputs.original_picture(made)
+    assert picture is not None
     ledits = load_model(args)
     concepts = [Concept(**fields) for fields in sweep.concepts_of(grid.cells[0][0])]
-    for text in (args.source or "", args.target, args.negative, *(concept.text for concept in concepts)):
+    for text in texts_of(args):
         check_prompt(ledits, text)
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
@@ -162,6 +198,7 @@ def run_invert(args: argparse.Namespace) -> None:
     check_outputs(args, {"-o": (args.output, (".safetensors",))})
     clock = Clock()
     picture = open_picture(args)
+    check_model(args, [args.source or ""])
     inversion = invert_picture(args, load_model(args), picture)
     inversion.save(args.output)
     tell_written(clock, [args.output])
@@ -174,6 +211,10 @@ def run_batch(args: argparse.Namespace) -> None:
     if args.workers is not None and args.engine != "ray":
         raise InputError("--workers belongs to --engine ray; the local engine is one process")
     jobs = read_jobs(Path(args.jobs), args)
+    check_folder(Path(args.output), jobs)
+    check_model(args, texts_of(args))
+    for text in left_out(Path(args.jobs)):
+        notice(args, text)
     from ledits_min.app.batch.run import LocalEngine, run
 
     if args.engine == "ray":
@@ -185,14 +226,15 @@ def run_batch(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from ledits_min.app import outputs
-    from ledits_min.app.cli import demo
-    from ledits_min.files.picture import save_image
+    from ledits_min.weights.read.survey import TINY
 
-    check_outputs(args, {"-o": (args.output, outputs.PICTURES)})
+    args.image = args.image or str(TINY / "samples" / "portrait1.png")
+    check_outputs(args, {"-o": (args.output, PICTURES)})
     clock = Clock()
-    args.image = args.image or demo.SAMPLE
     picture = open_picture(args)
+    check_model(args)
+    from ledits_min.app.cli import demo
+
     save_image(demo.demo_sheet(load_model(args), picture), args.output)
     tell_written(clock, [args.output])
 

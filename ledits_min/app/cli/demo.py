@@ -13,9 +13,7 @@ from ledits_min.engine.progress import progress_bar
 from ledits_min.files.inversion import Inversion
 from ledits_min.pipeline import LEdits, Result
 from ledits_min.sega import Concept
-from ledits_min.weights.read.survey import TINY
 
-SAMPLE = TINY / "samples" / "portrait1.png"
 CONCEPTS = ("sunglasses", "glasses", "beard", "smile")
 TARGET = "a portrait with a red hat"
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)

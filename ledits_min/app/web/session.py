@@ -23,7 +23,8 @@ from ledits_min.app import outputs
 from ledits_min.app.inputs import check_prompt
 from ledits_min.config import EditDefaults
 from ledits_min.errors import check_number, quoted
-from ledits_min.files.picture import open_image, save_image
+from ledits_min.files.opening import open_image
+from ledits_min.files.write import save_image
 
 MAX_PIXELS = 24_000_000  # of a picture: every edit in the history is as large
 KEPT_INVERSIONS = 3  # so that going back to other steps, or to another picture, is free as well

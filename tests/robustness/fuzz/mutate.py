@@ -5,6 +5,7 @@ Every function takes a `random.Random` and returns new bytes or a new value; the
 
 from __future__ import annotations
 
+import io
 import json
 import marshal
 import struct
@@ -12,6 +13,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
+
+from PIL import Image
 
 INTEGERS = (0, 1, 2, 3, 4, 7, 8, 15, 16, 63, 64, 127, 128, 255, 256, 4096, 32767, 32768, 65535, 65536,
             2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
@@ -259,3 +262,9 @@ def riff(rng: Random, data: bytes) -> bytes:
         name + struct.pack("<I", len(part)) + part + b"\0" * (len(part) % 2) for name, part in map(tuple, chunks)
     )
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()

@@ -6,11 +6,11 @@ The files grow from real ones of ours: nothing is stored.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -27,11 +27,14 @@ from ledits_min.config import SD15_SCHEDULE, SD15_TEXT, SD15_UNET, SD15_VAE, Tex
 from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
 from ledits_min.files.inversion import FORMAT
-from ledits_min.files.picture import open_image, to_tensor
+from ledits_min.files.opening import open_image
+from ledits_min.files.picture import to_tensor
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.shapes import text_shapes, unet_shapes, vae_shapes
 from tests.robustness.fuzz import mutate
+from tests.robustness.fuzz.hostile import BatchFolders, Decoders
+from tests.robustness.fuzz.mutate import encoded
 
 TINY = Path(__file__).parents[3] / "weights/tiny"
 UNET = UNetConfig(4, 4, (8, 16), ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -124,22 +127,22 @@ class Pictures:
                 (rgb, {}), (rgba, {}), (rgb.quantize(8), {"transparency": 1}), (deep, {}), (rgb.convert("1"), {}),
                 (rgb.convert("L"), {"icc_profile": other}), (rgb, {"icc_profile": other, "exif": exif}),
                 (rgb, frames))),
-            *((mutate.jpeg, _encoded(image, "JPEG", **more)) for image, more in (
+            *((mutate.jpeg, encoded(image, "JPEG", **more)) for image, more in (
                 (rgb, {}), (rgb, {"progressive": True, "exif": exif}), (rgb.convert("L"), {}),
                 (rgb.convert("CMYK"), {}), (rgb, {"icc_profile": other}))),
-            *((mutate.tiff, _encoded(image, "TIFF", **more)) for image, more in (
+            *((mutate.tiff, encoded(image, "TIFF", **more)) for image, more in (
                 (rgb, {}), (deep, {}), (rgb.convert("F"), {}), (rgba, {}), (rgb, {"compression": "tiff_lzw"}),
                 (rgb, {"compression": "tiff_adobe_deflate"}), (rgb, {"compression": "jpeg"}), (rgb, frames),
                 (rgb.convert("1"), {"compression": "group4"}), (rgb.convert("LAB"), {}), (rgb.convert("CMYK"), {}))),
-            *((mutate.riff, _encoded(image, "WEBP", **more)) for image, more in (
+            *((mutate.riff, encoded(image, "WEBP", **more)) for image, more in (
                 (rgb, {}), (rgba, {"lossless": True}), (rgb, frames), (rgb, {"icc_profile": other, "exif": exif}))),
-            *((mutate.raw, _encoded(image, "GIF", **more)) for image, more in ((rgb, {}), (rgba, frames))),
-            *((mutate.raw, _encoded(image, "BMP")) for image in (rgb, rgba, rgb.convert("1"), rgb.quantize(8))),
-            (mutate.raw, _encoded(rgb, "MPO", **frames)),
+            *((mutate.raw, encoded(image, "GIF", **more)) for image, more in ((rgb, {}), (rgba, frames))),
+            *((mutate.raw, encoded(image, "BMP")) for image in (rgb, rgba, rgb.convert("1"), rgb.quantize(8))),
+            (mutate.raw, encoded(rgb, "MPO", **frames)),
         ]  # fmt: skip
 
     def _png(self, image: Image.Image, **options: Any) -> tuple[Callable[[Random, bytes], bytes], bytes]:
-        return mutate.png, _encoded(image, "PNG", **options)
+        return mutate.png, encoded(image, "PNG", **options)
 
     def make(self, rng: Random) -> None:
         deep, data = rng.choice(self.corpus)
@@ -152,12 +155,6 @@ class Pictures:
         assert picture.mode == "RGB" and not picture.info
         assert all(notice.isprintable() and len(notice) < 1000 for notice in notices)
         to_tensor([picture], (16, 16))
-
-
-def _encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=file_format, **options)
-    return buffer.getvalue()
 
 
 class Inversions:
@@ -319,7 +316,7 @@ class Bombs:
             side = rng.choice((100, 7_900, 9_000, 60_000, 2**31 - 1))
             kind = rng.choice(("PNG", "BMP", "GIF", "TIFF"))
             modes = ("1", "L", "P", "RGB", "RGBA", "I;16") if kind in ("PNG", "TIFF") else ("1", "L", "P")
-            data = _encoded(Image.new(rng.choice(modes), (16, 16)), kind)
+            data = encoded(Image.new(rng.choice(modes), (16, 16)), kind)
             place = {"PNG": 16, "BMP": 18, "GIF": 6, "TIFF": 30}[kind]
             number = struct.pack(">II" if kind == "PNG" else "<HH" if kind == "GIF" else "<II",
                                  *((side % 65536,) * 2 if kind == "GIF" else (side, side)))  # fmt: skip
@@ -335,16 +332,16 @@ class Bombs:
 
 
 def _with_checksum(data: bytes) -> bytes:
-    import zlib
-
     return data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
 
 
-Kind = Headers | Pictures | Inversions | Folders | Loras | Bombs
+Kind = Headers | Pictures | Inversions | Folders | Loras | Bombs | Decoders | BatchFolders
 # Kind -> how many of a thousand inputs are of it; a bomb takes a hundred times as long as any other.
 SHARES: dict[str, tuple[type[Kind], int]] = {
-    "headers": (Headers, 350),
-    "pictures": (Pictures, 400),
+    "headers": (Headers, 300),
+    "pictures": (Pictures, 300),
+    "decoders": (Decoders, 50),
+    "batch folders": (BatchFolders, 100),
     "inversions": (Inversions, 120),
     "folders": (Folders, 60),
     "loras": (Loras, 67),
@@ -358,9 +355,9 @@ def build(folder: Path) -> dict[str, Kind]:
     for name, (type_, _) in SHARES.items():
         os.mkdir(folder / name)
         kinds[name] = kind = type_(folder / name)
-        if not isinstance(kind, Folders | Bombs):
+        if not isinstance(kind, Folders | Bombs | BatchFolders):
             whole = kind.corpus[0]
             kind.path.write_bytes(whole if isinstance(whole, bytes) else whole[1])
-        if not isinstance(kind, Bombs):
+        if not isinstance(kind, Bombs | BatchFolders):
             kind.read()
     return kinds
