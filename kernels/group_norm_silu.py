@@ -27,7 +27,8 @@ from ledits_min.kernels._launch import aligned, cdiv, channels_last, launch, lau
 CHANNELS = 128  # channels of a block, where a group is not wider
 MEMBERS = 32  # groups of a block at most
 CHUNK = 32  # parts whose statistics are merged at a time
-REGISTERS = 80  # of `_normalise`: left to itself, an assembler has spilled to stay within 64
+# A thread's. Left to themselves, assemblers take 128 for the first kernel, and spill to stay within 64 in the second.
+REGISTERS = {"_statistics": 96, "_normalise": 80}
 
 # rows: positions of a tile, 16 values a thread. programs: as many at most as keep a device busy to the end, each with
 # `least` positions or more.
@@ -295,13 +296,14 @@ def _norm(
         _statistics, grid,
         x, skip, x if residual is None else channels_last(residual), x if add is None else add,
         x if total is None else total, statistics, positions, rows, *sizes,
-        int(residual is not None), int(add is not None), SUM=total is not None, **constants,
+        int(residual is not None), int(add is not None), SUM=total is not None,
+        registers=REGISTERS["_statistics"], **constants,
     )  # fmt: skip
     if total is not None:
         x, add = total, None
     launch(
         _normalise, grid,
-        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts, norm.eps,
-        *sizes, int(add is not None), int(silu), CHUNK=CHUNK, registers=REGISTERS, **constants,
+        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts, float(norm.eps),
+        *sizes, int(add is not None), int(silu), CHUNK=CHUNK, registers=REGISTERS["_normalise"], **constants,
     )  # fmt: skip
     return out

@@ -84,7 +84,7 @@ def add_layer_norm(
     launch(
         _add_layer_norm, (cdiv(rows, together),),
         x, x if residual is None else residual.contiguous(), x if add is None else add.contiguous(),
-        norm.weight, norm.bias, total, out, rows, width, norm.eps,
+        norm.weight, norm.bias, total, out, rows, width, float(norm.eps),
         int(residual is not None), int(add is not None), int(keep),
         ROWS=together, BLOCK=block, num_warps=shape["warps"], fuse=True,
     )  # fmt: skip

@@ -216,7 +216,7 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
     }  # fmt: skip
     with pytest.raises(ValueError, match="momentum .* must be contiguous"):
         kernel.sega_step(**arguments | {"momentum": state.momentum.transpose(2, 3)})
-    with pytest.raises(ValueError, match="gaps between their rows"):
+    with pytest.raises(ValueError, match="XX"):
         kernel.sega_step(**arguments | {"branches": case.branches[0].transpose(3, 4)})
     with pytest.raises(ValueError, match="does not fit"):
         kernel.sega_step(**arguments | {"x_t": torch.zeros(1, 4, 129, 128, device=device)})
