@@ -27,7 +27,8 @@ from ledits_min.kernels._launch import aligned, cdiv, channels_last, launch, lau
 CHANNELS = 128  # channels of a block, where a group is not wider
 MEMBERS = 32  # groups of a block at most
 CHUNK = 32  # parts whose statistics are merged at a time
-# A thread's. Left to themselves, assemblers take 128 for the first kernel, and spill to stay within 64 in the second.
+# A thread's, where 8 channels move as one. Left to themselves, assemblers take 128 for the first kernel, and have spilled
+# to stay within 64 in the second.
 REGISTERS = {"_statistics": 96, "_normalise": 80}
 
 # rows: positions of a tile, 16 values a thread. programs: as many at most as keep a device busy to the end, each with
@@ -216,6 +217,16 @@ def block_of_groups(groups: int, width: int) -> tuple[int, int]:
     return (together - together % multiple or together), block
 
 
+def warps(block: int) -> int:
+    """As many as keep 16 values of a tile in each thread."""
+    return min(16, SHAPE["warps"] * block // CHANNELS)
+
+
+def register_limit(kernel: str, vector: int) -> int | None:
+    """None for odd widths: their many addresses are the assembler's to place."""
+    return REGISTERS[kernel] if vector == 8 else None
+
+
 def rows_per_part(positions: int, width: int, programs: int, shape: dict[str, int]) -> int:
     """How many positions a program walks over, where one part would be `programs` programs.
 
@@ -274,7 +285,7 @@ def _norm(
     add = None if add is None else add.reshape(-1, own).contiguous()
     group = channels // norm.num_groups
     together, block = block_of_groups(norm.num_groups, group)
-    shape = launch_shape(f"group_norm_silu {block}", SHAPE, x.device)
+    shape = launch_shape(f"group_norm_silu {block}", SHAPE | {"warps": warps(block)}, x.device)
     blocks = cdiv(norm.num_groups, together)
     rows = rows_per_part(positions, group, blocks * batch, shape)
     parts = cdiv(positions, rows)
@@ -297,13 +308,14 @@ def _norm(
         x, skip, x if residual is None else channels_last(residual), x if add is None else add,
         x if total is None else total, statistics, positions, rows, *sizes,
         int(residual is not None), int(add is not None), SUM=total is not None,
-        registers=REGISTERS["_statistics"], **constants,
+        registers=register_limit("_statistics", vector), **constants,
     )  # fmt: skip
     if total is not None:
         x, add = total, None
     launch(
         _normalise, grid,
         x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts, float(norm.eps),
-        *sizes, int(add is not None), int(silu), CHUNK=CHUNK, registers=REGISTERS["_normalise"], **constants,
+        *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
+        registers=register_limit("_normalise", vector), **constants,
     )  # fmt: skip
     return out

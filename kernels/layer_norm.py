@@ -59,6 +59,11 @@ def _add_layer_norm(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + here, normed.to(out_ptr.dtype.element_ty), inside)
 
 
+def warps(block: int) -> int:
+    """As many as keep 16 values in each thread."""
+    return max(SHAPE["warps"], block // 512)
+
+
 def fits(x: Tensor) -> bool:
     """Whether a row of x (..., C) stays in one program's registers."""
     return 0 < x.shape[-1] <= MAX_WIDTH
@@ -79,7 +84,7 @@ def add_layer_norm(
     out = torch.empty_like(x)
     total = torch.empty_like(x) if keep else x
     block, rows = power_of_2(width, least=128), x.numel() // width
-    shape = launch_shape(f"layer_norm {block}", SHAPE, x.device)
+    shape = launch_shape(f"layer_norm {block}", SHAPE | {"warps": warps(block)}, x.device)
     together = max(1, shape["tile"] // block)
     launch(
         _add_layer_norm, (cdiv(rows, together),),
