@@ -128,4 +128,4 @@ def check_state(**tensors: Tensor | None) -> None:
     """ValueError unless every tensor is contiguous: a kernel writes into it, and a copy would keep what it wrote."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)} must be contiguous, because it is written in place")
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} must be contiguous: it is written in place")

@@ -27,8 +27,8 @@ from ledits_min.kernels._launch import aligned, cdiv, channels_last, launch, lau
 CHANNELS = 128  # channels of a block, where a group is not wider
 MEMBERS = 32  # groups of a block at most
 CHUNK = 32  # parts whose statistics are merged at a time
-# A thread's, where 8 channels move as one. Left to themselves, assemblers take 128 for the first kernel, and have spilled
-# to stay within 64 in the second.
+# A thread's, where 8 channels move as one. Left to themselves, assemblers take 128 for the first kernel, and have
+# spilled to stay within 64 in the second.
 REGISTERS = {"_statistics": 96, "_normalise": 80}
 
 # rows: positions of a tile, 16 values a thread. programs: as many at most as keep a device busy to the end, each with
@@ -195,7 +195,8 @@ def _normalise(  # type: ignore[no-untyped-def]
         value = tl.load(tl.where(mine[None, :], x_ptr + here, skip_ptr + there), inside, 0.0).to(tl.float32)
         value = (value - centre[None, :]) * scale[None, :] + bias[None, :]
         value = tl.where(silu != 0, value / (1.0 + tl.exp(-value)), value)
-        tl.store(out_ptr + at[:, None] * (channels * VECTOR) + channel[None, :], value.to(out_ptr.dtype.element_ty), inside)
+        out = out_ptr + at[:, None] * (channels * VECTOR) + channel[None, :]
+        tl.store(out, value.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -299,9 +300,7 @@ def _norm(
         "num_warps": shape["warps"], "fuse": True,
     }  # fmt: skip
     statistics = torch.empty(batch, parts, norm.num_groups, 2, dtype=torch.float32, device=x.device)
-    out = torch.empty(
-        batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    out = torch.empty(batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid = (parts, blocks, batch)
     launch(
         _statistics, grid,
@@ -314,8 +313,8 @@ def _norm(
         x, add = total, None
     launch(
         _normalise, grid,
-        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts, float(norm.eps),
-        *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
+        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts,
+        float(norm.eps), *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
         registers=register_limit("_normalise", vector), **constants,
     )  # fmt: skip
     return out

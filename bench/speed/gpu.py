@@ -174,3 +174,22 @@ def report_function(
         plain = [lambda a=a: function(*a) for a in arguments]
         both = {"eager": plain, "compiled": [lambda a=a: fused(*a) for a in arguments]}
         report(benchmark, both | (peers or {}), plain, moved, graphs)
+
+
+def report_pair(
+    benchmark: Any,
+    plain: Callable[..., tuple[Tensor, ...]],
+    fused: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[tuple[Any, ...]],
+    moved: int,
+    tolerance: float,
+) -> None:
+    """`report` for a kernel beside the torch expressions that it replaces; all their results must agree."""
+    with torch.no_grad():
+        off = max(map(difference, fused(*arguments[0]), plain(*arguments[0])))
+        assert off < tolerance, f"the two sides differ by {off:.2g}"
+        benchmark.extra_info["difference"] = off
+        together = compiled(plain)
+        sides = {"eager": plain, "compiled": together}
+        calls = {name: [lambda a=a, f=side: f(*a) for a in arguments] for name, side in sides.items()}
+        report(benchmark, calls, [lambda a=a: fused(*a) for a in arguments], moved)

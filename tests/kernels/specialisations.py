@@ -1,8 +1,8 @@
-"""Count what a whole edit would compile, without a GPU and without compiling: a JSON object {kernel: variants} to stdout.
+"""Count what a whole edit would compile, without a GPU and without compiling: JSON {kernel: variants} to stdout.
 
-Triton compiles a kernel anew for every new key of argument types, alignments, ones, constexprs and options. Its own hook
-names each key here and forbids the compiling; tensors are on the meta device, so nothing is computed either. The shapes
-are those of every norm and feed-forward of Stable Diffusion 1.5 at 512 px, read from its networks by hooks.
+Triton compiles a kernel anew for every new key of argument types, alignments, ones, constexprs and options. Its own
+hook names each key here and forbids the compiling; tensors are on the meta device, so nothing is computed either. The
+shapes are those of every norm and feed-forward of Stable Diffusion 1.5 at 512 px, read from its networks by hooks.
 """
 
 from __future__ import annotations

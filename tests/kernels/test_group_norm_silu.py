@@ -245,7 +245,8 @@ def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]],
     from ledits_min.kernels import group_norm_silu as kernel
 
     variants = []
-    for dtype, vector, block in [("fp16", 8, 128), ("bf16", 8, 128), ("fp32", 8, 128), ("fp16", 8, 256), ("fp32", 1, 128)]:
+    cases = [("fp16", 8, 128), ("bf16", 8, 128), ("fp32", 8, 128), ("fp16", 8, 256), ("fp32", 1, 128)]
+    for dtype, vector, block in cases:
         constants = {
             "VECTOR": vector, "ROWS": kernel.SHAPE["rows"], "BLOCK": block, "MEMBERS": kernel.MEMBERS,
             "STAGES": kernel.SHAPE["stages"],

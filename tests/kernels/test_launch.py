@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,3 +79,63 @@ def test_a_table_that_is_none_is_refused(table: Path, text: str, reason: str) ->
     with pytest.raises(ValueError, match="launch_table.json: geglu on cpu: .*remove the file") as refusal:
         launch_shape("geglu", {"warps": 4}, torch.device("cpu"))
     assert reason in str(refusal.value)
+
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch, table: Path) -> ModuleType:
+    """bench/tune_kernels.py, with an empty table."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    return importlib.import_module("bench.tune_kernels")
+
+
+def test_tuning_keeps_the_fastest_shape_that_computes_the_same(
+    tuner: ModuleType, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ledits_min.kernels import _launch
+
+    def stub(calls: list[Callable[[], object]]) -> float:
+        """The widest block is the fastest, more warps are slower, and 512 is what the default takes."""
+        for call in calls:
+            call()
+        (shape,) = _launch._forced.values()
+        if shape.get("warps") == 8:
+            raise RuntimeError("out of resource: threads")
+        return 512.0 / shape.get("block", 512)
+
+    found = tuner.tune_all("cpu", ["residuals"], stub, lambda moved: 1, small=True)
+    assert found == {"residuals": {"block": 2048, "warps": 4}}
+    assert "refused, out of resource" in capsys.readouterr().out
+    unmoved = tuner.tune_all("cpu", ["trajectory"], lambda calls: 1.0, lambda moved: 1, small=True)
+    assert unmoved == {"trajectory": {}}
+
+    table.write_text(json.dumps({"another": {"geglu": {"warps": 8}}, "cpu": {"geglu": {"warps": 2}}}))
+    tuner.write(found | {"geglu": {}}, "cpu", table)
+    assert json.loads(table.read_text()) == {"another": {"geglu": {"warps": 8}}, "cpu": found}
+    assert _launch.launch_shape("residuals", {"block": 512, "warps": 4}, torch.device("cpu"))["block"] == 2048
+
+
+def test_every_candidate_is_a_launch_shape_of_its_kernel(tuner: ModuleType) -> None:
+    from ledits_min.kernels import geglu, group_norm_silu, layer_norm, sega_step, trajectory
+    from ledits_min.kernels._launch import checked_shape
+
+    defaults = {
+        "geglu": geglu.SHAPE, "layer_norm": layer_norm.SHAPE, "group_norm_silu": group_norm_silu.SHAPE,
+        "sega_cut": sega_step.CUT, "sega_combine": sega_step.COMBINE, "trajectory": trajectory.SHAPE,
+        "residuals": trajectory.SHAPE,
+    }  # fmt: skip
+    assert {case.kernel for case in tuner.cases("cpu", small=True)} == set(tuner.SHAPES)
+    for kernel, candidates in tuner.SHAPES.items():
+        for shape in candidates:
+            assert checked_shape(shape, tuple(defaults[kernel.split()[0]])) == shape
+
+
+def test_only_a_file_that_passed_as_a_whole_is_noted() -> None:
+    path = Path(__file__).with_name("conftest.py")
+    spec = importlib.util.spec_from_file_location("ledits_min_kernel_tests", path)
+    assert spec is not None and spec.loader is not None
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    ran = ["k/test_a.py::one", "k/test_a.py::two", "k/test_b.py::one", "k/test_c.py::one"]
+    aside = ["k/test_a.py::test_compiles_without_spills", "k/test_c.py::two"]
+    assert tests.passed_files(ran, aside, set(ran) - {"k/test_b.py::one"}) == {"test_a.py"}
+    assert tests.state(path) == tests.state(path) != tests.state(Path(__file__))
