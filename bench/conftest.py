@@ -49,7 +49,7 @@ def beside(stem: str) -> ModuleType:
     """bench/<stem>.py by its path, since bench/ is not importable by name."""
     name = f"ledits_min_bench_{stem.replace('/', '_')}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{stem}.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -189,7 +189,6 @@ def report_pair(
         off = max(map(difference, fused(*arguments[0]), plain(*arguments[0])))
         assert off < tolerance, f"the two sides differ by {off:.2g}"
         benchmark.extra_info["difference"] = off
-        together = compiled(plain)
-        sides = {"eager": plain, "compiled": together}
-        calls = {name: [lambda a=a, f=side: f(*a) for a in arguments] for name, side in sides.items()}
-        report(benchmark, calls, [lambda a=a: fused(*a) for a in arguments], moved)
+        sides = {"eager": plain, "compiled": compiled(plain)}
+        calls: dict[str, Calls] = {name: [partial(side, *a) for a in arguments] for name, side in sides.items()}
+        report(benchmark, calls, [partial(fused, *a) for a in arguments], moved)
