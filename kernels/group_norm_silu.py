@@ -223,9 +223,11 @@ def warps(block: int) -> int:
     return min(16, SHAPE["warps"] * block // CHANNELS)
 
 
-def register_limit(kernel: str, vector: int) -> int | None:
-    """None for odd widths: their many addresses are the assembler's to place."""
-    return REGISTERS[kernel] if vector == 8 else None
+def register_limit(kernel: str, vector: int, block: int) -> int | None:
+    """All there are for odd widths, whose addresses are many; the assembler's own choice for blocks wider than usual."""
+    if block > CHANNELS:
+        return None
+    return REGISTERS[kernel] if vector == 8 else 255
 
 
 def rows_per_part(positions: int, width: int, programs: int, shape: dict[str, int]) -> int:
@@ -307,7 +309,7 @@ def _norm(
         x, skip, x if residual is None else channels_last(residual), x if add is None else add,
         x if total is None else total, statistics, positions, rows, *sizes,
         int(residual is not None), int(add is not None), SUM=total is not None,
-        registers=register_limit("_statistics", vector), **constants,
+        registers=register_limit("_statistics", vector, block), **constants,
     )  # fmt: skip
     if total is not None:
         x, add = total, None
@@ -315,6 +317,6 @@ def _norm(
         _normalise, grid,
         x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts,
         float(norm.eps), *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
-        registers=register_limit("_normalise", vector), **constants,
+        registers=register_limit("_normalise", vector, block), **constants,
     )  # fmt: skip
     return out

@@ -261,10 +261,10 @@ def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]],
         }  # fmt: skip
         for own in ({"SUM": False}, {"SUM": True}, {"CHUNK": kernel.CHUNK}):
             name = "_normalise" if "CHUNK" in own else "_statistics"
-            variants.append(
-                {"kernel": name, "constants": constants | own, "limit": kernel.register_limit(name, vector), **common}
-            )
+            limit = kernel.register_limit(name, vector, block)
+            variants.append({"kernel": name, "constants": constants | own, "limit": limit, **common})
     for usage in ahead_of_time(variants):
         assert usage["cubin"] > 0
         assert usage["stack"] == 0, usage
-        assert usage["limit"] is None or usage["registers"] <= REGISTERS[usage["kernel"]], usage
+        if usage["constants"]["VECTOR"] == 8 and usage["constants"]["BLOCK"] == kernel.CHANNELS:
+            assert usage["registers"] <= REGISTERS[usage["kernel"]], usage
