@@ -224,7 +224,7 @@ def warps(block: int) -> int:
 
 
 def register_limit(kernel: str, vector: int, block: int) -> int | None:
-    """All there are for odd widths, whose addresses are many; the assembler's own choice for blocks wider than usual."""
+    """All there are for odd widths, whose addresses are many; the assembler's own choice for wider blocks."""
     if block > CHANNELS:
         return None
     return REGISTERS[kernel] if vector == 8 else 255
