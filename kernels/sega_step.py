@@ -47,8 +47,8 @@ def _quantile(magnitude, positions, threshold, BLOCK: tl.constexpr, PROBES: tl.c
     and -1 in the BLOCK - positions places behind the map. Every round counts, for PROBES bit patterns at once, how many
     values are at most that; the value of rank k stays between `low` and `high`. The first round looks 1, 2, 4, ..
     binades below the greatest value, where a high percentile mostly lies; the others divide what is left evenly. It
-    ends as soon as a probe hits the gap above rank k: 5 rounds on average for 4096 normal values, 4 probes and threshold
-    0.95; 14 is the worst seen.
+    ends as soon as a probe hits the gap above rank k: 5 rounds on average for 4096 normal values, 4 probes and
+    threshold 0.95; 14 is the worst seen.
     """
     rank = threshold * (positions - 1)  # in float32, as torch computes it
     k = rank.to(tl.int32)
