@@ -1,4 +1,8 @@
-"""`pytest bench --results` writes what was measured to bench/results/<stem>.json."""
+"""`pytest bench --results` writes what was measured to bench/results/<stem>.json.
+
+A kernel is measured only after its tests have passed on this device. They run once for a state of the code: what passed
+is noted in pytest's cache, by the tests themselves (tests/kernels/conftest.py), whoever ran them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +39,7 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
         "seconds": {name: round(getattr(stats, name), 4) for name in ("min", "median", "max")},
         "rounds": stats.rounds,
         **benchmark.extra_info,
-        "conditions": beside("conditions").conditions(),
+        "conditions": beside("speed/conditions").conditions(),
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
@@ -42,9 +47,9 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def beside(stem: str) -> ModuleType:
     """bench/<stem>.py by its path, since bench/ is not importable by name."""
-    name = f"ledits_min_bench_{stem}"
+    name = f"ledits_min_bench_{stem.replace('/', '_')}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{stem}.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -54,7 +59,7 @@ def beside(stem: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def inputs() -> ModuleType:
     """bench/kernels/inputs.py, the makers of random inputs that tests/kernels share."""
-    return beside("inputs")
+    return beside("kernels/inputs")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +67,20 @@ def gpu(request: pytest.FixtureRequest) -> ModuleType:
     """bench/speed/gpu.py, to benchmark a kernel: it skips without CUDA, and refuses while the kernel's test fails."""
     if not torch.cuda.is_available():
         pytest.skip("a kernel is measured on a CUDA device, and there is none")
-    test = Path(__file__).parents[1] / "tests" / "kernels" / request.path.name
-    if test.exists():
+    test = ROOT / "tests" / "kernels" / request.path.name
+    if test.exists() and not has_passed(request.config, test):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not compiles", str(test)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.fail(f"not measured, because {test.name} fails:\n{done.stdout[-3000:]}")
-    return beside("gpu")
+    return beside("speed/gpu")
+
+
+def has_passed(config: pytest.Config, test: Path) -> bool:
+    """Whether this file of tests/kernels has passed with the code as it is."""
+    spec = importlib.util.spec_from_file_location("ledits_min_kernel_tests", test.with_name("conftest.py"))
+    assert spec is not None and spec.loader is not None
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    noted = config.cache.get(tests.PASSED, {}) if config.cache else {}
+    return bool(noted.get(test.name) == tests.state(test))

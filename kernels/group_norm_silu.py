@@ -1,10 +1,12 @@
 """GroupNorm, and the SiLU behind it, of channels-last feature maps in two launches. `ops` calls torch or this.
 
+What stands in front of the norm comes with it: a sum (a convolution's output, its bias, the residual), written once as
+the norm's statistics are taken, and the concatenation of two maps, read from two places.
+
 In channels-last memory a group is a few channels of every position, so a program takes a block of whole groups and
-walks over positions; sums go over positions first, and over the few channels of each group last. Any channel count
-works: blocks are padded, not the map. Statistics are float32 and never E[x^2] - E[x]^2: every tile's spread is
-measured around its own mean while it lies in registers, and means and spreads are then merged (Chan, Golub, LeVeque
-1979):
+walks over positions. Any channel count works: blocks are padded, not the map. Statistics are float32 and never
+E[x^2] - E[x]^2: every thread keeps mean and spread of its own values (Welford 1962) and no thread waits for another
+until the end of the walk, when means and spreads are merged (Chan, Golub, LeVeque 1979):
 
     mean   = sum n_i mean_i / sum n_i
     spread = sum spread_i + n_i (mean_i - mean)^2
@@ -12,82 +14,117 @@ measured around its own mean while it lies in registers, and means and spreads a
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from ledits_min.kernels._launch import check_layout, launch, power_of_2
+from ledits_min.kernels._launch import aligned, cdiv, channels_last, launch, launch_shape, power_of_2
 
-ROWS = 32  # positions of a tile
 CHANNELS = 128  # channels of a block, where a group is not wider
-PARTS = 64  # the statistics of a map are collected by at most so many programs a block of channels
-WARPS = 4
+MEMBERS = 32  # groups of a block at most
+CHUNK = 32  # parts whose statistics are merged at a time
+# A thread's, where 8 channels move as one. Left to themselves, assemblers take 128 for the first kernel, and have
+# spilled to stay within 64 in the second.
+REGISTERS = {"_statistics": 96, "_normalise": 80}
+
+# rows: positions of a tile, 16 values a thread. programs: as many at most as keep a device busy to the end, each with
+# `least` positions or more.
+SHAPE = {"rows": 16, "warps": 4, "stages": 1, "programs": 4096, "least": 32}
+
+# One compiled kernel serves all channel counts: sizes are arguments, in units of the VECTOR that divides them.
+_SIZES = ["positions", "rows", "parts", "add_stride", "own", "channels", "span", "groups", "width", "together"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "residual", "add"])
 def _statistics(  # type: ignore[no-untyped-def]
-    x_ptr,  # (B, positions, channels)
-    add_ptr,  # (B, channels)          added to every position before the norm
+    x_ptr,  # (B, positions, own)
+    skip_ptr,  # (B, positions, channels - own)
+    residual_ptr,  # as x
+    add_ptr,  # (B, own), or one row for all samples
+    total_ptr,  # as x
     parts_ptr,  # float32 (B, parts, groups, 2)   mean and spread
     positions,
-    rows,  # positions a part
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,  # channels a group
-    TOGETHER: tl.constexpr,  # groups a program
-    ADD: tl.constexpr,
+    rows,  # positions per part
+    add_stride,
+    own,  # in units of VECTOR, as the next two
+    channels,
+    span,  # channels of a block
+    groups,
+    width,  # channels per group
+    together,  # groups per program
+    residual,  # whether there is one,
+    add,  # whether there is one
+    SUM: tl.constexpr,  # write x + add + residual, and take its statistics; else add is not written
+    VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     MEMBERS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program a part of the positions, a block of groups, and a sample."""
+    """One program per part of the positions, block of groups, and sample."""
     part = tl.program_id(0)
-    sample = tl.program_id(2)
+    sample = tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    channel = tl.program_id(1) * TOGETHER * WIDTH + lane
-    real = (lane < TOGETHER * WIDTH) & (channel < GROUPS * WIDTH)
-    x = x_ptr + sample.to(tl.int64) * positions * (GROUPS * WIDTH) + channel[None, :]
+    channel = tl.program_id(1) * span * VECTOR + lane
+    real = (lane < span * VECTOR) & (channel < channels * VECTOR)
+    mine = channel < own * VECTOR
+    added = tl.load(add_ptr + sample * add_stride + channel, real & mine & (add != 0), 0.0).to(tl.float32)
 
-    # Every channel by itself.
+    # Every thread by itself.
     first = part * rows
     last = tl.minimum(first + rows, positions)
     n = 0.0
-    mean = tl.zeros([BLOCK], tl.float32)
-    spread = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, last, ROWS):
+    mean = tl.zeros([ROWS, BLOCK], tl.float32)
+    spread = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & real[None, :]
-        value = tl.load(x + row[:, None].to(tl.int64) * (GROUPS * WIDTH), inside, 0.0).to(tl.float32)
-        count = tl.minimum(last - start, ROWS).to(tl.float32)
-        tile_mean = tl.sum(value, 0) / count
-        off = tl.where(inside, value - tile_mean[None, :], 0.0)
-        off_mean = tile_mean - mean
-        share = count / (n + count)
-        mean += off_mean * share
-        spread += tl.sum(off * off, 0) + off_mean * off_mean * n * share
-        n += count
-    if ADD:  # moves a channel's mean, and nothing else
-        mean += tl.load(add_ptr + sample * (GROUPS * WIDTH) + channel, real, 0.0).to(tl.float32)
+        here, there = _offsets(sample * positions + row, channel, own * VECTOR, channels * VECTOR)
+        value = tl.load(tl.where(mine[None, :], x_ptr + here, skip_ptr + there), inside, 0.0).to(tl.float32)
+        if SUM:
+            ours = inside & mine[None, :]
+            value += added[None, :] + tl.load(residual_ptr + here, ours & (residual != 0), 0.0).to(tl.float32)
+            rounded = value.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + here, rounded, ours)
+            value = rounded.to(tl.float32)
+        n += 1.0
+        share = 1.0 / n
+        off = tl.where(inside, value - mean, 0.0)
+        mean += off * share
+        spread += off * off * (1.0 - share)
+
+    # The positions of a channel together.
+    size = last - first
+    tiles = ((size + ROWS - 1 - tl.arange(0, ROWS)) // ROWS).to(tl.float32)[:, None]
+    n = size.to(tl.float32)
+    channel_mean = tl.sum(tiles * mean, 0) / n
+    off = mean - channel_mean[None, :]
+    channel_spread = tl.sum(spread + tiles * off * off, 0)
+    if not SUM:  # moves a channel's mean, and nothing else
+        channel_mean += added
 
     # The channels of a group together.
-    member = (lane[None, :] // WIDTH == tl.arange(0, MEMBERS)[:, None]) & real[None, :]
-    group_mean = tl.sum(tl.where(member, mean[None, :], 0.0), 1) / WIDTH
-    off = tl.where(member, mean[None, :] - group_mean[:, None], 0.0)
-    group_spread = tl.sum(tl.where(member, spread[None, :], 0.0) + n * off * off, 1)
+    member = (lane[:, None] // width == tl.arange(0, MEMBERS)[None, :]) & real[:, None]
+    group_mean = tl.sum(tl.where(member, channel_mean[:, None], 0.0), 0) / width
+    off = tl.where(member, channel_mean[:, None] - group_mean[None, :], 0.0)
+    group_spread = tl.sum(tl.where(member, channel_spread[:, None], 0.0) + n * off * off, 0)
 
-    group = tl.program_id(1) * TOGETHER + tl.arange(0, MEMBERS)
-    own = (tl.arange(0, MEMBERS) < TOGETHER) & (group < GROUPS)
-    out = parts_ptr + ((sample * tl.num_programs(0) + part) * GROUPS + group) * 2
-    tl.store(out, group_mean, own)
-    tl.store(out + 1, group_spread, own)
+    group = tl.program_id(1) * together + tl.arange(0, MEMBERS)
+    known = (tl.arange(0, MEMBERS) < together) & (group < groups)
+    out = parts_ptr + ((sample * tl.num_programs(0) + part) * groups + group) * 2
+    tl.store(out, group_mean, known)
+    tl.store(out + 1, group_spread, known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "epsilon", "add", "silu"])
 def _normalise(  # type: ignore[no-untyped-def]
-    x_ptr,  # (B, positions, channels)
-    add_ptr,  # (B, channels)
+    x_ptr,  # (B, positions, own)
+    skip_ptr,  # (B, positions, channels - own)
+    add_ptr,  # (B, own), or one row for all samples
     parts_ptr,  # float32 (B, parts, groups, 2)
     weight_ptr,  # (channels,)
     bias_ptr,  # (channels,)
@@ -96,66 +133,110 @@ def _normalise(  # type: ignore[no-untyped-def]
     rows,
     parts,
     epsilon,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    ADD: tl.constexpr,
-    SILU: tl.constexpr,
+    add_stride,
+    own,
+    channels,
+    span,
+    groups,
+    width,
+    together,
+    add,
+    silu,
+    VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     MEMBERS: tl.constexpr,
-    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program a part of the positions, a block of groups, and a sample."""
-    sample = tl.program_id(2)
+    """One program per part of the positions, block of groups, and sample; what was read last comes first."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    sample = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    channel = tl.program_id(1) * TOGETHER * WIDTH + lane
-    real = (lane < TOGETHER * WIDTH) & (channel < GROUPS * WIDTH)
+    channel = block * span * VECTOR + lane
+    real = (lane < span * VECTOR) & (channel < channels * VECTOR)
+    mine = channel < own * VECTOR
 
     # Merge the statistics of all parts.
-    part = tl.arange(0, PARTS)[:, None]
-    group = tl.program_id(1) * TOGETHER + tl.arange(0, MEMBERS)[None, :]
-    known = (part < parts) & (group < GROUPS)
-    table = parts_ptr + ((sample * parts + part) * GROUPS + group) * 2
-    n = tl.maximum(tl.minimum(positions - part * rows, rows), 0).to(tl.float32)
-    part_mean = tl.load(table, known, 0.0)
-    mean = tl.sum(n * part_mean, 0) / positions
-    off = tl.where(known, part_mean - mean[None, :], 0.0)
-    spread = tl.sum(tl.load(table + 1, known, 0.0) + n * WIDTH * off * off, 0)
-    inverse = tl.rsqrt(spread / (positions * WIDTH) + epsilon)
+    group = block * together + tl.arange(0, MEMBERS)[None, :]
+    asked = (tl.arange(0, MEMBERS)[None, :] < together) & (group < groups)
+    table = parts_ptr + (sample * parts * groups + group) * 2
+    mean = tl.zeros([CHUNK, MEMBERS], tl.float32)
+    for start in range(0, parts, CHUNK):
+        other = (start + tl.arange(0, CHUNK))[:, None]
+        n = tl.maximum(tl.minimum(positions - other * rows, rows), 0).to(tl.float32)
+        mean += n * tl.load(table + other * groups * 2, asked & (other < parts), 0.0)
+    mean = tl.sum(mean, 0) / positions
+    spread = tl.zeros([CHUNK, MEMBERS], tl.float32)
+    for start in range(0, parts, CHUNK):
+        other = (start + tl.arange(0, CHUNK))[:, None]
+        known = asked & (other < parts)
+        n = tl.maximum(tl.minimum(positions - other * rows, rows), 0).to(tl.float32)
+        off = tl.where(known, tl.load(table + other * groups * 2, known, 0.0) - mean[None, :], 0.0)
+        spread += tl.load(table + other * groups * 2 + 1, known, 0.0) + n * width * off * off
+    inverse = tl.rsqrt(tl.sum(spread, 0) / (positions.to(tl.float32) * width) + epsilon)
 
     # From groups to their channels.
-    member = lane[:, None] // WIDTH == tl.arange(0, MEMBERS)[None, :]
-    centre = tl.sum(tl.where(member, mean[None, :], 0.0), 1)
-    scale = tl.sum(tl.where(member, inverse[None, :], 0.0), 1)
+    member = lane[None, :] // width == tl.arange(0, MEMBERS)[:, None]
+    centre = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
+    scale = tl.sum(tl.where(member, inverse[:, None], 0.0), 0)
     scale *= tl.load(weight_ptr + channel, real, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, real, 0.0).to(tl.float32)
-    if ADD:
-        centre -= tl.load(add_ptr + sample * (GROUPS * WIDTH) + channel, real, 0.0).to(tl.float32)
+    centre -= tl.load(add_ptr + sample * add_stride + channel, real & mine & (add != 0), 0.0).to(tl.float32)
 
-    offset = sample.to(tl.int64) * positions * (GROUPS * WIDTH) + channel[None, :]
-    first = tl.program_id(0) * rows
+    first = part * rows
     last = tl.minimum(first + rows, positions)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & real[None, :]
-        here = offset + row[:, None].to(tl.int64) * (GROUPS * WIDTH)
-        value = tl.load(x_ptr + here, inside, 0.0).to(tl.float32)
+        at = sample * positions + row
+        here, there = _offsets(at, channel, own * VECTOR, channels * VECTOR)
+        value = tl.load(tl.where(mine[None, :], x_ptr + here, skip_ptr + there), inside, 0.0).to(tl.float32)
         value = (value - centre[None, :]) * scale[None, :] + bias[None, :]
-        if SILU:
-            value = value / (1.0 + tl.exp(-value))
-        tl.store(out_ptr + here, value.to(out_ptr.dtype.element_ty), inside)
+        value = tl.where(silu != 0, value / (1.0 + tl.exp(-value)), value)
+        out = out_ptr + at[:, None] * (channels * VECTOR) + channel[None, :]
+        tl.store(out, value.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _offsets(position, channel, own, channels):  # type: ignore[no-untyped-def]
+    """Where (position, channel) lies in x, and where in the skip."""
+    here = position[:, None] * own + channel[None, :]
+    there = position[:, None] * (channels - own) + (channel - own)[None, :]
+    return here, there
 
 
 def block_of_groups(groups: int, width: int) -> tuple[int, int]:
-    """(groups a program, its block of channels): whole groups, in a block of CHANNELS where they fit it.
+    """(groups per program, its block of channels): whole groups, in a block of CHANNELS where they fit it.
 
     As many groups as fit, in multiples that keep every block 16-byte aligned in half precision where there are enough.
     """
     block = power_of_2(width, least=CHANNELS)
-    together = min(groups, block // width)
-    aligned = next(m for m in (1, 2, 4, 8) if m * width % 8 == 0)
-    return (together - together % aligned or together), block
+    together = min(groups, block // width, MEMBERS)
+    multiple = next(m for m in (1, 2, 4, 8) if m * width % 8 == 0)
+    return (together - together % multiple or together), block
+
+
+def warps(block: int) -> int:
+    """As many as keep 16 values of a tile in each thread."""
+    return min(16, SHAPE["warps"] * block // CHANNELS)
+
+
+def register_limit(kernel: str, vector: int, block: int) -> int | None:
+    """All there are for odd widths, whose addresses are many; the assembler's own choice for wider blocks."""
+    if block > CHANNELS:
+        return None
+    return REGISTERS[kernel] if vector == 8 else 255
+
+
+def rows_per_part(positions: int, width: int, programs: int, shape: dict[str, int]) -> int:
+    """How many positions a program walks over, where one part would be `programs` programs.
+
+    Every program reads the statistics of all parts: they stay below a fifth of the bytes that it normalises.
+    """
+    parts = min(shape["programs"] // programs, positions // shape["least"], isqrt(positions * width // 10))
+    return shape["rows"] * cdiv(positions, shape["rows"] * max(1, parts))
 
 
 def fits(x: Tensor) -> bool:
@@ -164,33 +245,78 @@ def fits(x: Tensor) -> bool:
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None, silu: bool
+    x: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, silu: bool = True, skip: Tensor | None = None
 ) -> Tensor:
-    """silu(group_norm(x + add)), channels-last, in x's dtype.
+    """silu(norm(cat([x + add, skip]))), channels-last, in x's dtype; without `silu` the norm alone.
 
-    x (B, C, h, w) in any float dtype, channels-last; weight, bias (C,); add (B, C) or None, added at every position;
-    without `silu` the norm alone. ValueError for another memory layout.
+    x (B, C, h, w) and skip (B, S, h, w) in one float dtype; add (B, C), (1, C) or (C,), added at every position; the
+    norm has C + S channels. What does not lie channels-last is copied first.
     """
-    if not fits(x):
-        raise ValueError(f"a map of shape {tuple(x.shape)} and strides {x.stride()} is not channels-last")
-    add = None if add is None else add.contiguous()
-    check_layout(weight=weight, bias=bias)
-    batch, channels, height, width = x.shape
-    positions = height * width
-    together, block = block_of_groups(groups, channels // groups)
-    rows = ROWS * triton.cdiv(positions, ROWS * PARTS)  # positions a program
-    parts = triton.cdiv(positions, rows)
-    statistics = torch.empty(batch, parts, groups, 2, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(x)
-    grid = (parts, triton.cdiv(groups, together), batch)
-    shape: dict[str, Any] = {
-        "GROUPS": groups, "WIDTH": channels // groups, "TOGETHER": together, "ADD": add is not None,
-        "ROWS": ROWS, "BLOCK": block, "MEMBERS": power_of_2(together), "num_warps": WARPS, "fuse": True,
+    return _norm(channels_last(x), norm, add, silu, skip)
+
+
+def add_group_norm_silu(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    residual: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = True,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(total, silu(norm(cat([total, skip])))) with total = x + add + residual, channels-last, in x's dtype.
+
+    As `group_norm_silu`; residual (B, C, h, w). The sum is rounded once, and what is normed is the rounded sum.
+    """
+    x = channels_last(x)
+    total = torch.empty_like(x)
+    return total, _norm(x, norm, add, silu, skip, residual, total)
+
+
+def _norm(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    add: Tensor | None,
+    silu: bool,
+    skip: Tensor | None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    batch, own, height, width = x.shape
+    positions, channels = height * width, norm.num_channels
+    assert channels == own + (0 if skip is None else skip.shape[1]), "the norm's channels are those of x and skip"
+    skip = x if skip is None else channels_last(skip)  # any pointer where there is none: it is not read
+    add = None if add is None else add.reshape(-1, own).contiguous()
+    group = channels // norm.num_groups
+    together, block = block_of_groups(norm.num_groups, group)
+    shape = launch_shape(f"group_norm_silu {block}", SHAPE | {"warps": warps(block)}, x.device)
+    blocks = cdiv(norm.num_groups, together)
+    rows = rows_per_part(positions, group, blocks * batch, shape)
+    parts = cdiv(positions, rows)
+    vector = aligned(own, channels, together * group)
+    sizes = (
+        0 if add is None or len(add) == 1 else own, own // vector, channels // vector, together * group // vector,
+        norm.num_groups, group, together,
+    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "VECTOR": vector, "ROWS": shape["rows"], "BLOCK": block, "MEMBERS": MEMBERS, "STAGES": shape["stages"],
+        "num_warps": shape["warps"], "fuse": True,
     }  # fmt: skip
-    added = x if add is None else add  # any pointer: without ADD it is not read
-    launch(_statistics, grid, x, added, statistics, positions, rows, **shape)
+    statistics = torch.empty(batch, parts, norm.num_groups, 2, dtype=torch.float32, device=x.device)
+    out = torch.empty(batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid = (parts, blocks, batch)
     launch(
-        _normalise, grid, x, added, statistics, weight, bias, out, positions, rows, parts, eps,
-        SILU=silu, PARTS=power_of_2(parts), **shape,
+        _statistics, grid,
+        x, skip, x if residual is None else channels_last(residual), x if add is None else add,
+        x if total is None else total, statistics, positions, rows, *sizes,
+        int(residual is not None), int(add is not None), SUM=total is not None,
+        registers=register_limit("_statistics", vector, block), **constants,
+    )  # fmt: skip
+    if total is not None:
+        x, add = total, None
+    launch(
+        _normalise, grid,
+        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts,
+        float(norm.eps), *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
+        registers=register_limit("_normalise", vector, block), **constants,
     )  # fmt: skip
     return out

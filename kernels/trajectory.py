@@ -10,15 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ledits_min.kernels._launch import check_layout, launch, map_strides, power_of_2
+from ledits_min.kernels._launch import cdiv, launch, launch_shape, map_strides, walkable
 
 # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
 LEVELS = tl.constexpr(4)
-BLOCK = 512
-WARPS = 4  # 4 positions a thread, 16 bytes: these kernels only move bytes
+SHAPE = {"block": 512, "warps": 4}  # 4 positions a thread, 16 bytes: these kernels only move bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _trajectory(  # type: ignore[no-untyped-def]
     levels_ptr,  # float32 (T, 4)
     x_0_ptr,  # float32 (size,)
@@ -28,7 +27,7 @@ def _trajectory(  # type: ignore[no-untyped-def]
     steps,
     BLOCK: tl.constexpr,
 ):
-    """One program a step and a block of positions; behind the last step lies x_0 itself."""
+    """One program per step and block of positions; behind the last step lies x_0 itself."""
     step = tl.program_id(1)
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < size
@@ -42,24 +41,26 @@ def _trajectory(  # type: ignore[no-untyped-def]
 
 def trajectory(levels: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
     """x_t of every step and x_0 behind them, float32: levels (T, 4), x_0 (B, C, h, w), noise (T, B, C, h, w)."""
-    check_layout(levels=levels, x_0=x_0, noise=noise)
+    levels, x_0, noise = levels.contiguous(), x_0.contiguous(), noise.contiguous()
     steps, size = len(noise), x_0.numel()
     out = torch.empty(steps + 1, *x_0.shape, dtype=x_0.dtype, device=x_0.device)
+    shape = launch_shape("trajectory", SHAPE, x_0.device)
     launch(
-        _trajectory, (triton.cdiv(size, BLOCK), steps + 1),
+        _trajectory, (cdiv(size, shape["block"]), steps + 1),
         levels, x_0, noise, out, size, steps,
-        BLOCK=BLOCK, num_warps=WARPS, fuse=False,
+        BLOCK=shape["block"], num_warps=shape["warps"], fuse=False,
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "guided", "samples", "channels", "branch_stride", "step_stride"])
 def _residuals(  # type: ignore[no-untyped-def]
     levels_ptr,  # float32 (S, 4)
     x_ptr,  # float32 (S + 1, B, C, h, w)
     branches_ptr,  # (N, S, B, C, h, w)   any float dtype, NCHW or channels-last
     out_ptr,  # float32 (S, B, C, h, w)
     scale,
+    guided,  # whether there is a second branch, the text's
     samples,
     channels,
     positions,
@@ -68,10 +69,9 @@ def _residuals(  # type: ignore[no-untyped-def]
     sample_stride,
     channel_stride,
     STRIDE: tl.constexpr,
-    GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a map and a block of its positions."""
+    """One program per map and block of its positions."""
     this = tl.program_id(1)
     step = this // (samples * channels)
     sample = this // channels % samples
@@ -79,9 +79,8 @@ def _residuals(  # type: ignore[no-untyped-def]
     inside = lane < positions
     branch = branches_ptr + step.to(tl.int64) * step_stride + sample * sample_stride + this % channels * channel_stride
     eps = tl.load(branch + lane * STRIDE, inside, 0.0).to(tl.float32)
-    if GUIDED:
-        eps_text = tl.load(branch + branch_stride + lane * STRIDE, inside, 0.0).to(tl.float32)
-        eps = eps + scale * (eps_text - eps)
+    eps_text = tl.load(branch + branch_stride + lane * STRIDE, inside & (guided != 0), 0.0).to(tl.float32)
+    eps = tl.where(guided != 0, eps + scale * (eps_text - eps), eps)
 
     here = this.to(tl.int64) * positions + lane
     level = levels_ptr + step * LEVELS
@@ -95,19 +94,19 @@ def _residuals(  # type: ignore[no-untyped-def]
 def residuals(levels: Tensor, x: Tensor, branches: Tensor, scale: float) -> Tensor:
     """x_{t-1} - mu_t(x_t, eps) of S consecutive steps, float32 (S, B, C, h, w).
 
-    levels float32 (S, 4), x float32 (S + 1, B, C, h, w); branches (N, S, B, C, h, w) in any float dtype, NCHW or
-    channels-last, holds eps itself (N = 1), or eps_uncond and eps_text, to be guided with `scale` (N = 2).
+    levels float32 (S, 4), x float32 (S + 1, B, C, h, w); branches (N, S, B, C, h, w) in any float dtype and memory
+    layout holds eps itself (N = 1), or eps_uncond and eps_text, to be guided with `scale` (N = 2).
     """
-    check_layout(levels=levels, x=x)
-    guided, steps, samples, channels, height, width = branches.shape
+    levels, x, branches = levels.contiguous(), x.contiguous(), walkable(branches)
+    count, steps, samples, channels, height, width = branches.shape
     positions = height * width
     out = torch.empty_like(x[1:])
-    block = power_of_2(min(positions, BLOCK), least=128)
+    shape = launch_shape("residuals", SHAPE, x.device)
     step_stride, sample_stride, channel_stride, stride = map_strides(branches)
     launch(
-        _residuals, (triton.cdiv(positions, block), steps * samples * channels),
-        levels, x, branches, out, scale, samples, channels, positions,
+        _residuals, (cdiv(positions, shape["block"]), steps * samples * channels),
+        levels, x, branches, out, float(scale), int(count == 2), samples, channels, positions,
         branches.stride(0), step_stride, sample_stride, channel_stride,
-        STRIDE=stride, GUIDED=guided == 2, BLOCK=block, num_warps=WARPS, fuse=False,
+        STRIDE=stride, BLOCK=shape["block"], num_warps=shape["warps"], fuse=False,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -174,3 +174,21 @@ def report_function(
         plain = [lambda a=a: function(*a) for a in arguments]
         both = {"eager": plain, "compiled": [lambda a=a: fused(*a) for a in arguments]}
         report(benchmark, both | (peers or {}), plain, moved, graphs)
+
+
+def report_pair(
+    benchmark: Any,
+    plain: Callable[..., tuple[Tensor, ...]],
+    fused: Callable[..., tuple[Tensor, ...]],
+    arguments: Sequence[tuple[Any, ...]],
+    moved: int,
+    tolerance: float,
+) -> None:
+    """`report` for a kernel beside the torch expressions that it replaces; all their results must agree."""
+    with torch.no_grad():
+        off = max(map(difference, fused(*arguments[0]), plain(*arguments[0])))
+        assert off < tolerance, f"the two sides differ by {off:.2g}"
+        benchmark.extra_info["difference"] = off
+        sides = {"eager": plain, "compiled": compiled(plain)}
+        calls: dict[str, Calls] = {name: [partial(side, *a) for a in arguments] for name, side in sides.items()}
+        report(benchmark, calls, [partial(fused, *a) for a in arguments], moved)

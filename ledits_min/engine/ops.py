@@ -77,7 +77,7 @@ def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = Non
         from ledits_min.kernels import group_norm_silu as kernel
 
         if kernel.fits(hidden):
-            return kernel.group_norm_silu(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, add, silu)
+            return kernel.group_norm_silu(hidden, norm, add, silu)
         if os.environ.get("LEDITS_KERNELS") == "triton":
             warn("group_norm_silu: torch takes over, because a map is not channels-last")
     if add is not None:
@@ -91,7 +91,7 @@ def geglu(projected: Tensor) -> Tensor:
     if use_triton(projected):
         from ledits_min.kernels import geglu as kernel
 
-        return kernel.geglu(projected.contiguous())
+        return kernel.geglu(projected)
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
 

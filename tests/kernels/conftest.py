@@ -1,17 +1,19 @@
 """Where the kernels are tested: compiled on a CUDA device, elsewhere through Triton's interpreter.
 
 tests/conftest.py chooses the interpreter, before anything imports triton; what needs the compiler runs in a process of
-its own.
+its own. Which files have passed is noted in pytest's cache: the benchmarks of a kernel ask for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,55 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+PASSED = "ledits/kernels-passed"  # in pytest's cache: {file name: the `state` in which all its tests passed}
+
+
+def state(test: Path) -> str:
+    """A digest of what a kernel's test depends on: the kernels, `ops`, the test, the device and the versions."""
+    files = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "ledits_min" / "engine" / "ops.py", test]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    parts = [file.read_bytes() for file in files]
+    parts += [word.encode() for word in (device, version("torch"), version("triton"))]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def passed_files(items: list[str], deselected: list[str], passed: set[str]) -> set[str]:
+    """Names of the files of which every test has passed, those aside that only compile for other devices."""
+    every: dict[str, set[str]] = {}
+    for nodeid in [*items, *deselected]:
+        path, _, test = nodeid.partition("::")
+        if "compiles" not in test:
+            every.setdefault(path, set()).add(nodeid)
+    return {Path(path).name for path, tests in every.items() if tests <= passed}
+
+
+class Noting:
+    """A plugin for one run of pytest: it notes which files of this folder have passed as a whole."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.deselected: list[str] = []
+        self.passed: set[str] = set()
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected += [item.nodeid for item in items]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.config.cache is None or any("::" in argument for argument in self.config.args):
+            return
+        here = Path(__file__).parent
+        items = [item.nodeid for item in session.items if item.path.parent == here]
+        found = {name: state(here / name) for name in passed_files(items, self.deselected, self.passed)}
+        if found:
+            self.config.cache.set(PASSED, self.config.cache.get(PASSED, {}) | found)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Noting(config))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,7 +104,7 @@ def inputs() -> ModuleType:
     """bench/kernels/inputs.py, the makers of random inputs that benchmarks and these tests share."""
     name = "ledits_min_bench_inputs"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "inputs.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "kernels" / "inputs.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -14,8 +14,8 @@ from ledits_min.engine import ops
 
 REGISTERS = 48
 
-# (rows.., width). A block of the kernel is 1024 wide.
-SHAPES = {"narrow and odd": (3, 63), "one block and a bit": (2, 2, 1030), "SD, first level": (1, 2, 1280)}
+# (rows.., width). A tile of the kernel is 4 rows by 256 columns.
+SHAPES = {"narrow and odd": (3, 63), "one tile and a bit": (5, 1, 257), "SD, first level": (1, 2, 1280)}
 
 
 def truth(projected: Tensor) -> Tensor:
@@ -40,6 +40,26 @@ def test_it_is_the_definition(
         assert (result.double() - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_projections_bias_comes_with_it(
+    device: str, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    from ledits_min.kernels.geglu import geglu
+
+    generator = torch.Generator().manual_seed(0)
+    projected, bias = (
+        (torch.randn(*size, 2 * shape[-1], generator=generator) * 3.0).to(device, dtype) for size in (shape[:-1], ())
+    )
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    result, expected = geglu(projected, bias), truth(projected.double() + bias.double())
+    assert result.dtype == dtype
+    assert (result.double() - expected).norm() < tolerance * expected.norm()
+    crossed = projected.transpose(0, -1).contiguous().transpose(0, -1)  # any layout
+    assert torch.equal(geglu(crossed, bias), result)
+
+
 @pytest.mark.parametrize("gate", [0.0, -0.0, 1e-40, 1e30, -1e30, math.inf, math.nan])
 def test_extreme_gates(on: Callable[[str], None], device: str, gate: float) -> None:
     projected = torch.tensor([[2.0, 2.0, gate, 1.0]], device=device)
@@ -57,10 +77,12 @@ def test_every_output_is_written(on: Callable[[str], None], device: str, monkeyp
 def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
     from ledits_min.kernels import geglu as kernel
 
+    constants = {"ROWS": kernel.SHAPE["rows"], "BLOCK": kernel.SHAPE["block"]}
     variants = [
         {
-            "module": "geglu", "kernel": "_geglu", "constants": {"BLOCK": kernel.BLOCK}, "aligned": ["width"],
-            "types": {"projected_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}, "num_warps": kernel.WARPS, "fuse": True,
+            "module": "geglu", "kernel": "_geglu", "constants": constants, "aligned": ["width"],
+            "types": dict.fromkeys(("projected_ptr", "bias_ptr", "out_ptr"), f"*{dtype}"),
+            "num_warps": kernel.SHAPE["warps"], "fuse": True,
         }
         for dtype in ("fp16", "bf16", "fp32")
     ]  # fmt: skip

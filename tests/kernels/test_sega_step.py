@@ -21,7 +21,7 @@ from ledits_min.engine.ops import EditPlan, EditState
 from ledits_min.schedule import make_schedule
 from ledits_min.sega import percentile_mask
 
-REGISTERS = 128  # 16 warps of a 1024-pixel edit's maps: a multiprocessor has 65536
+REGISTERS = 128  # with up to 16 warps; with 32, as for a 1024-pixel edit's maps, a multiprocessor has 64 each
 
 # The interpreter takes about 15 ms a map and concept: small batches, few steps, one reason a size.
 SIZES = {
@@ -216,8 +216,6 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
     }  # fmt: skip
     with pytest.raises(ValueError, match="momentum .* must be contiguous"):
         kernel.sega_step(**arguments | {"momentum": state.momentum.transpose(2, 3)})
-    with pytest.raises(ValueError, match="gaps between their rows"):
-        kernel.sega_step(**arguments | {"branches": case.branches[0].transpose(3, 4)})
     with pytest.raises(ValueError, match="does not fit"):
         kernel.sega_step(**arguments | {"x_t": torch.zeros(1, 4, 129, 128, device=device)})
 
@@ -232,27 +230,77 @@ def test_maps_too_large_go_to_torch_and_say_so(inputs: ModuleType, on: Callable[
     assert torch.equal(state.x_t, run(case).x_t)
 
 
+def test_residuals_and_branches_of_any_layout_are_taken(inputs: ModuleType, device: str) -> None:
+    """Residuals that torch made behind a channels-last network, on whatever device, are not contiguous."""
+    from ledits_min.kernels import sega_step as kernel
+
+    plan = EditPlan(inputs.levels(2), [inputs.term("c")], target="target")
+    case = inputs.edit(plan, (5, 7), batch=2, channels=3, device=device)
+
+    def step(residuals: Tensor, branches: Tensor) -> EditState:
+        state = ops.start(plan, case.x_t)
+        kernel.sega_step(
+            state.step, **state.tables, branches=branches, residuals=residuals, x_t=state.x_t, momentum=state.momentum,
+            shares=state.shares, counts=state.counts,
+        )  # fmt: skip
+        return state
+
+    plain = step(case.residuals, case.branches[0])
+    for residuals, branches in zip(others(case.residuals), others(case.branches[0]), strict=True):
+        agree(step(residuals, case.branches[0]), plain)
+        agree(step(residuals, branches), plain)
+
+
+def others(maps: Tensor) -> list[Tensor]:
+    """maps (N, B, C, h, w) as channels-last, as steps last, and with h and w crossed."""
+    channels_last = maps.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, maps.shape[:2])
+    crossed = (maps.transpose(a, b).contiguous().transpose(a, b) for a, b in ((0, 4), (3, 4), (0, 1)))
+    return [channels_last, *crossed]
+
+
+@pytest.mark.parametrize("probes", [1, 2, 8])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95, 1.0])
+def test_no_launch_shape_changes_a_bit(
+    inputs: ModuleType, on: Callable[[str], None], device: str, probes: int, threshold: float
+) -> None:
+    from ledits_min.kernels._launch import forced_shape
+
+    plan = EditPlan(inputs.levels(1), [inputs.term("c", threshold=threshold)], target="target")
+    case = inputs.edit(plan, (9, 21), channels=1, device=device)
+    case.branches[0].round_(decimals=1)  # ties
+    with forced_shape("sega_cut 256", {"probes": probes}), forced_shape("sega_combine", {"tile": 128}):
+        agree(*both(case, on))
+
+
 def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
     """The float32 that our UNet returns in both layouts, with and without mask counts, and half precision."""
-    from ledits_min.kernels.sega_step import block_shape
+    from ledits_min.kernels import sega_step as kernel
 
-    variants = []
+    variants: list[dict[str, Any]] = []
+    integers = {"step_ptr": "*i32", "slots_ptr": "*i32", "rows_ptr": "*i32", "counts_ptr": "*i32"}
+    residual = [f"residual_{of}stride" for of in ("step_", "sample_", "channel_")]
     for dtype, positions, count, channels_last, concepts in [
-        ("fp32", 4096, True, False, 1),
+        ("fp32", 4096, True, False, 4),
         ("fp32", 4096, True, True, 4),
-        ("fp32", 9216, True, False, 4),
+        ("fp32", 9216, True, False, 8),
         ("fp16", 4096, False, False, 4),
+        ("fp32", 16384, True, True, 4),
         ("bf16", 16384, False, False, 4),
     ]:
-        block, tile, warps, registers = block_shape(positions)
-        constants = {"STRIDE": 1, "K": concepts, "COUNT": count, "BLOCK": block, "TILE": tile}
+        block, warps, probes, limit = kernel.cut_shape(positions, torch.device("cpu"))
+        common = {
+            "module": "sega_step", "fuse": False, "types": integers | {"branches_ptr": f"*{dtype}"},
+            "aligned": ["positions", "branch_stride", "sample_stride", "channel_stride", *residual],
+        }  # fmt: skip
+        layout = {"STRIDE": 4, "channel_stride": 1} if channels_last else {"STRIDE": 1}
         variants.append({
-            "module": "sega_step", "kernel": "_sega_step", "num_warps": warps, "fuse": False, "limit": registers,
-            "types": {"step_ptr": "*i32", "slots_ptr": "*i32", "counts_ptr": "*i32", "branches_ptr": f"*{dtype}"},
-            "constants": constants
-            | ({"STRIDE": 4, "channel_stride": 1} if channels_last else {})
-            | ({"concepts": 1} if concepts == 1 else {}),
-            "aligned": ["positions", "branch_stride", "sample_stride", "channel_stride"],
+            "kernel": "_cut", "constants": layout | {"BLOCK": block, "PROBES": probes}, "num_warps": warps,
+            "limit": limit, **common,
+        })  # fmt: skip
+        constants = {"K": concepts, "COUNT": count, "TILE": kernel.COMBINE["tile"], "residual_stride": 1}
+        variants.append({
+            "kernel": "_combine", "constants": layout | constants, "num_warps": kernel.COMBINE["warps"],
+            "limit": kernel.REGISTERS, **common,
         })  # fmt: skip
     for usage in ahead_of_time(variants):
         assert usage["cubin"] > 0

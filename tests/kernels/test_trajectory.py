@@ -18,8 +18,8 @@ from ledits_min.schedule import make_schedule
 
 REGISTERS = 64
 
-# A block of the kernels is at most 1024 positions.
-SIZES = {"non-square": (7, 13), "one more than a block": (25, 41), "several blocks": (63, 63)}
+# A block of the kernels is 512 positions.
+SIZES = {"non-square": (7, 13), "one more than a block": (27, 19), "several blocks": (63, 63)}
 
 
 def close(kernel: Tensor, plain: Tensor) -> bool:
@@ -92,18 +92,34 @@ def test_nan_reaches_its_own_position_only(inputs: ModuleType, on: Callable[[str
     assert torch.equal(kernel.isnan(), branches[0].isnan())
 
 
+def test_any_layout_is_taken(inputs: ModuleType, device: str) -> None:
+    from ledits_min.kernels import trajectory as kernel
+
+    generator = torch.Generator().manual_seed(0)
+    x, branches = (torch.randn(*s, 2, 3, 5, 7, generator=generator).to(device) for s in ((3,), (2, 2)))
+    levels = ops.level_table(inputs.levels(2), torch.device(device))
+    plain = kernel.residuals(levels, x, branches, 3.5)
+    copies = kernel.trajectory(levels, x[0], x[1:])
+    for a, b in ((2, 3), (1, 4), (0, 4)):
+        crossed = x.transpose(a, b).contiguous().transpose(a, b)
+        moved = branches.transpose(a + 1, b + 1).contiguous().transpose(a + 1, b + 1)
+        assert torch.equal(kernel.residuals(levels, crossed, moved, 3.5), plain)
+        assert torch.equal(kernel.trajectory(levels, crossed[0], crossed[1:]), copies)
+
+
 def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
     from ledits_min.kernels import trajectory as kernel
 
-    common = {"module": "trajectory", "num_warps": kernel.WARPS, "fuse": False}
-    aligned = ["size", "positions", "branch_stride", "step_stride", "sample_stride", "channel_stride"]
+    common = {"module": "trajectory", "num_warps": kernel.SHAPE["warps"], "fuse": False}
+    aligned = ["size", "positions", "sample_stride", "channel_stride"]
+    block = {"BLOCK": kernel.SHAPE["block"]}
     variants: list[dict[str, Any]] = [
-        {"kernel": "_trajectory", "types": {}, "constants": {"BLOCK": kernel.BLOCK}, "aligned": aligned, **common}
+        {"kernel": "_trajectory", "types": {}, "constants": block, "aligned": aligned, **common}
     ]
     for dtype, layout in (("fp32", {"STRIDE": 1}), ("fp16", {"STRIDE": 4, "channel_stride": 1})):
         variants.append({
             "kernel": "_residuals", "types": {"branches_ptr": f"*{dtype}", "scale": "fp32"},
-            "constants": {"GUIDED": True, "BLOCK": kernel.BLOCK, **layout}, "aligned": aligned, **common,
+            "constants": block | layout, "aligned": aligned, **common,
         })  # fmt: skip
     for usage in ahead_of_time(variants):
         assert usage["cubin"] > 0
