@@ -31,7 +31,7 @@ from ledits_min.weights.read.prediction import (
 )
 from ledits_min.weights.read.shapes import check_part, expected_shapes
 
-TINY = Path(__file__).with_name("tiny")
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 @dataclass
