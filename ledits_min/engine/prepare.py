@@ -73,7 +73,7 @@ def encode_pictures(
         if psnr < EMBEDDED_MIN_PSNR:
             warnings.warn(
                 f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
-                f"({psnr:.0f} dB); for photographs pass a Stable Diffusion checkpoint with --model",
+                f"({psnr:.0f} dB); it wants a larger model, such as a Stable Diffusion checkpoint",
                 stacklevel=5,
             )
     return x_0

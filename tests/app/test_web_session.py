@@ -22,7 +22,9 @@ from ledits_min import Concept, InputError, Inversion, LEdits, Stopped
 from ledits_min.app.cli import main
 from ledits_min.app.cli.options import build_parser
 from ledits_min.app.web import session as web_session
-from ledits_min.app.web.session import Basis, Change, Edit, Models, Session, warnings_to_visitors
+from ledits_min.app.web.models import PRESETS_EMBEDDED, Models
+from ledits_min.app.web.notices import warnings_to_visitors
+from ledits_min.app.web.session import Basis, Change, Edit, Session
 from ledits_min.app.web.text import as_command, as_python
 from ledits_min.weights.read.survey import TINY
 
@@ -242,7 +244,7 @@ def test_another_model_frees_the_one_before() -> None:
         assert first.device.type != "meta"
     with models.use(str(TINY)) as second:
         assert first.device.type == "meta" and second.device.type != "meta"
-    assert set(models.facts("tiny").presets) == set(web_session.PRESETS_EMBEDDED)  # without loading it again
+    assert set(models.facts("tiny").presets) == set(PRESETS_EMBEDDED)  # without loading it again
     assert second.device.type != "meta"
     models.close()
     assert second.device.type == "meta"

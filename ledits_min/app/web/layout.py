@@ -187,5 +187,5 @@ def _dial(label: str, most: float, value: float, step: float, info: str) -> gr.S
 
 
 def _code(language: str, name: str, label: str) -> gr.Code:
-    return gr.Code(language=language, label=label, show_label=False, elem_id=name, lines=3, max_lines=16,
-                   show_line_numbers=False, buttons=["copy"], interactive=False)  # fmt: skip
+    return gr.Code(language=language, label=label, show_label=False, elem_id=name, lines=3,
+                   wrap_lines=True, show_line_numbers=False, buttons=["copy"], interactive=False)  # fmt: skip
