@@ -7,9 +7,12 @@ web.png. tests/app/test_web.py starts the page and the browser with the two func
 from __future__ import annotations
 
 import argparse
+import html
 import importlib.util
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -21,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -101,6 +105,111 @@ def edit(page: Page, *words: str) -> str:
     page.wait_for_function("before => document.querySelector('#status').innerText != before", arg=before)
     page.locator("#run").wait_for()
     return page.locator("#status").inner_text()
+
+
+class Visitor:
+    """One load of the page. `values` are those of its parts by their names, `said` what stands under the picture.
+
+    client  `httpx.Client` or what is like it, with the page's address as its base; its cookies say who it is
+    kept    what the browser's storage has of earlier visits
+    before  the visit that this tab showed before it was loaded again
+    """
+
+    def __init__(self, client: Any, name: str = "", kept: str = "", before: str = "") -> None:
+        self.client, self.name = client, name or secrets.token_hex(5)
+        client.get("/")
+        self.config = client.get("/config").json()
+        self._names = self._names_of_parts()
+        self.values: dict[str, Any] = {
+            self._names[part["id"]]: part["props"].get("value") for part in self.config["components"]
+        }
+        self.values |= {"kept": kept, "visit": before}
+        self.call("page", "load")
+
+    @property
+    def said(self) -> str:
+        return html.unescape(re.sub(r"<[^>]*>", " ", self.values["message"] or "")).strip()
+
+    @property
+    def visit(self) -> str:
+        return str(self.values["visit"])
+
+    def events(self) -> list[dict[str, Any]]:
+        """Those that the server answers."""
+        return [each for each in self.config["dependencies"] if each["backend_fn"]]
+
+    def call(self, part: str, event: str, told: Any = None) -> bool:
+        """One event, and what it changes; whether there was an answer."""
+        (found,) = (
+            each for each in self.events()
+            if [part, event] in [[self._names.get(target, "page"), name] for target, name in each["targets"]]
+        )  # fmt: skip
+        return self._run(found, told)
+
+    def open(self, path: Path, name: str | None = None) -> None:
+        headers = {"x-name": quote(path.name if name is None else name)}
+        answer = self.client.post("/upload", content=path.read_bytes(), headers=headers)
+        assert answer.status_code == 200, answer.text
+        self.call("upload", "upload", {"token": answer.json()["token"]})
+
+    def open_sample(self, index: int) -> None:
+        self.call("samples", "select", {"index": index})
+
+    def edit(self, text: str | None = None) -> str:
+        """What the page says of the edit, or why there is none."""
+        if text is not None:
+            self.values["text"] = text
+        told = next(number for number, name in self._names.items() if name == "command")
+        edit = next(each for each in self.events() if told in each["outputs"] and each["queue"] and each["inputs"])
+        self.values["message"] = ""
+        self._run(edit, None)
+        return self.said or re.sub(r"<[^>]*>", " ", self.values["status"]).strip()
+
+    def pictures(self, part: str) -> list[str]:
+        return ["/" + source for source in re.findall(r'src="([^"]*)"', self.values[part] or "")]
+
+    def post(self, route: str, number: int, values: list[Any], told: Any = None) -> Any:
+        body = {"data": values, "fn_index": number, "session_hash": self.name, "event_data": told, "trigger_id": None}
+        return self.client.post(route, content=json.dumps(body).encode())
+
+    def _run(self, event: dict[str, Any], told: Any) -> bool:
+        values = [self.values[self._names[part]] for part in event["inputs"]]
+        if event["queue"] is False:
+            answer = self.post("/gradio_api/run/predict", event["id"], values, told)
+            output = answer.json() if answer.status_code == 200 else None
+        else:
+            answer = self.post("/gradio_api/queue/join", event["id"], values, told)
+            output = self._wait_for(answer.json()["event_id"]) if answer.status_code == 200 else None
+        if output is None:
+            return False
+        for part, value in zip(event["outputs"], output["data"], strict=True):
+            update = isinstance(value, dict) and value.get("__type__") == "update"
+            if not update:
+                self.values[self._names[part]] = value
+            elif "value" in value:
+                self.values[self._names[part]] = value["value"]
+        return True
+
+    def _wait_for(self, number: str) -> dict[str, Any] | None:
+        output = None
+        with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.name}) as answer:
+            for line in answer.iter_lines():  # to its end: nothing else is awaited
+                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if told.get("msg") == "process_completed" and told["event_id"] == number and told["success"]:
+                    output = told["output"]
+        return output
+
+    def _names_of_parts(self) -> dict[int, str]:
+        """A part's `elem_id`; those of a concept go by their class, with the concept's number from the second on."""
+        names: dict[int, str] = {}
+        for part in self.config["components"]:
+            props = part["props"]
+            classes = props.get("elem_classes") or []
+            name = props.get("elem_id") or (classes[0] if classes else props.get("label")) or str(part["id"])
+            name = {"To step": "cooldown", "from": "warmup"}.get(name, name)
+            taken = sum(other == name or other.startswith(f"{name} ") for other in names.values())
+            names[part["id"]] = f"{name} {taken + 1}" if taken else name
+        return names
 
 
 def newcomer() -> dict[str, float]:

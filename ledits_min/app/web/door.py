@@ -14,6 +14,7 @@ import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path, PurePath
 from typing import Any
@@ -42,7 +43,7 @@ _EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 _HEARTBEAT, _QUEUE = "/gradio_api/heartbeat/", "/gradio_api/queue/data"
 _CLIENT = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what a client calls itself
 _NOT_PASSED_ON = ("cookie", "origin", "referer", "authorization", "forwarded", "x-forwarded-host", "x-forwarded-for",
-                  "x-forwarded-port", "x-forwarded-prefix", "content-length", "range")  # fmt: skip
+                  "x-forwarded-port", "x-forwarded-prefix", "content-type", "content-length", "range")  # fmt: skip
 
 _GUARD = {
     # Gradio makes functions of strings, and styles by hand; everything it loads is its own.
@@ -139,7 +140,8 @@ class Door:
             elif path == _QUEUE:
                 (client,) = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[:1]
                 query = f"session_hash={self._name(owner, client)}"
-                await self._app(_passed_on(scope, headers, query=query), receive, send)
+                with suppress(RuntimeError):  # Starlette's, where Gradio finds that nobody waits for anything
+                    await self._app(_passed_on(scope, headers, query=query), receive, send)
             else:
                 raise Refused(404, "there is nothing here")
         elif method == "POST" and path in (*_EVENTS, "/upload"):
@@ -269,7 +271,7 @@ def _passed_on(
     """The request as Gradio sees it: nothing in it that the page itself would not send."""
     passed = [(name, value) for name, value in headers.raw if name.decode("latin-1") not in _NOT_PASSED_ON]
     if body is not None:
-        passed.append((b"content-length", str(len(body)).encode()))
+        passed += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     new = {**scope, "headers": passed, "query_string": query.encode()}
     return new if path is None else {**new, "path": path, "raw_path": path.encode()}
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ledits_min.app.web.page import Page
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")
 PORTS = range(7860, 7960)
 SWEEP = 30.0  # seconds between two looks for visits that nobody is there for
 
@@ -129,8 +130,13 @@ def door(page: Page, host: str, port: int) -> Door:
     page.blocks.state_session_capacity = page.visits.limits.visits
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page.blocks, "", host, port, **settings)
     events = {number: len(event.inputs) for number, event in page.blocks.fns.items()}
-    names = {host, *(LOCAL if host in (*LOCAL, "0.0.0.0", "::") else ()), socket.gethostname().lower()}
-    return Door(app, page.visits, events, names, port, SAMPLES)
+    return Door(app, page.visits, events, names_of(host), port, SAMPLES)
+
+
+def names_of(host: str) -> set[str]:
+    """The names that a browser may know this server by; on all interfaces `door.py` allows any address as well."""
+    here = {host.lower(), socket.gethostname().lower()}
+    return here | set(LOCAL) if host in (*LOCAL, *EVERYWHERE) else here
 
 
 @contextmanager

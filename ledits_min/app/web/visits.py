@@ -72,6 +72,19 @@ class Visits:
     def __len__(self) -> int:
         return len(self._visits)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of all pictures and inversions."""
+        with self._lock:
+            return sum(visit.session.memory for visit in self._visits.values())
+
+    @property
+    def files(self) -> int:
+        """Bytes of all files, and of the uploads that have begun."""
+        with self._lock:
+            stored = sum(visit.session.stored for visit in self._visits.values())
+            return stored + sum(upload.size for upload in self._uploads.values())
+
     def arrive(self, name: str, before: str = "") -> Session:
         """The session of a page that was loaded: its own where it has one, the one it had `before` it was loaded again.
 
@@ -222,7 +235,7 @@ class Visits:
         with self._lock:
             others = [name for name in self._visits if self._visits[name].session is not session]
             for name in sorted(others, key=lambda name: self._visits[name].used):
-                if self._memory() + memory <= self.limits.memory:
+                if self.memory + memory <= self.limits.memory:
                     break
                 if not self._visits[name].computing:
                     self._visits[name].session.release()
@@ -233,14 +246,7 @@ class Visits:
             return self._has_room(memory, files)
 
     def _has_room(self, memory: int, files: int) -> bool:
-        return self._memory() + memory <= self.limits.memory and self._files() + files <= self.limits.files
-
-    def _memory(self) -> int:
-        return sum(visit.session.memory for visit in self._visits.values())
-
-    def _files(self) -> int:
-        stored = sum(visit.session.stored for visit in self._visits.values())
-        return stored + sum(upload.size for upload in self._uploads.values())
+        return self.memory + memory <= self.limits.memory and self.files + files <= self.limits.files
 
 
 def _owner(name: str) -> str:
