@@ -101,6 +101,7 @@ def edit(page: Page, *words: str) -> str:
     for index in range(len(words), words_asked(page).count()):
         words_asked(page).nth(index).fill("")
     before = page.locator("#status").inner_text()
+    page.wait_for_function("() => !document.querySelector('#run').disabled")
     page.locator("#run").click()
     page.wait_for_function("before => document.querySelector('#status').innerText != before", arg=before)
     page.locator("#run").wait_for()

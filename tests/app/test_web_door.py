@@ -16,15 +16,12 @@ from ledits_min.app.web.visits import Limits
 from ledits_min.weights.read.survey import TINY
 
 pytest.importorskip("gradio", reason="the [web] extra is not installed")
-pytest.importorskip("httpx", reason="httpx, the test client, is not installed")
+httpx = pytest.importorskip("httpx", reason="httpx, the test client, is not installed")
 
-from starlette.testclient import TestClient
-
-from ledits_min.app.web.page import Page
-from ledits_min.app.web.server import door, quiet_gradio
+from ledits_min.app.web.page import Page  # noqa: E402
+from ledits_min.app.web.server import door, listening, names_of, quiet_gradio, running  # noqa: E402
 
 SAMPLE = TINY / "samples" / "portrait1.png"
-HOST = "http://127.0.0.1:7860"
 
 
 @pytest.fixture(scope="module")
@@ -34,45 +31,76 @@ def models() -> Iterator[Models]:
     models.close()
 
 
+class Served:
+    """The page as `ledits web` serves it, on a port of this machine alone."""
+
+    def __init__(self, page: Page, app: Any, port: int) -> None:
+        self.page, self.app, self.port = page, app, port
+        self.cookie = f"ledits_{port}"
+        self.clients: list[Any] = []
+
+    def browser(self) -> Any:
+        """Cookies of its own."""
+        self.clients.append(httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60))
+        return self.clients[-1]
+
+
 @contextmanager
-def serving(models: Models, place: Path, limits: Limits | None = None, host: str = "127.0.0.1") -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
+def serving(models: Models, place: Path, limits: Limits | None = None) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch, listening("127.0.0.1", 0) as listener:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
             patch.setenv(name, "")  # put back afterwards
         quiet_gradio(place)
-        page = Page(models, place, limits)
-        app = door(page, host, 7860)
+        page, port = Page(models, place, limits), listener.getsockname()[1]
+        served = Served(page, door(page, "127.0.0.1", port), port)
         try:
-            with TestClient(app, HOST) as client:
-                yield page, app, client
+            with running(served.app, listener):
+                yield served
         finally:
+            for client in served.clients:
+                client.close()
             page.visits.close()
 
 
 @pytest.fixture(scope="module")
-def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with serving(models, tmp_path_factory.mktemp("place").resolve()) as running:
-        yield running
+def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(models, tmp_path_factory.mktemp("place").resolve()) as served:
+        yield served
 
 
 @pytest.fixture
-def visitor(served: Any, bench_web: Any) -> Any:
-    return bench_web.Visitor(TestClient(served[1], HOST))
+def visitor(served: Served, bench_web: Any) -> Any:
+    return bench_web.Visitor(served.browser())
+
+
+@pytest.fixture(scope="module")
+def guest(served: Served, bench_web: Any) -> Any:
+    """One who has opened a picture, for tests that leave it as it is."""
+    guest = bench_web.Visitor(served.browser())
+    guest.open(SAMPLE)
+    return guest
 
 
 @pytest.fixture
-def sealed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Whatever would leave the process."""
+def sealed(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Whatever would leave the process, but for the test's own way to the page."""
     left: list[Any] = []
 
-    def refuse(*args: Any, **named: Any) -> Any:
-        left.append(args)
-        raise OSError("sealed")
+    def seal(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def refuse(*args: Any, **named: Any) -> Any:
+            if ("127.0.0.1", served.port) in args or args[:2] == ("127.0.0.1", served.port):
+                return original(*args, **named)
+            left.append((name, args))
+            raise OSError("sealed")
+
+        monkeypatch.setattr(owner, name, refuse)
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
+        seal(socket.socket, name)
     for name in ("getaddrinfo", "gethostbyname", "gethostbyaddr", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
+        seal(socket, name)
     return left
 
 
@@ -105,40 +133,41 @@ def test_a_whole_visit_sends_nothing(visitor: Any, sealed: list[Any]) -> None:
     assert sealed == []
 
 
-def test_only_the_browser_that_a_picture_belongs_to_is_served_it(bench_web: Any, served: Any, visitor: Any) -> None:
+def test_only_the_browser_that_a_picture_belongs_to_is_served_it(
+    bench_web: Any, served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
     (mine,) = visitor.pictures("slider")
     assert visitor.client.get(mine).headers["content-type"] == "image/png"
-    other = bench_web.Visitor(TestClient(served[1], HOST))
+    other = bench_web.Visitor(served.browser())
     other.open(SAMPLE)
     assert other.client.get(mine).status_code == 404
-    nobody = TestClient(served[1], HOST)
+    nobody = served.browser()
     assert nobody.get(mine).status_code == 403
-    nobody.cookies.set("ledits_7860", "made.up")
+    nobody.cookies.set(served.cookie, "made.up")
     assert nobody.get(mine).status_code == 403
-    other.client.cookies.set("ledits_7860", visitor.client.cookies["ledits_7860"][:-1] + "x")
+    other.client.cookies.set(served.cookie, visitor.client.cookies[served.cookie][:-1] + "x")
     assert other.client.get(mine).status_code == 403
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/kept/../../etc/passwd", "/kept/%2e%2e/%2e%2e/etc/passwd", "/kept//etc/passwd", "/kept/visit-x/../..",
+        "/kept/../../etc/passwd", "/kept/%2e%2e/%2e%2e/etc/passwd", "/kept//etc/passwd",
         "/kept/" + "a/" * 2000, "/kept/%00", "/kept/", "/samples/-1.png", "/samples/99.png", "/samples/0.png/..",
         "/assets/../../__init__.py", "/static/%2e%2e/%2e%2e/routes.py", "/gradio_api/file=/etc/passwd",
         "/gradio_api/info", "/gradio_api/openapi.json", "/monitoring", "/gradio_api/vibe-code/", "/docs", "/login",
     ],
 )  # fmt: skip
-def test_no_other_file_and_no_other_route(visitor: Any, path: str) -> None:
-    answer = visitor.client.get(path)
+def test_no_other_file_and_no_other_route(guest: Any, path: str) -> None:
+    answer = guest.client.get(path)
     assert answer.status_code in (403, 404)
     assert "root:" not in answer.text and "Traceback" not in answer.text
 
 
-def test_a_link_in_a_visits_folder_is_not_followed(served: Any, visitor: Any) -> None:
+def test_a_link_in_a_visits_folder_is_not_followed(served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
     (mine,) = visitor.pictures("slider")
-    (folder,) = served[0].visits.place.rglob(Path(mine).parts[-2])
+    (folder,) = served.page.visits.place.rglob(Path(mine).parts[-2])
     (folder / "picture-99.png").symlink_to(SAMPLE)
     assert visitor.client.get(f"/kept/{folder.name}/picture-99.png").status_code == 404
 
@@ -164,38 +193,30 @@ def test_a_link_in_a_visits_folder_is_not_followed(served: Any, visitor: Any) ->
     ],
 )
 def test_only_its_own_names_and_its_own_pages(
-    served: Any, host: str, headers: dict[str, str], status: int
+    served: Served, monkeypatch: pytest.MonkeyPatch, host: str, headers: dict[str, str], status: int
 ) -> None:
-    app = served[1] if host == "127.0.0.1" else door_like(served[1], host)
-    answer = TestClient(app, HOST).get("/robots.txt", headers=headers)
+    monkeypatch.setattr(served.app, "_names", frozenset(names_of(host)))  # as if it had been started with that --host
+    headers = {name: value.replace("7860", str(served.port)) for name, value in headers.items()}
+    answer = served.browser().get("/robots.txt", headers=headers)
     assert answer.status_code == status
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def door_like(app: Any, host: str) -> Any:
-    """The same application, started with another --host."""
-    from ledits_min.app.web.server import names_of
-
-    other = object.__new__(type(app))
-    other.__dict__.update(app.__dict__, _names=frozenset(names_of(host)))
-    return other
-
-
 def test_a_preflight_is_not_answered(visitor: Any) -> None:
     answer = visitor.client.options(
-        "/gradio_api/queue/join", headers={"origin": HOST, "access-control-request-method": "POST"}
+        "/gradio_api/queue/join", headers={"origin": "http://evil.example", "access-control-request-method": "POST"}
     )
-    assert answer.status_code == 405
+    assert answer.status_code == 403
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_no_client_takes_the_visit_of_another(bench_web: Any, served: Any, visitor: Any) -> None:
+def test_no_client_takes_the_visit_of_another(bench_web: Any, served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
-    other = bench_web.Visitor(TestClient(served[1], HOST), name=visitor.name)  # calls itself the same
+    other = bench_web.Visitor(served.browser(), name=visitor.name)  # calls itself the same
     assert other.call("history", "select", told={"index": 0}) and "no such edit" in other.said
     assert other.visit != visitor.visit
     visitor.edit("sunglasses")  # has its picture still
-    stranger = bench_web.Visitor(TestClient(served[1], HOST), name="stranger", before=visitor.visit)
+    stranger = bench_web.Visitor(served.browser(), name="stranger", before=visitor.visit)
     assert stranger.pictures("history") == []  # a visit can be gone on with by its own browser alone
 
 
@@ -207,11 +228,11 @@ def test_a_browser_goes_on_with_its_visit_after_a_reload(bench_web: Any, visitor
     assert "reused" in again.edit("glasses")
 
 
-def test_what_a_browser_has_kept_brings_words_and_numbers_back(bench_web: Any, served: Any, visitor: Any) -> None:
+def test_what_a_browser_has_kept_brings_words_and_numbers_back(bench_web: Any, served: Served, visitor: Any) -> None:
     visitor.open_sample(1)
     visitor.edit("a red hat")
     kept = visitor.values["kept"]
-    later = bench_web.Visitor(TestClient(served[1], HOST), kept=kept)  # another server, for all it knows
+    later = bench_web.Visitor(served.browser(), kept=kept)  # another server, for all it knows
     assert len(later.pictures("history")) == 1
     later.call("history", "select", told={"index": 0})
     assert "press Edit" in later.said and "portrait2.png" in later.said
@@ -229,9 +250,9 @@ def test_what_a_browser_has_kept_brings_words_and_numbers_back(bench_web: Any, s
     ],
 )  # fmt: skip
 def test_what_a_browser_has_kept_may_hold_anything(
-    bench_web: Any, served: Any, kept: str, capfd: pytest.CaptureFixture[str]
+    bench_web: Any, served: Served, kept: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    visitor = bench_web.Visitor(TestClient(served[1], HOST), kept=kept)
+    visitor = bench_web.Visitor(served.browser(), kept=kept)
     assert visitor.pictures("history") == [] and visitor.said == ""
     assert capfd.readouterr() == ("", "")
 
@@ -265,11 +286,11 @@ def test_malformed_requests_are_a_line_to_who_sent_them_and_none_to_the_terminal
 @pytest.mark.parametrize("index", [-100, -1, 6, 10**9, "x", None, True, 1.5, [], {}])
 @pytest.mark.parametrize("where", ["samples", "examples", "suggestions", "history"])
 def test_an_index_of_nothing_is_refused(
-    visitor: Any, where: str, index: Any, capfd: pytest.CaptureFixture[str]
+    guest: Any, where: str, index: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     index = 10 if (where, index) == ("suggestions", 6) else index
-    visitor.call(where, "select", told={"index": index})
-    assert "there is no such" in visitor.said and "fault" not in visitor.said
+    guest.call(where, "select", told={"index": index})
+    assert "there is no such" in guest.said and "fault" not in guest.said
     assert capfd.readouterr() == ("", "")
 
 
@@ -287,43 +308,44 @@ def test_an_index_of_nothing_is_refused(
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_is_a_line_under_the_picture(
-    visitor: Any, name: str, value: Any, says: str, capfd: pytest.CaptureFixture[str]
+    guest: Any, name: str, value: Any, says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    visitor.open(SAMPLE)
-    visitor.values |= {"text": "sunglasses", name: value}
-    visitor.edit()
-    assert says in visitor.said and "fault" not in visitor.said
+    before = dict(guest.values)
+    guest.values |= {"text": "sunglasses", name: value}
+    guest.edit()
+    said, guest.values = guest.said, before
+    assert says in said and "fault" not in said
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_path_of_this_machine_is_told(served: Any, visitor: Any) -> None:
+def test_no_path_of_this_machine_is_told(served: Served, visitor: Any) -> None:
     told = visitor.client.get("/config").text + visitor.client.get("/").text
-    for path in (served[0].visits.place, TINY, Path(__file__).parents[2], Path.home(), Path.cwd()):
+    for path in (served.page.visits.place, TINY, Path(__file__).parents[2], Path.home(), Path.cwd()):
         assert str(path) not in told
     visitor.open(SAMPLE)
     visitor.edit("sunglasses")
-    assert str(served[0].visits.place) not in json.dumps(visitor.values)
+    assert str(served.page.visits.place) not in json.dumps(visitor.values)
 
 
 def test_uploads_are_bounded(bench_web: Any, models: Models, tmp_path: Path) -> None:
     limits = Limits(upload=40_000, files=400_000)
-    with serving(models, tmp_path.resolve(), limits) as (page, app, client):
-        visitor = bench_web.Visitor(client)
+    with serving(models, tmp_path.resolve(), limits) as served:
+        page, visitor = served.page, bench_web.Visitor(served.browser())
         assert visitor.client.post("/upload", content=b"x" * 40_001).status_code == 422
         assert visitor.client.post("/upload", content=iter([b"x"])).status_code == 411
         for _ in range(30):  # never opened: only the last two are kept
             assert visitor.client.post("/upload", content=b"x" * 40_000).status_code == 200
         assert page.visits.files <= 80_000
         assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 80_000
-        clients = [bench_web.Visitor(TestClient(app, HOST)).client for _ in range(20)]
+        clients = [bench_web.Visitor(served.browser()).client for _ in range(12)]
         answers = [client.post("/upload", content=b"x" * 40_000) for client in clients]
         assert page.visits.files <= 400_000
         assert {answer.status_code for answer in answers} <= {200, 422}
 
 
 @pytest.mark.parametrize("name", ["../../x.png", "/etc/passwd", "..", "", "a\0b.png", "x" * 5000, "%2e%2e%2fx.png"])
-def test_the_name_of_an_upload_is_a_name(visitor: Any, served: Any, name: str) -> None:
-    before = set(served[0].visits.place.parent.iterdir())
+def test_the_name_of_an_upload_is_a_name(visitor: Any, served: Served, name: str) -> None:
+    before = set(served.page.visits.place.parent.iterdir())
     visitor.open(SAMPLE, name=name)
     assert visitor.pictures("slider"), visitor.said
-    assert set(served[0].visits.place.parent.iterdir()) == before
+    assert set(served.page.visits.place.parent.iterdir()) == before

@@ -83,7 +83,7 @@ def quiet_gradio(place: Path) -> None:
 
 @contextmanager
 def listening(host: str, port: int | None) -> Iterator[socket.socket]:
-    """A socket that is bound; where no port is named, to the first free one."""
+    """A socket that is bound; where no port is named, to the first free one, and to any for port 0."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     failed: OSError | None = None
     for each in PORTS if port is None else (port,):
