@@ -1,7 +1,8 @@
 """The newcomer's path through `ledits web`, in a real browser: from the command to the first edit of one's own.
 
 `python bench/web.py` prints the seconds; with --results it writes bench/results/web.json and the picture of the page,
-web.png. tests/app/test_web.py starts the page and the browser with the two functions here.
+web.png. `--soak 200 --results` visits it without a browser and writes web_soak.json, what the server holds meanwhile.
+The page's tests start it, the browser and visitors without one with what is here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -234,6 +237,48 @@ def newcomer() -> dict[str, float]:
     }
 
 
+def soak(visits: int, side: int = 1500, every: int = 10) -> dict[str, Any]:
+    """What the server holds while visitors without heartbeat come one after the other, each with a large picture.
+
+    MB resident after each `every` visits, each of which opens `side` x `side` pixels; each tenth edits a portrait.
+    """
+    import httpx
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder, served(temporary=Path(folder)) as (address, process):
+        picture = Path(folder) / "large.png"
+        Image.effect_noise((side, side), 60.0).convert("RGB").save(picture, compress_level=1)
+        resident, slowest = [memory_of(process.pid)], 0.0
+        for number in range(visits):
+            started = time.perf_counter()
+            with httpx.Client(base_url=address, timeout=PATIENCE / 1000) as client:
+                visitor = Visitor(client)
+                visitor.open(picture)
+                assert str(side) in (visitor.values["status"] or ""), visitor.said
+                if number % every == every - 1:
+                    visitor.open_sample(0)
+                    assert "+ sunglasses" in visitor.edit("sunglasses")
+                    resident.append(memory_of(process.pid))
+            slowest = max(slowest, time.perf_counter() - started)
+        stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and path != picture)
+        folders = len(list(Path(folder).glob("ledits-web-*/*/visit-*")))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        left = [path.name for path in Path(folder).rglob("*") if path.is_file() and path != picture]
+    return {
+        "visits": visits, "picture": [side, side], "resident_mb": resident, "visits_kept": folders,
+        "files_mb": round(stored / 2**20, 1), "slowest_visit_s": round(slowest, 2),
+        "lines_at_the_terminal": len(errors.splitlines()) - 1, "files_left": left,
+    }  # fmt: skip
+
+
+def memory_of(process: int) -> float:
+    """MB resident."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (kilobytes,) = re.findall(r"VmRSS:\s*(\d+)", status)
+    return round(int(kilobytes) / 1024, 1)
+
+
 def portrait(path: Path) -> None:
     """The page after an edit, for README."""
     with served() as (address, _), browsing() as browser:
@@ -258,7 +303,8 @@ def few_colours(path: Path) -> None:
 
 def beside(name: str) -> ModuleType:
     """bench/speed/conditions.py, which knows the conditions of a measurement."""
-    spec = importlib.util.spec_from_file_location(f"ledits_min_bench_{name}", Path(__file__).with_name(f"{name}.py"))
+    path = Path(__file__).parent / "speed" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"ledits_min_bench_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -269,7 +315,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", action="store_true", help="write bench/results/web.json and web.png")
+    parser.add_argument("--soak", type=int, metavar="N", help="N visits instead; with --results web_soak.json")
     args = parser.parse_args()
+    if args.soak:
+        held = soak(args.soak)
+        print(json.dumps(held, indent=2))
+        if args.results:
+            held["conditions"] = beside("conditions").conditions()
+            (RESULTS / "web_soak.json").write_text(json.dumps(held, indent=2) + "\n")
+        return
     load = os.getloadavg()[0]  # what else the machine was doing: a browser and a server do not share well
     rounds = [newcomer() for _ in range(args.rounds)]
     picks: dict[str, Callable[[list[float]], float]] = {"min": min, "median": median, "max": max}
