@@ -413,7 +413,7 @@ class LEdits:
             if psnr < EMBEDDED_MIN_PSNR:
                 warn(
                     f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
-                    f"({psnr:.0f} dB); for photographs pass a Stable Diffusion checkpoint with --model"
+                    f"({psnr:.0f} dB); it wants a larger model, such as a Stable Diffusion checkpoint"
                 )
         return x_0
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench/batch.py"
+WEB = BENCH.with_name("web.py")
+
+
+@pytest.fixture(scope="session")
+def bench_web() -> ModuleType:
+    """bench/web.py, which starts the page and the browser, and knows how to visit it without one."""
+    name = "ledits_min_bench_web"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, WEB)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")

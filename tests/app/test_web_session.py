@@ -21,8 +21,11 @@ from PIL import Image
 from ledits_min import Concept, InputError, Inversion, LEdits, Stopped
 from ledits_min.app.cli import main
 from ledits_min.app.cli.options import build_parser
+from ledits_min.app.inputs import parts
 from ledits_min.app.web import session as web_session
-from ledits_min.app.web.session import Basis, Change, Edit, Models, Session, warnings_to_visitors
+from ledits_min.app.web.models import PRESETS_EMBEDDED, Models
+from ledits_min.app.web.notices import warnings_to_visitors
+from ledits_min.app.web.session import Basis, Change, Edit, Picture, Session
 from ledits_min.app.web.text import as_command, as_python
 from ledits_min.weights.read.survey import TINY
 
@@ -34,7 +37,8 @@ GLASSES = Change(3.5, (Concept("sunglasses", 2.0, 0.9, 1),))
 
 @pytest.fixture(scope="module", params=["auto"])
 def models(request: pytest.FixtureRequest) -> Iterator[Models]:
-    models = Models(["tiny"], dtype=request.param)
+    served = build_parser().parse_args(["web", "--dtype", request.param])
+    models = Models(["tiny"], served.device, served.dtype, compile=served.compile, **parts(served))  # as `serve` does
     yield models
     models.close()
 
@@ -242,7 +246,7 @@ def test_another_model_frees_the_one_before() -> None:
         assert first.device.type != "meta"
     with models.use(str(TINY)) as second:
         assert first.device.type == "meta" and second.device.type != "meta"
-    assert set(models.facts("tiny").presets) == set(web_session.PRESETS_EMBEDDED)  # without loading it again
+    assert set(models.facts("tiny").presets) == set(PRESETS_EMBEDDED)  # without loading it again
     assert second.device.type != "meta"
     models.close()
     assert second.device.type == "meta"
@@ -287,9 +291,11 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["portrait.png", "-it's my $HOME.png"])
-@pytest.mark.parametrize(("basis", "change"), EDITS, ids=["plain", "everything"])
-@pytest.mark.parametrize("models", ["auto", "float32"], indirect=True)
+@pytest.mark.parametrize(
+    ("models", "basis", "change", "name"),
+    [("auto", *EDITS[0], "portrait.png"), ("float32", *EDITS[1], "-it's my $HOME.png")],
+    indirect=["models"], ids=["plain", "everything"],
+)  # fmt: skip
 def test_the_command_and_the_program_make_the_same_picture(
     session: Session, in_float32: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     basis: Basis, change: Change, name: str,
@@ -323,15 +329,33 @@ def test_the_command_and_the_program_make_the_same_picture(
         assert np.array_equal(np.asarray(theirs), pixels(made))
 
 
-def test_how_the_model_was_loaded_is_said_too(session: Session) -> None:
-    made = session.edit("tiny", BASIS, GLASSES)
-    given = {"device": "cuda:0", "dtype": "auto", "lora": [("a b.safetensors", 0.5)], "vae": "v.safetensors",
-             "text_encoder": None, "tokenizer": None, "prediction_type": "v", "ema": True}  # fmt: skip
-    _, *argv = shlex.split(as_command(made, given).replace(" \\\n", " "))
-    args = vars(build_parser().parse_args(argv))
-    assert {name: args[name] for name in given} == given
-    code = as_python(made, given)
-    assert 'device="cuda:0"' in code and "ema=True" in code and "dtype" not in code and 'vae="v.safetensors"' in code
+SERVED: list[list[str]] = [
+    [],
+    ["--compile", "--ema", "--device", "cuda:0", "--dtype", "float16", "--prediction-type", "v"],
+    ["--lora", "a b.safetensors:0.5", "--lora=-c.safetensors", "--vae", "v.safetensors"],
+    ["--text-encoder", "it's a folder", "--tokenizer", "$HOME"],
+]
+
+
+@pytest.mark.parametrize("options", SERVED, ids=["default", "switches", "parts", "quotes"])
+@pytest.mark.parametrize(("basis", "change"), EDITS, ids=["plain", "everything"])
+def test_the_command_says_what_the_server_was_started_with(
+    tmp_path: Path, options: list[str], basis: Basis, change: Change
+) -> None:
+    """Built from the arguments of `ledits web` as `serve` passes them on, read back by the parser of `ledits edit`."""
+    parser = build_parser()
+    served = parser.parse_args(["web", *options])
+    models = Models(["tiny"], served.device, served.dtype, compile=served.compile, **parts(served))
+    picture = Picture(Image.new("RGB", (8, 8)), "p.png", (), tmp_path)
+    made = Edit(1, "tiny", picture, basis, change, tmp_path, (), None, 0.0)
+    _, *argv = shlex.split(as_command(made, models.given).replace(" \\\n", " "))
+    read = vars(parser.parse_args(argv))
+    for name, value in models.given.items():
+        assert (read[name] or None) == (value or None), name
+    assert [fields["text"] for fields in read["concepts"] or []] == [concept.text for concept in change.concepts]
+    assert (read["steps"], read["skip"], read["seed"]) == (basis.num_steps, basis.skip, basis.seed)
+    assert "False" not in argv and "None" not in argv
+    compile(as_python(made, models.given), "page.py", "exec")
 
 
 @pytest.mark.parametrize(

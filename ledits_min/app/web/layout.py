@@ -1,20 +1,22 @@
-"""What lies where on the page of `ledits web`. Its looks are in web.css."""
+"""What lies where on the page of `ledits web`. Its looks are in web.css, its pictures and lists in views.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ledits_min.app.web.session import Facts
+from ledits_min.app.web import views
+from ledits_min.app.web.form import ADD, REMOVE, ROWS, default_numbers, kind_of
+from ledits_min.app.web.models import CUSTOM, Facts
 from ledits_min.weights.read.survey import TINY
 
-ROWS = 6  # concepts at a time
 SAMPLES = sorted((TINY / "samples").glob("*.png"))
-CUSTOM = "custom"  # a concept whose numbers are nobody's preset
-ADD, REMOVE = "add", "remove"
+STYLE = Path(__file__).with_name("web.css")
+HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Row:
     mode: gr.Radio
     text: gr.Textbox
     remove: gr.Button
-    kind: gr.Dropdown
+    kind: gr.Radio
     scale: gr.Slider
     threshold: gr.Slider
     warmup: gr.Slider
@@ -38,58 +40,62 @@ class Row:
 
 
 class Layout:
-    """The parts of the page, by the names that `web.Page` wires them up with; made inside a `gr.Blocks`."""
+    """The parts of the page, by the names that `page.Page` wires them up with; made inside a `gr.Blocks`."""
 
-    def __init__(self, names: Sequence[str], first: Facts) -> None:
+    def __init__(self, names: Sequence[str], first: Facts, most_upload: int) -> None:
         self.first = first
         with gr.Row(elem_id="top"):
-            gr.HTML("<h1>ledits</h1><p>Edit a real picture with words</p>", elem_id="name", padding=False)
+            gr.HTML("<h1>ledits</h1><p>Edit a real picture with words</p>", elem_id="name")
             self.model = gr.Dropdown(
-                list(names), value=names[0], label="Model", elem_id="model",
+                [(Path(name).name if len({Path(each).name for each in names}) == len(names) else name, name)
+                 for name in names],
+                value=names[0], label="Model", elem_id="model", filterable=False,
                 interactive=len(names) > 1, scale=0, min_width=260,
             )  # fmt: skip
         with gr.Row(elem_id="work", equal_height=False):
-            with gr.Column(scale=6, min_width=340):
-                self._lay_out_picture()
-            with gr.Column(scale=5, min_width=340, elem_id="controls"):
+            with gr.Column(scale=6, min_width=320):
+                self._lay_out_picture(most_upload)
+            with gr.Column(scale=5, min_width=320, elem_id="controls"):
                 self._lay_out_controls()
+        # Values that only the page's own scripts and events see.
+        self.count = gr.Number(1, visible="hidden", label="concepts", elem_id="count")
+        self.ready = gr.Textbox("", visible="hidden", label="ready", elem_id="ready")
+        self.visit = gr.Textbox("", visible="hidden", label="visit", elem_id="visit")
+        self.kept = gr.Textbox("", visible="hidden", label="kept", elem_id="kept")
 
-    def _lay_out_picture(self) -> None:
+    def _lay_out_picture(self, most_upload: int) -> None:
         with gr.Column(visible=False, elem_id="empty") as self.empty:  # until the visit has begun
-            self.upload = gr.File(show_label=False, height=380, elem_id="upload")
-            gr.HTML("<p>or take one of these drawn portraits</p>", elem_classes="hint", padding=False)
-            self.samples = gr.Gallery(
-                [str(path) for path in SAMPLES], show_label=False, columns=6, height=130,
-                allow_preview=False, object_fit="cover", elem_id="samples", buttons=[], format="png",
-            )  # fmt: skip
+            gr.HTML("<h2>The picture</h2>", elem_classes="heading")
+            self.upload = gr.HTML(views.drop_box(most_upload), js_on_load=views.UPLOAD, elem_id="upload")
+            with gr.Column(visible=self.first.embedded, elem_id="ready-made") as self.ready_made:
+                gr.HTML("<h2>Ready-made edits</h2>", elem_classes="heading")
+                self.examples = gr.HTML(views.examples(), js_on_load=views.CHOOSE, elem_id="examples")
+            gr.HTML("<h2>Drawn portraits</h2>", elem_classes="heading")
+            self.samples = gr.HTML(views.samples(len(SAMPLES)), js_on_load=views.CHOOSE, elem_id="samples")
         with gr.Column(visible=False, elem_id="stage") as self.stage:
+            gr.HTML("<h2>The picture</h2>", elem_classes="heading")
             with gr.Tabs(elem_id="views"):
                 with gr.Tab("Before and after"):
-                    self.slider = gr.ImageSlider(
-                        type="pil", format="png", show_label=False, interactive=False, elem_id="slider",
-                        buttons=["fullscreen"], max_height=480,
-                    )  # fmt: skip
+                    self.slider = gr.HTML(js_on_load=views.COMPARE, elem_id="slider")
                 with gr.Tab("Where it acted"):
-                    self.masks = gr.Gallery(
-                        show_label=False, columns=2, object_fit="contain", elem_id="masks", format="png",
-                        buttons=["fullscreen"],
-                    )  # fmt: skip
+                    self.masks = gr.HTML(js_on_load=None, elem_id="masks")
             with gr.Row(elem_id="below"):
-                self.status = gr.HTML(elem_id="status", padding=False)
-                self.another = gr.Button("Another picture", size="sm", scale=0, min_width=140, elem_id="another")
-                self.download = gr.DownloadButton(
-                    "Download PNG", size="sm", scale=0, min_width=140, interactive=False, elem_id="download"
-                )
-        self.history = gr.Gallery(
-            show_label=False, columns=7, allow_preview=False, object_fit="cover", visible=False, elem_id="history",
-            buttons=[], format="png",
-        )  # fmt: skip
+                self.status = gr.HTML(js_on_load=None, elem_id="status")
+                self.another = gr.Button("Another picture", size="sm", scale=0, min_width=130, elem_id="another")
+                self.download = gr.HTML(js_on_load=None, elem_id="download")
+        self.message = gr.HTML(js_on_load=None, elem_id="message")
+        self.history = gr.HTML(js_on_load=views.CHOOSE, elem_id="history")
+        self.forget = gr.Button("Forget the history", size="sm", visible=False, elem_id="forget")
 
     def _lay_out_controls(self) -> None:
+        gr.HTML("<h2>What to change</h2>", elem_classes="heading")
         self.rows = [self._lay_out_row(index) for index in range(ROWS)]
         self.more = gr.Button("+ another concept", size="sm", variant="secondary", elem_id="more")
+        self.suggestions = gr.HTML(
+            views.suggestions(), js_on_load=views.CHOOSE, visible=self.first.embedded, elem_id="suggestions"
+        )
         with gr.Row(elem_id="go"):
-            self.run = gr.Button("Edit", variant="primary", elem_id="run", interactive=False)
+            self.run = gr.Button(NO_PICTURE, variant="primary", elem_id="run", interactive=False)
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         defaults = self.first.defaults
         with gr.Accordion("Prompts", open=False, elem_id="prompts"):
@@ -97,77 +103,89 @@ class Layout:
             self.source = gr.Textbox("", label="Source", placeholder="the picture as it is", elem_id="source")
             self.negative = gr.Textbox("", label="Negative", placeholder="what it should not show", elem_id="negative")
             self.guidance = gr.Slider(
-                0, 30, defaults.guidance_scale, step=0.5, label="Target scale", buttons=[], elem_id="guidance"
-            )
+                0, 30, defaults.guidance_scale, step=0.5, label="Target scale", buttons=[], elem_id="guidance",
+                info="More: nearer to the target's words, further from the picture.",
+            )  # fmt: skip
         with gr.Accordion("Inversion", open=False, elem_id="inversion"):
-            gr.HTML("<p>Another value here inverts the picture again, once.</p>", elem_classes="hint", padding=False)
+            gr.HTML("<p>Another value here inverts the picture again, once.</p>", elem_classes="hint")
             with gr.Row():
-                self.steps = _whole("Steps", defaults.num_steps, "steps")
-                self.skip = _whole("Skip", defaults.skip, "skip")
-                self.seed = _whole("Seed", 0, "seed")
+                self.steps = _whole("Steps", defaults.num_steps, "steps", "More: finer, and slower.")
+                self.skip = _whole("Skip", defaults.skip, "skip", "More: nearer to the picture. Less: larger changes.")
             with gr.Row():
-                self.eta = gr.Slider(0, 1, 1, step=0.05, label="Eta", buttons=[], min_width=120, elem_id="eta")
-                self.size = _whole(size_label(self.first), 0, "size")
+                self.seed = _whole("Seed", 0, "seed", "Another seed: another variant.")
+                self.dice = gr.Button("Roll the dice", size="sm", min_width=90, elem_id="dice")
+            with gr.Row():
+                self.eta = gr.Slider(
+                    0, 1, 1, step=0.05, label="Eta", buttons=[], min_width=130, elem_id="eta",
+                    info="Noise kept in each step. Less: smoother, fewer changes.",
+                )  # fmt: skip
+                self.size = _whole("Size", 0, "size", size_info(self.first))
         with gr.Accordion("Copy as", open=False, visible=False, elem_id="copy") as self.copy, gr.Tabs():
             with gr.Tab("Command"):
-                self.command = _code("shell", "command")
+                self.command = _code("shell", "command", "The edit as a command")
             with gr.Tab("Python"):
-                self.python = _code("python", "python")
+                self.python = _code("python", "python", "The edit in Python")
 
     def _lay_out_row(self, index: int) -> Row:
-        defaults = self.first.defaults
+        defaults, name = self.first.defaults, f"concept {index + 1}"
+        fresh = [ADD, "", *default_numbers(self.first)]
         with gr.Column(visible=index == 0, elem_classes="concept") as box:
             with gr.Row(elem_classes="words"):
-                mode = gr.Radio([ADD, REMOVE], value=ADD, show_label=False, container=False, scale=0, min_width=150,
-                                elem_classes="mode")  # fmt: skip
-                text = gr.Textbox("", show_label=False, container=False, placeholder="sunglasses", min_width=100,
-                                  elem_classes="text")  # fmt: skip
-                remove = gr.Button("✕", size="sm", scale=0, min_width=36, elem_classes="drop")
+                mode = gr.Radio([ADD, REMOVE], value=ADD, label=f"Add or remove {name}", container=False, scale=0,
+                                min_width=150, elem_classes="mode", show_label=False)  # fmt: skip
+                text = gr.Textbox("", label=f"Words of {name}", show_label=False, container=False,
+                                  placeholder="sunglasses", min_width=100, elem_classes="text")  # fmt: skip
+                remove = gr.Button(f"Remove {name}", size="sm", scale=0, min_width=36, elem_classes="drop")
+            kind = gr.Radio(kinds(self.first), value=kind_of(self.first, fresh), label="Preset (sets Skip, too)",
+                            elem_classes="kind")  # fmt: skip
             with gr.Row(elem_classes="numbers"):
-                preset = kind_of(self.first, *default_numbers(self.first)[:3])
-                kind = gr.Dropdown(kinds(self.first), value=preset, label="Preset", min_width=110, elem_classes="kind")
-                scale = _dial("Scale", 20, defaults.concept_guidance_scale, 0.1)
-                threshold = _dial("Threshold", 1, defaults.threshold, 0.01)
+                scale = _dial("Scale", 20, defaults.concept_guidance_scale, 0.1, "More: a stronger change.")
+                threshold = _dial("Threshold", 1, defaults.threshold, 0.01, "More: a smaller part of the picture.")
             with gr.Accordion("When", open=False, elem_classes="timing"), gr.Row():
-                warmup = _dial("From step", 100, defaults.warmup_steps, 1)
-                cooldown = gr.Number(0, label="To step (0: the last)", precision=0, min_width=100)
+                warmup = _dial("From step", 100, defaults.warmup_steps, 1, "Later: only details change.")
+                cooldown = gr.Number(0, label="To step", precision=0, min_width=100, info="0: to the last.")
         return Row(box, mode, text, remove, kind, scale, threshold, warmup, cooldown)
 
 
-def _whole(label: str, value: int, name: str) -> gr.Number:
-    return gr.Number(value, label=label, precision=0, min_width=90, elem_id=name)
+NO_PICTURE, NO_WORDS, READY = "Take a picture first", "Say what to add or remove", "Edit"
 
-
-def _dial(label: str, most: float, value: float, step: float) -> gr.Slider:
-    name = label.split()[0].lower()
-    return gr.Slider(0, most, value, step=step, label=label, min_width=120, buttons=[], elem_classes=name)
-
-
-def _code(language: str, name: str) -> gr.Code:
-    return gr.Code(language=language, show_label=False, elem_id=name, lines=3, max_lines=16, show_line_numbers=False,
-                   buttons=["copy"])  # fmt: skip
-
-
-def size_label(facts: Facts) -> str:
-    return f"Size (0: {facts.native_size} px)"
+# Whether there is anything to edit, said on the button itself.
+CAN_EDIT = f"""(ready, target, count, ...texts) => {{
+  const asked = [target, ...texts.slice(0, count)].some(text => (text || '').trim());
+  const words = !ready ? '{NO_PICTURE}' : !asked ? '{NO_WORDS}' : '{READY}';
+  return {{__type__: 'update', interactive: words === '{READY}', value: words}};
+}}"""
+ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
+# The browser's own storage: what this tab showed before it was loaded again, and the history.
+RECALL = """() => {
+  try { return [localStorage.getItem('ledits.history') || '', sessionStorage.getItem('ledits.visit') || '']; }
+  catch (error) { return ['', '']; }
+}"""
+KEEP = """(kept, visit) => {
+  try {
+    if (visit) sessionStorage.setItem('ledits.visit', visit);
+    if (kept) localStorage.setItem('ledits.history', kept);
+  } catch (error) { /* the browser keeps nothing, or has no room */ }
+}"""
 
 
 def kinds(facts: Facts) -> list[str]:
     return [CUSTOM, *facts.presets]
 
 
-def kind_of(facts: Facts, scale: float, threshold: float, warmup: int) -> str:
-    """The preset that has these numbers."""
-    numbers = (scale, threshold, warmup)
-    names = (name for name, preset in facts.presets.items() if numbers == preset.numbers)
-    return next(names, CUSTOM)
+def size_info(facts: Facts) -> str:
+    return f"Longer side in pixels. 0: {facts.native_size}, which the model was trained at."
 
 
-def default_numbers(facts: Facts) -> list[Any]:
-    """Of a concept: scale, threshold, warm-up, cool-down."""
-    return [facts.defaults.concept_guidance_scale, facts.defaults.threshold, facts.defaults.warmup_steps, 0]
+def _whole(label: str, value: int, name: str, info: str) -> gr.Number:
+    return gr.Number(value, label=label, precision=0, min_width=130, elem_id=name, info=info)
 
 
-def fresh_row(facts: Facts) -> list[Any]:
-    """A row without words."""
-    return [ADD, "", *default_numbers(facts)]
+def _dial(label: str, most: float, value: float, step: float, info: str) -> gr.Slider:
+    name = label.split()[0].lower()
+    return gr.Slider(0, most, value, step=step, label=label, min_width=130, buttons=[], elem_classes=name, info=info)
+
+
+def _code(language: str, name: str, label: str) -> gr.Code:
+    return gr.Code(language=language, label=label, show_label=False, elem_id=name, lines=3,
+                   wrap_lines=True, show_line_numbers=False, buttons=["copy"], interactive=False)  # fmt: skip

@@ -6,11 +6,8 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ledits_min import Concept, InputError, Inversion, LEdits, Progress
+from ledits_min import Concept, InputError, Inversion, Progress
 from ledits_min.app import outputs
 from ledits_min.app.inputs import check_prompt
-from ledits_min.config import EditDefaults
+from ledits_min.app.web.models import Models
+from ledits_min.app.web.notices import heard
 from ledits_min.errors import check_number, quoted
 from ledits_min.files.opening import open_image
 from ledits_min.files.write import save_image
@@ -29,17 +27,22 @@ from ledits_min.files.write import save_image
 MAX_PIXELS = 24_000_000  # of a picture: every edit in the history is as large
 KEPT_INVERSIONS = 3  # so that going back to other steps, or to another picture, is free as well
 KEPT_EDITS = 24
+KEPT_BYTES = 512 * 2**20  # of one visit: in memory, and likewise in its folder
+SHOWN_SIDES = (640, 1280)  # the longer side of a picture on the page, least and most
+THUMBNAIL_SIDE = 160
 
 Report = Callable[[float, str], object]  # how much of a phase is done, and what it is
+Admit = Callable[[int, int], bool]  # whether so many more bytes have room: in memory, in files
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An opened picture; `source` is what a command would name it by."""
+    """An opened picture. `source` is what a command would name it by, `shown` the file that the page shows."""
 
     image: Image.Image
     source: str
-    notices: tuple[str, ...] = ()
+    notices: tuple[str, ...]
+    shown: Path
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,20 @@ class Change:
     target: str = ""
     negative: str = ""
 
+    @property
+    def label(self) -> str:
+        """What was asked for, in few words."""
+        asked = [words(concept) for concept in self.concepts]
+        return ", ".join(asked + [self.target] * bool(self.target)) or "reconstruction"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a concept acted: the file that the page shows, and the greatest share of steps at one place, 0 .. 1."""
+
+    file: Path
+    most: float
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -76,112 +93,90 @@ class Edit:
     picture: Picture
     basis: Basis
     change: Change
-    file: Path
-    thumbnail: Image.Image
-    masks: tuple[Tensor, ...]
+    folder: Path
+    masks: tuple[Mask, ...]
     inverted: float | None
     seconds: float
     notices: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """What was asked for, in few words."""
-        asked = [words(concept) for concept in self.change.concepts]
-        return ", ".join(asked + [self.change.target] * bool(self.change.target)) or "reconstruction"
+        return self.change.label
+
+    @property
+    def source(self) -> str:
+        return self.picture.source
+
+    @property
+    def name(self) -> str:
+        """What its file is called where it is taken home."""
+        return f"{Path(self.source).stem}-{self.number}.png"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "edit.png"
+
+    @property
+    def shown(self) -> Path:
+        return self.folder / "shown.png"
+
+    @property
+    def thumbnail(self) -> Path:
+        return self.folder / "thumbnail.jpg"
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """An edit of an earlier visit as the browser kept it: the words and numbers, and no picture but a small one."""
+
+    model: str
+    source: str
+    basis: Basis
+    change: Change
+    thumbnail: Path
+
+    @property
+    def label(self) -> str:
+        return self.change.label
 
 
 def words(concept: Concept) -> str:
     return f"{'-' if concept.reverse else '+'} {concept.text}"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Numbers that suit a kind of edit; `skip` is a share of the steps."""
-
-    guidance_scale: float
-    threshold: float
-    warmup_steps: int
-    skip: float
-
-    @property
-    def numbers(self) -> tuple[float, float, int]:
-        """Those of a concept."""
-        return self.guidance_scale, self.threshold, self.warmup_steps
-
-
-# Measured for the embedded model. For other checkpoints starting points: a face wants little of the map and late steps,
-# a style much of it and early ones.
-PRESETS_EMBEDDED = {"small thing": Preset(2.0, 0.9, 1, 4 / 25), "big thing": Preset(3.0, 0.8, 1, 2 / 25)}
-PRESETS = {
-    "face": Preset(7.0, 0.95, 1, 0.36),
-    "object": Preset(10.0, 0.9, 1, 0.30),
-    "style": Preset(7.0, 0.5, 2, 0.18),
-}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the page has to know of a model that is not loaded any more."""
-
-    defaults: EditDefaults
-    presets: Mapping[str, Preset]
-    native_size: int
-
-
-class Models:
-    """The models that were named, one of them loaded at a time, and one computation at a time on it."""
-
-    def __init__(self, names: Sequence[str], device: str = "auto", dtype: str = "auto", **parts: Any) -> None:
-        self.names = tuple(dict.fromkeys(names))
-        self.given: dict[str, Any] = {"device": device, "dtype": dtype, **parts}  # as `from_pretrained` takes it
-        self._facts: dict[str, Facts] = {}
-        self._lock = threading.Lock()
-        self._loaded: tuple[str, LEdits] | None = None
-
-    @contextmanager
-    def use(self, name: str) -> Iterator[LEdits]:
-        """The model of that name for as long as the block runs; the one loaded before is freed first."""
-        if name not in self.names:
-            raise InputError(f"{quoted(name, 60)} is not one of the models this page was started with")
-        with self._lock:
-            if self._loaded is None or self._loaded[0] != name:
-                self._free()
-                self._loaded = name, LEdits.from_pretrained(name, **self.given)
-            ledits = self._loaded[1]
-            presets = PRESETS_EMBEDDED if ledits.embedded else PRESETS
-            self._facts[name] = Facts(ledits.defaults, presets, ledits.native_size)
-            yield ledits
-
-    def facts(self, name: str) -> Facts:
-        if name not in self._facts:
-            with self.use(name):
-                pass
-        return self._facts[name]
-
-    def close(self) -> None:
-        with self._lock:
-            self._free()
-
-    def _free(self) -> None:
-        if self._loaded is not None:
-            self._loaded[1].close()
-        self._loaded = None
-
-
 @dataclass(eq=False)
 class Session:
-    """One visitor's picture, inversions and history; their files lie in a folder that goes with it."""
+    """One visit's picture, inversions and history; their files lie in a folder that goes with it.
+
+    place  where that folder is made
+    admit  asked before bytes are kept
+    """
 
     models: Models
     place: Path
+    admit: Admit = lambda memory, files: True
     picture: Picture | None = None
     history: list[Edit] = field(default_factory=list)
+    remembered: list[Remembered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.place))
+        self.folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.place))
         self._inversions: OrderedDict[tuple[Picture, str, Basis], Inversion] = OrderedDict()
         self._stop = threading.Event()
-        self._made = 0
+        self._files = threading.RLock()  # a picture may be opened while an edit of another is written
+        self._made = self._opened = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its pictures and inversions."""
+        pictures = {id(picture): picture for picture in self._pictures()}.values()
+        return sum(_pixel_bytes(each.image) for each in pictures) + sum(map(_bytes_of, list(self._inversions.values())))
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its files."""
+        with self._files:
+            return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def open(self, path: Path, source: str | None = None) -> Picture:
         """Take a file as the picture to edit. InputError names it as the visitor knows it."""
@@ -193,9 +188,17 @@ class Session:
         if image.width * image.height > MAX_PIXELS:
             most = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
             raise InputError(f"{quoted(name)} is {image.width} x {image.height}, {most}")
-        told = tuple(notice.replace(quoted(path), quoted(name)) for notice in notices)
-        self.picture = Picture(image, source or name, told)
-        return self.picture
+        view = shown(image)
+        if not self.admit(_pixel_bytes(image), _pixel_bytes(view)):
+            raise InputError("the page holds as many pictures as it may; take a smaller one, or come back in a while")
+        said = tuple(notice.replace(quoted(path), quoted(name)) for notice in notices)
+        with self._files:
+            self._opened += 1
+            file = self.folder / f"picture-{self._opened}.png"
+            view.save(file, compress_level=1)
+            self.picture = Picture(image, source or name, said, file)
+            self._forget_what_is_over()
+            return self.picture
 
     def edit(self, model: str, basis: Basis, change: Change, report: Report = lambda done, what: None) -> Edit:
         """Edit the picture, inverting it first only where no inversion of this picture, model and basis is there."""
@@ -207,24 +210,24 @@ class Session:
             report(progress.done / progress.total, progress.phase)
             return self._stop.is_set()
 
-        with self.models.use(model) as ledits, _heard() as notices:
+        with self.models.use(model) as ledits, heard() as notices:
             for text in (basis.source, change.target, change.negative, *(concept.text for concept in change.concepts)):
                 check_prompt(ledits, text)
             check_number("guidance scale", change.guidance_scale, 0.0, 1000.0)  # now, not after the inversion
             key = picture, ledits.fingerprint, basis
             started, inverted = time.perf_counter(), None
-            if key not in self._inversions:
+            inversion = self._inversions.get(key)
+            if inversion is None:
                 report(0.0, "inverting")
                 inversion = ledits.invert(
                     picture.image, basis.source, num_steps=basis.num_steps, skip=basis.skip, eta=basis.eta,
                     seed=basis.seed, size=basis.size, progress=False, callback=callback,
                 )  # fmt: skip
                 inverted = time.perf_counter() - started
-                self._inversions[key] = inversion
-                if len(self._inversions) > KEPT_INVERSIONS:
-                    self._inversions.popitem(last=False)
-            self._inversions.move_to_end(key)
-            inversion, started = self._inversions[key], time.perf_counter()
+                self._keep(key, inversion)
+            else:
+                self._inversions.move_to_end(key)
+            started = time.perf_counter()
             settings: dict[str, Any] = {
                 "target": change.target, "guidance_scale": change.guidance_scale, "negative": change.negative,
                 "momentum_scale": 0.0, "momentum_beta": 0.6, "output_size": "input",
@@ -232,20 +235,34 @@ class Session:
             result = ledits.edit(inversion, concepts=change.concepts, progress=False, callback=callback, **settings)
             seconds = time.perf_counter() - started
             values = outputs.settings(ledits, inversion, change.concepts, None, settings)
-        self._made += 1
-        file = self._folder / f"{Path(picture.source).stem}-{self._made}.png"
-        save_image(result.images[0], file, outputs.metadata(values))
-        thumbnail = result.images[0].copy()
-        thumbnail.thumbnail((192, 192))
-        masks = tuple(mask[0] for mask in result.masks)
-        made = Edit(
-            self._made, model, picture, basis, change, file, thumbnail, masks, inverted, seconds, tuple(notices)
-        )  # fmt: skip
-        self.history.append(made)
-        for old in self.history[:-KEPT_EDITS]:
-            old.file.unlink(missing_ok=True)
-        self.history = self.history[-KEPT_EDITS:]
-        return made
+        return self._store(model, picture, basis, change, result, outputs.metadata(values), inverted, seconds, notices)
+
+    def _store(
+        self, model: str, picture: Picture, basis: Basis, change: Change, result: Any, metadata: Any,
+        inverted: float | None, seconds: float, notices: list[str],
+    ) -> Edit:  # fmt: skip
+        image = result.images[0]
+        if not self.admit(0, 2 * _pixel_bytes(image)):
+            raise InputError("the page's disk holds as many edits as it may; come back in a while")
+        with self._files:
+            number, before, masks = self._made + 1, shown(picture.image), []
+            folder = self.folder / str(number)
+            folder.mkdir(exist_ok=True)
+            if not picture.shown.exists():  # the visitor has taken another meanwhile
+                before.save(picture.shown, compress_level=1)
+            for index, mask in enumerate(result.masks):
+                masks.append(Mask(folder / f"mask-{index}.png", float(mask[0].max())))
+                outputs.overlay(before, mask[0]).save(masks[-1].file, compress_level=1)
+            made = Edit(number, model, picture, basis, change, folder, tuple(masks), inverted, seconds, tuple(notices))
+            thumbnail = image.copy()
+            thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            thumbnail.save(made.thumbnail, quality=80)
+            shown(image).save(made.shown, compress_level=1)
+            save_image(image, made.file, metadata)
+            self._made = number
+            self.history.append(made)
+            self._forget_what_is_over()
+            return made
 
     def restore(self, made: Edit) -> None:
         """Go back to an edit of the history: its picture is the one to edit again."""
@@ -260,48 +277,73 @@ class Session:
         self._stop.set()
 
     def release(self) -> None:
-        """The page was left: what is large goes. Should it come back, its picture is inverted again."""
-        self.stop()
+        """What is large and can be made again goes. Should the visitor come back, the picture is inverted again."""
         self._inversions.clear()
+
+    def forget(self) -> None:
+        """The history and its files go; the picture stays."""
+        with self._files:
+            self.history.clear()
+            self.remembered.clear()
+            self._forget_what_is_over()
 
     def close(self) -> None:
         """Forget everything and delete its files."""
+        self.stop()
         self.release()
         self.history.clear()
+        self.remembered.clear()
         self.picture = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _keep(self, key: tuple[Picture, str, Basis], inversion: Inversion) -> None:
+        """The inversion, where there is room for it; the oldest makes way."""
+        while len(self._inversions) >= KEPT_INVERSIONS or (
+            self._inversions and self.memory + _bytes_of(inversion) > KEPT_BYTES
+        ):
+            self._inversions.popitem(last=False)
+        if self.admit(_bytes_of(inversion), 0):
+            self._inversions[key] = inversion
 
-_ears: ContextVar[list[str] | None] = ContextVar("ears", default=None)
+    def _pictures(self) -> list[Picture]:
+        return [made.picture for made in self.history] + [self.picture] * (self.picture is not None)
 
+    def _forget_what_is_over(self) -> None:
+        """Of the history all but the newest, as many and as large as may be kept; then what nothing leads to."""
+        while len(self.history) > KEPT_EDITS or (
+            len(self.history) > 1 and (self.stored > KEPT_BYTES or self.memory > KEPT_BYTES)
+        ):
+            del self.history[0]
+            self._delete_unused()
+        self._delete_unused()
 
-@contextmanager
-def _heard() -> Iterator[list[str]]:
-    """The warnings of this thread, while `warnings_to_visitors` runs."""
-    heard: list[str] = []
-    token = _ears.set(heard)
-    try:
-        yield heard
-    finally:
-        _ears.reset(token)
-
-
-@contextmanager
-def warnings_to_visitors() -> Iterator[None]:
-    """A warning goes to the visitor whose computation it concerns; one of nobody's to where it went before.
-
-    `warnings.catch_warnings` a computation would not do: it changes what all threads see.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        before = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-            heard = _ears.get()
-            if heard is not None and category is UserWarning:
-                heard.append(str(message))
+    def _delete_unused(self) -> None:
+        pictures = self._pictures()
+        for key in [key for key in self._inversions if key[0] not in pictures]:
+            del self._inversions[key]
+        kept = {made.folder for made in self.history} | {picture.shown for picture in pictures}
+        kept |= {entry.thumbnail for entry in self.remembered}
+        for path in self.folder.iterdir():
+            if path in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                before(message, category, *rest, **named)
+                path.unlink(missing_ok=True)
 
-        warnings.showwarning = show
-        yield
+
+def shown(picture: Image.Image) -> Image.Image:
+    """At a size for the page; what is taken home is untouched."""
+    longer = max(picture.size)
+    scale = min(max(longer, SHOWN_SIDES[0]), SHOWN_SIDES[1]) / longer
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _pixel_bytes(image: Image.Image) -> int:
+    return image.width * image.height * 3
+
+
+def _bytes_of(inversion: Inversion) -> int:
+    values = [value if isinstance(value, tuple) else (value,) for value in vars(inversion).values()]
+    return sum(each.nbytes for value in values for each in value if isinstance(each, Tensor))

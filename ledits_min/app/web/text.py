@@ -5,6 +5,7 @@ Python does to the last bit. The command inverts and edits in one pass, where ba
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from ledits_min import Concept
+from ledits_min.app.cli.options import add_model_options
 from ledits_min.app.web.session import Edit
 
 
 def as_command(made: Edit, given: Mapping[str, Any]) -> str:
     """The `ledits edit` line; `given` is what the model was loaded with, as in `Models.given`."""
     basis, change = made.basis, made.change
-    options = [("--model", made.model), *_model_options(given), ("--source", basis.source)]
+    options: list[tuple[str, Any]] = [("--source", basis.source)]
     options += [("--steps", basis.num_steps), ("--skip", basis.skip), ("--seed", basis.seed)]
     options += [("--eta", None if basis.eta == 1.0 else basis.eta), ("--size", basis.size)]
     options += [("--remove" if concept.reverse else "--add", _concept(concept)) for concept in change.concepts]
     options += [("--target", change.target), ("--negative", change.negative)]
     options += [("--guidance-scale", change.guidance_scale)]
-    words = ["ledits edit", _path(made.picture.source)]
+    words = ["ledits edit", _path(made.source), _option("--model", made.model), *_model_options(given)]
     words += [_option(name, value) for name, value in options if value not in (None, "")]
-    words += [f"--{flag}" for flag in ("ema", "compile") if given.get(flag)]
     return _wrapped([*words, f"-o {_path(_output(made))}"])
 
 
@@ -39,7 +40,7 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
     edited = {"target": change.target, "negative": change.negative, "guidance_scale": change.guidance_scale}
     lines = ["from ledits_min import Concept, LEdits", ""]
     lines += [f"ledits = LEdits.from_pretrained({_arguments(made.model, loaded)})"]
-    lines += [f"inversion = ledits.invert({_arguments(made.picture.source, inverted)})"]
+    lines += [f"inversion = ledits.invert({_arguments(made.source, inverted)})"]
     lines += ["concepts = ["]
     for concept in change.concepts:
         fields = {"guidance_scale": concept.guidance_scale, "threshold": concept.threshold}
@@ -66,7 +67,7 @@ def _wrapped(words: list[str], width: int = 64) -> str:
 
 
 def _output(made: Edit) -> str:
-    return f"{Path(made.picture.source).stem}.ledits.png"
+    return f"{Path(made.source).stem}.ledits.png"
 
 
 def _option(name: str, value: Any) -> str:
@@ -74,13 +75,18 @@ def _option(name: str, value: Any) -> str:
     return shlex.quote(f"{name}={text}") if text.startswith("-") else f"{name} {shlex.quote(text)}"
 
 
-def _model_options(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in given.items():
-        option = f"--{name.replace('_', '-')}"
+def _model_options(given: Mapping[str, Any]) -> Iterator[str]:
+    """As the parser of `ledits edit` reads them back: its defaults are left out, and a switch has no value."""
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        option, value = f"--{name.replace('_', '-')}", given.get(name, default)
+        if not value or value == default:
+            continue
         if name == "lora":
-            yield from ((option, f"{path}:{_number(scale)}") for path, scale in value)
-        elif value != "auto" and name != "ema":
-            yield option, value
+            yield from (_option(option, f"{path}:{_number(scale)}") for path, scale in value)
+        else:
+            yield option if default is False else _option(option, value)
 
 
 def _concept(concept: Concept) -> str:
