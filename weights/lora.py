@@ -1,11 +1,8 @@
 """LoRA files: which weights of a checkpoint a file changes, found from its names and shapes alone.
 
 A LoRA [2106.09685] stores for some layers two thin matrices whose product is added to the layer's weight:
-W' = W + scale * alpha / rank * up @ down. Trainers agree on the matrices and on nothing else: the same layer is
-`lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight` (kohya; SDXL's in LDM block numbers),
-`unet.down_blocks.0.attentions.0.proj_in.lora_A.weight` (peft) or `...lora.down.weight` (diffusers), with old
-attention processors `attn1.processor.to_q_lora.down.weight`. Here every spelling of every layer is computed from the
-layer's own name, so nothing is guessed back from underscores, and a name that fits no layer is refused.
+W' = W + scale * alpha / rank * up @ down. names/lora.py knows what a layer is called; a name that fits no layer is
+refused.
 
 Nothing is read but the header; merge.py does the arithmetic.
 """
@@ -15,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +20,7 @@ from typing import Any, NamedTuple
 from ledits_min.config import UNetConfig
 from ledits_min.errors import InputError, check_number, quoted
 from ledits_min.files.header import Header, read_header
-from ledits_min.weights.names import ldm
+from ledits_min.weights.names.lora import OTHER_FAMILIES, OTHER_KINDS, role_of, spellings, split
 from ledits_min.weights.read.family import Stored, stored
 from ledits_min.weights.read.folder import read_json
 from ledits_min.weights.read.shapes import FLOAT_DTYPES, Shape, Shapes
@@ -104,10 +101,10 @@ def survey_lora(path: Path, scale: float, shapes: Mapping[str, Shapes], unet: UN
     modules, strange = _modules(stored(path, header), source)
     _refuse_other_families(modules, unet, source)
     _add_peft_settings(modules, header, path)
-    tables = {part: _spellings(part, names, unet) for part, names in shapes.items()}
+    tables = {part: spellings(part, names, unet) for part, names in shapes.items()}
     updates: dict[str, dict[str, Update]] = {part: {} for part in shapes}
     for spelling, module in modules.items():
-        part, inner = _split(spelling)
+        part, inner = split(spelling)
         name = tables.get(part, {}).get(inner)
         if name is None:
             strange.append(spelling)
@@ -124,51 +121,6 @@ def survey_lora(path: Path, scale: float, shapes: Mapping[str, Shapes], unet: UN
     return Lora(path, scale, updates)
 
 
-# Prefix of a name -> the part it speaks of. The empty prefix is what diffusers' training scripts once wrote.
-_PREFIXES = (
-    ("lora_unet_", "unet"),
-    ("lora_te1_", "text"),
-    ("lora_te2_", "text_2"),
-    ("lora_te_", "text"),
-    ("base_model.model.", "unet"),
-    ("unet.", "unet"),
-    ("text_encoder_2.", "text_2"),
-    ("text_encoder.", "text"),
-    ("", "unet"),
-)
-
-# End of a name -> the layer's role in the product; group 1 says which factor.
-_ROLES = tuple(
-    re.compile(ending)
-    for ending in (
-        r"\.lora_(down|up|mid)\.weight$",
-        r"\.lora_([AB])(?:\.default)?\.weight$",
-        r"(?:\.lora|_lora|\.lora_linear_layer)\.(down|up)\.weight$",
-        r"(?:\.lora|_lora|\.lora_linear_layer)?\.(alpha)$",
-    )
-)
-_ROLE_NAMES = {"A": "down", "B": "up"}
-
-_OTHER_KINDS = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"dora_scale$|lora_magnitude_vector", "a DoRA (it rescales weights by their length)"),
-        (r"\.hada_[wt]\d", "a LoHa (a product taken element by element)"),
-        (r"\.lokr_[wt]\d", "a LoKr (a Kronecker product)"),
-        (r"\.b?oft_(blocks|diag)|\.oft_R\b", "an OFT (it rotates weights)"),
-        (r"\.on_input$|\.ia3_l", "an IA3 (it rescales activations)"),
-        (r"\.[ab][12]\.weight$", "a GLoRA"),
-        (r"\.lora_embedding_[AB]|(^|\.)emb_params$|^bundle_emb\.", "one that brings new words (embeddings)"),
-        (r"\.lora_[AB](\.default)?\.bias$|\.lora_(up|down)\.bias$", "one that changes biases"),
-        (r"\.diff(_b)?$|\.[wb]_norm$", "one that holds whole differences (LyCORIS full or norm)"),
-    )
-)
-_OTHER_FAMILIES = (
-    (re.compile(r"double_blocks_|single_blocks_|single_transformer_blocks|double_stream"), "Flux"),
-    (re.compile(r"joint_blocks_|attn_add_[kq]_proj|attn\.add_[kq]_proj"), "SD 3"),
-    (re.compile(r"^(transformer|diffusion_model)\."), "a transformer model (Flux, SD 3 or newer)"),
-    (re.compile(r"motion_modules"), "AnimateDiff"),
-)
 _CONTEXT_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
 
@@ -176,50 +128,19 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
 
 
-def _split(spelling: str) -> tuple[str, str]:
-    """ "lora_unet_x" -> ("unet", "x")."""
-    prefix, part = next((prefix, part) for prefix, part in _PREFIXES if spelling.startswith(prefix))
-    return part, spelling[len(prefix) :].replace(".processor.", ".")
-
-
-def _spellings(part: str, shapes: Shapes, unet: UNetConfig) -> dict[str, str]:
-    """Every way to write a layer of this part -> our name of its weight."""
-    theirs = {ours: name for name, ours in ldm.unet_table(unet).items()} if part == "unet" else {}
-    result = {}
-    for name, shape in shapes.items():
-        if name.endswith(".weight") and len(shape) >= 2 and "embeddings." not in name:
-            layers = [theirs[name]] if name in theirs else []
-            for layer in [name, *layers]:
-                for spelling in _variants(part, layer.removesuffix(".weight")):
-                    result[spelling] = result[spelling.replace(".", "_")] = name
-    return result
-
-
-def _variants(part: str, layer: str) -> Iterator[str]:
-    if part == "unet":
-        yield layer
-        if layer.endswith(".to_out.0"):
-            yield layer.removesuffix(".0")
-        return
-    flat = layer.removeprefix("text_model.")
-    for name in (flat, re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", flat)):
-        yield name
-        yield f"text_model.{name}"
-
-
 def _modules(tensors: Mapping[str, Stored], source: str) -> tuple[dict[str, _Module], list[str]]:
     """Layer as the file spells it -> its tensors; and the names that play no role in a LoRA."""
     modules: dict[str, _Module] = {}
     strange = []
     for name, tensor in tensors.items():
-        match = next((match for role in _ROLES if (match := role.search(name))), None)
-        if match is None:
+        found = role_of(name)
+        if found is None:
             strange.append(name)
             continue
-        role = _ROLE_NAMES.get(match[1], match[1])
+        layer, role = found
         if tensor.info.dtype not in FLOAT_DTYPES and role != "alpha":
             raise InputError(f"{source}: {quoted(name, 80)} has dtype {tensor.info.dtype}; a LoRA of floats is wanted")
-        roles = modules.setdefault(name[: match.start()], _Module()).roles
+        roles = modules.setdefault(layer, _Module()).roles
         if role in roles:
             twice = f"{quoted(roles[role].name, 80)} and {quoted(name, 80)}"
             raise InputError(f"{source} holds one tensor twice, as {twice}; use an unmodified LoRA")
@@ -265,7 +186,7 @@ def _fits(weight: Shape, down: Shape, up: Shape, mid: Shape | None) -> bool:
 
 
 def _refuse_other_kinds(header: Header, source: str) -> None:
-    for pattern, kind in _OTHER_KINDS:
+    for pattern, kind in OTHER_KINDS:
         name = next((name for name in header.tensors if pattern.search(name)), None)
         if name is not None:
             raise InputError(
@@ -276,7 +197,7 @@ def _refuse_other_kinds(header: Header, source: str) -> None:
 def _refuse_other_families(modules: Mapping[str, _Module], unet: UNetConfig, source: str) -> None:
     """A LoRA for another model is told by its block names, else by how wide the text is that it reads."""
     wanted = _CONTEXT_FAMILIES.get(unet.cross_attention_dim, "this checkpoint")
-    for pattern, family in _OTHER_FAMILIES:
+    for pattern, family in OTHER_FAMILIES:
         if any(pattern.search(name) for name in modules):
             raise InputError(f"{source} is a LoRA for {family}; one made for {wanted} is wanted")
     for name, module in modules.items():
@@ -308,7 +229,7 @@ def _add_peft_settings(modules: Mapping[str, _Module], header: Header, path: Pat
         source = quoted(beside)
         settings = read_json(beside)
     for spelling, module in modules.items():
-        part, inner = _split(spelling)
+        part, inner = split(spelling)
         prefix = {"unet": "unet.", "text": "text_encoder.", "text_2": "text_encoder_2."}[part]
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         _apply_settings(module, inner, own or settings, source)
