@@ -15,13 +15,14 @@ from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetCon
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import Header, read_header
+from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words, embedding_pairs, survey_embedding
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.ema import choose_weights
 from ledits_min.weights.read.families import FAMILIES, SD20, SD21, Config, family_of
 from ledits_min.weights.read.family import PARTS, SUPPORTED, Layout, Stored, configs_of, identify, our_names, stored
 from ledits_min.weights.read.fit import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
-from ledits_min.weights.read.hub import cached_model, cached_part, is_hub_id
+from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
 from ledits_min.weights.read.prediction import (
     TELLING_TENSOR,
     UNDECIDED,
@@ -31,7 +32,7 @@ from ledits_min.weights.read.prediction import (
 )
 from ledits_min.weights.read.shapes import check_part, expected_shapes
 
-TINY = Path(__file__).with_name("tiny")
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Survey:
     defaults: dict[str, Any] = field(default_factory=dict)
     own_vae: VAEConfig | None = None
     loras: list[Lora] = field(default_factory=list)
+    words: list[Embedding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,12 +69,14 @@ def survey_whole(
     prediction_type: str | None = None,
     lora: LoraSource | Sequence[LoraSource] = (),
     ema: bool = False,
+    embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
 ) -> Survey:
     """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError.
 
     `vae` and `text_encoder` (a file, a folder or a cached Hugging Face id) replace or supply a part, `tokenizer` is a
-    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths or (path, scale) pairs,
-    `ema` takes the averaged UNet weights of an LDM file that has both.
+    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths, cached ids or
+    (path, scale) pairs, `ema` takes the averaged UNet weights of an LDM file that has both, `embedding` holds textual
+    inversions, each as a path, a cached id or a (path, word) pair.
     """
     supplied = supplied_parts(vae, text_encoder)
     survey = survey_checkpoint(model, supplied, ema)
@@ -84,6 +88,7 @@ def survey_whole(
         settle(survey, prediction_type_named(prediction_type))
     check_complete(survey)
     take_loras(survey, lora)
+    take_words(survey, embedding)
     return survey
 
 
@@ -240,6 +245,12 @@ def _located(source: str | Path, part: str) -> Path:
     return cached_part(str(source), part) if not _exists(path) and is_hub_id(source) else path
 
 
+def _located_file(source: str | Path, names: Sequence[str]) -> Path:
+    """A file by its path, else the file of one of these names in the Hugging Face cache."""
+    path = Path(source)
+    return path if _exists(path) or not isinstance(source, str) else cached_file(source, names) or path
+
+
 def _published(survey: Survey, layout: Layout) -> Mapping[str, Config]:
     """What a part from a file must look like: as the checkpoint's family has it, else as the file's own has."""
     unet = survey.configs.get("unet")
@@ -252,9 +263,18 @@ def take_loras(survey: Survey, lora: LoraSource | Sequence[LoraSource]) -> None:
     shapes = {part: expected_shapes(config) for part, config in survey.configs.items()}
     changed = {part: names for part, names in shapes.items() if part != "vae"}
     unet, _, _ = typed_configs(survey)
-    for path, scale in lora_pairs(lora):
-        survey.loras.append(survey_lora(path, scale, changed, unet))
+    for source, scale in lora_pairs(lora):
+        survey.loras.append(survey_lora(_located_file(source, LORA_FILES), scale, changed, unet))
         survey.notes.append(str(survey.loras[-1]))
+
+
+def take_words(survey: Survey, embedding: EmbeddingSource | Sequence[EmbeddingSource]) -> None:
+    """The new words of textual inversions, and of the LoRAs that bring some."""
+    for source, word in embedding_pairs(embedding):
+        survey.words.append(survey_embedding(_located_file(source, EMBEDDING_FILES), word))
+    survey.words.extend(word for lora in survey.loras for word in lora.words)
+    check_words(survey.words, survey.configs, survey.source)
+    survey.notes.extend(map(str, survey.words))
 
 
 def _take_folder(survey: Survey, part: str, folder: Path) -> None:
