@@ -90,6 +90,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"
     steps_offset: int = 1
     prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False  # pure noise at the last timestep, see schedule.rescaled
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ledits_min.config import SD15_UNET, EditDefaults, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, check_number, check_whole, short
 from ledits_min.files.reader import Reader
+from ledits_min.files.scheduler import read_schedule, schedule_json
 
 Config = TypeVar("Config")  # one of those in _READERS
 
@@ -162,25 +163,6 @@ def _check_text(config: TextConfig) -> None:
     _check_types("hidden_act", (config.hidden_act,), ("quick_gelu", "gelu"))
 
 
-def _read_schedule(mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
-    """Read a diffusers `scheduler/scheduler_config.json`.
-
-    Only the keys that define the noise schedule count: which sampler the file names does not matter, because
-    LEDITS brings its own. Keys that would change the schedule in a way we do not implement are refused.
-    """
-    read = Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
-    config = ScheduleConfig(
-        num_train_timesteps=read.whole("num_train_timesteps", 1000),
-        beta_start=read.number("beta_start", 0.00085),
-        beta_end=read.number("beta_end", 0.012),
-        beta_schedule=read.string("beta_schedule", "scaled_linear"),
-        steps_offset=read.whole("steps_offset", 1),
-        prediction_type=read.string("prediction_type", "epsilon"),
-    )
-    read.refuse_if_changed()
-    return config
-
-
 def _check_schedule(config: ScheduleConfig) -> None:
     _check_types("beta_schedule", (config.beta_schedule,), ("scaled_linear", "linear"))
     _check_types("prediction_type", (config.prediction_type,), ("epsilon", "v_prediction"))
@@ -251,12 +233,6 @@ def _text_json(config: TextConfig) -> dict[str, Any]:
     return {"architectures": [kind], "model_type": "clip_text_model", **values}
 
 
-def _schedule_json(config: ScheduleConfig) -> dict[str, Any]:
-    """The diffusers-style dictionary that `from_json` reads back."""
-    sampler = {"clip_sample": False, "set_alpha_to_one": False}
-    return {"_class_name": "DDIMScheduler", **_as_json(config), **sampler}
-
-
 def _as_json(config: Any) -> dict[str, Any]:
     """The fields of a config, tuples as lists."""
     return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
@@ -305,18 +281,17 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "attention_type": "default",
 }
 _VAE_DEFAULTS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-_SCHEDULE_DEFAULTS: dict[str, Any] = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 _READERS: dict[type, tuple[Callable[..., Any], Callable[..., None]]] = {
     UNetConfig: (_read_unet, _check_unet),
     VAEConfig: (_read_vae, _check_vae),
     TextConfig: (_read_text, _check_text),
-    ScheduleConfig: (_read_schedule, _check_schedule),
+    ScheduleConfig: (read_schedule, _check_schedule),
     EditDefaults: (_read_edit_defaults, _check_edit_defaults),
 }
 _WRITERS: dict[type, Callable[..., dict[str, Any]]] = {
     UNetConfig: _unet_json,
     VAEConfig: _vae_json,
     TextConfig: _text_json,
-    ScheduleConfig: _schedule_json,
+    ScheduleConfig: lambda config: schedule_json(config, _as_json(config)),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ledits_min.errors import InputError, short
@@ -67,6 +67,10 @@ class Reader:
         if not 1 <= len(items) <= 16 or not all(type(item) is int and 0 < item < 2**31 for item in items):
             raise self._wrong(key, value, "a short list of positive whole numbers")
         return tuple(items)
+
+    def honour(self, *keys: Collection[str]) -> None:
+        """Keys that somebody else has judged."""
+        self.honoured.update(*keys)
 
     def refuse_if_changed(self) -> None:
         """Refuse a key of the defaults table that holds another value than the one we implement."""

@@ -19,7 +19,7 @@ from ledits_min.weights.read.folder import FOLDERS, STEMS
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@(?P<revision>\w[\w./-]{0,127}))?", re.ASCII)
 _FILE = re.compile(rf"(?P<model>{_ID.pattern})/(?P<file>(?:[\w. -]+/)*[\w. -]+\.safetensors)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{4,64}")
-_ALWAYS = ("model_index.json", "ledits.json", "*/config.json", "scheduler/*", "tokenizer*/*")
+_ALWAYS = ("*.json", "tokenizer*/*")  # in these patterns * is any text, / too
 # What a repository calls its one file, where nobody says which is meant.
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 EMBEDDING_FILES = ("learned_embeds.safetensors",)
@@ -38,7 +38,7 @@ def cached_model(model: str, supplied: Collection[str] = ()) -> Path:
     parts = [part for part in ("unet", "vae", "text") if part not in supplied]
     # A family may have a second text encoder, in text_encoder_2/.
     folders = {**FOLDERS, "text": f"{FOLDERS['text']}*"}
-    wanted = [*_ALWAYS, *(pattern for part in parts for pattern in _weights(f"{folders[part]}/", part))]
+    wanted = [*_ALWAYS, *(_weights(f"{folders[part]}/", part) for part in parts)]
     snapshot = _snapshot(model, wanted)
     if "text_2" not in supplied and (snapshot / FOLDERS["text_2"]).is_dir():
         parts.append("text_2")  # SDXL's; the patterns above fetch it with the first one
@@ -82,12 +82,12 @@ def cached_file(source: str, names: Sequence[str]) -> Path | None:
 def cached_part(model: str, part: str) -> Path:
     """The snapshot folder of org/name[@revision] to take one part from: its files are at the top or in a folder."""
     folder = f"{FOLDERS[part]}/"
-    return _snapshot(model, ["config.json", f"{folder}config.json", *_weights("", part), *_weights(folder, part)])
+    return _snapshot(model, ["*.json", _weights("", part), _weights(folder, part)])
 
 
-def _weights(folder: str, part: str) -> tuple[str, str]:
-    """Patterns for a part's weights: which precisions a repository has, and in how many shards, only it knows."""
-    return f"{folder}{STEMS[part]}*.safetensors", f"{folder}{STEMS[part]}*.json"
+def _weights(folder: str, part: str) -> str:
+    """The pattern of a part's weights: which precisions a repository has, and in how many shards, only it knows."""
+    return f"{folder}{STEMS[part]}*.safetensors"
 
 
 def _snapshot(model: str, wanted: Iterable[str]) -> Path:

@@ -15,6 +15,7 @@ from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetCon
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import Header, read_header
+from ledits_min.files.scheduler import unused_settings
 from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words, embedding_pairs, survey_embedding
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.ema import choose_weights
@@ -135,11 +136,12 @@ def survey_file(
         if part in layout.parts and part not in supplied:
             _add_part(survey, part, layout, (configs or configs_of(layout))[part], quoted(path))
     _note_layout(survey, layout)
-    schedule, why = schedule_of_file(layout, header.metadata, survey.source)
+    schedule, notes = schedule_of_file(layout, header.metadata)
+    survey.notes.extend(notes)
     if schedule is None:
         _leave_undecided(survey)
     else:
-        survey.notes.append(why)
+        survey.schedule = schedule
         settle(survey, schedule.prediction_type)
     return survey
 
@@ -165,7 +167,9 @@ def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False)
         survey.own_vae = read_config(VAEConfig, read_json(own), quoted(own))
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        survey.schedule = schedule_of_folder(read_json(scheduler), quoted(scheduler))
+        mapping = read_json(scheduler)
+        survey.schedule = schedule_of_folder(mapping, quoted(scheduler))
+        survey.notes.extend(unused_settings(mapping))
     else:
         survey.notes.append("no scheduler config: the noise schedule of Stable Diffusion is used")
         _leave_undecided(survey)
