@@ -54,6 +54,7 @@ class Checkpoint:
     notes             one line for each choice and oddity a person may want to know
     text_2, ...       SDXL's second text encoder with its config and tokenizer; {}, None and None elsewhere
     words             new words, and how many tokens each stands for: the last rows of every text encoder's table
+    skipped_layers    of SDXL's text encoders: how many more layers than the last are left unread
     zeros_for_empty_prompt   whether SDXL was trained to be told nothing at all where the prompt is empty
     """
 
@@ -72,6 +73,7 @@ class Checkpoint:
     text_2_config: TextConfig | None = None
     tokenizer_2: Path | None = None
     words: dict[str, int] = field(default_factory=dict)
+    skipped_layers: int = 0
     zeros_for_empty_prompt: bool = False
 
 
@@ -85,6 +87,7 @@ def load_checkpoint(
     lora: LoraSource | Sequence[LoraSource] = (),
     ema: bool = False,
     embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
+    clip_skip: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Load a checkpoint: "tiny", a single .safetensors file, a diffusers folder, or an org/name in the local cache.
@@ -94,7 +97,7 @@ def load_checkpoint(
     """
     survey = survey_whole(
         model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-        lora=lora, ema=ema, embedding=embedding,
+        lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip,
     )  # fmt: skip
     return fetch(survey, dtype)
 
@@ -134,6 +137,7 @@ def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:
         text_2_config=text_2 if isinstance(text_2, TextConfig) else None,
         tokenizer_2=survey.tokenizer_2,
         words={embedding.word: embedding.count for embedding in survey.words},
+        skipped_layers=survey.skipped_layers,
         zeros_for_empty_prompt=text_2 is not None and survey.zeros_for_empty_prompt,
     )
 
@@ -204,6 +208,7 @@ def _fingerprint(survey: Survey) -> str:
     parts = [part for part in PARTS if part in survey.parts]
     configs = [config_json(survey.configs[part]) for part in parts] + [config_json(survey.schedule)]
     configs += [{"zeros_for_empty_prompt": survey.zeros_for_empty_prompt}] if "text_2" in parts else []
+    configs += [{"skipped_layers": survey.skipped_layers}] if survey.skipped_layers else []
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     used = [tensor for part in parts for tensor in survey.parts[part].values()]
     all_zero = True

@@ -37,8 +37,8 @@ def check_outputs(args: argparse.Namespace, wanted: dict[str, tuple[str | Path |
     from ledits_min.app.outputs import check_outputs
 
     outputs = {option: (Path(path), suffixes) for option, (path, suffixes) in wanted.items() if path is not None}
-    loras = [path for path, _ in args.lora or []]
-    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *loras]
+    added = [path for path, _ in [*(args.lora or []), *(args.embedding or [])]]
+    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *added]
     check_outputs(outputs, inputs, args.overwrite)
 
 
@@ -70,8 +70,8 @@ def load_inversion(args: argparse.Namespace) -> Inversion:
 
 def parts(args: argparse.Namespace) -> dict[str, Any]:
     """The options that say what a checkpoint is made of, as keywords."""
-    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema")
-    return {"lora": args.lora or [], **{name: getattr(args, name) for name in names}}
+    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema", "clip_skip")
+    return {"lora": args.lora or [], "embedding": args.embedding or [], **{name: getattr(args, name) for name in names}}
 
 
 def load_model(args: argparse.Namespace) -> LEdits:

@@ -1,11 +1,30 @@
-"""Typed access to a parsed JSON object that lets nothing pass unnoticed."""
+"""Files of a bounded size, and typed access to a parsed JSON object that lets nothing pass unnoticed."""
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from ledits_min.errors import InputError, short
+from ledits_min.errors import InputError, quoted, short
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; InputError for anything else, before it is read."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{quoted(path)} is not a regular file; take the folder whole")
+            if status.st_size > limit:
+                raise InputError(
+                    f"{quoted(path)} has {status.st_size} bytes, and such a file has at most {limit}; download it again"
+                )
+            return file.read(limit)
+    except OSError as error:
+        raise InputError(f"{quoted(path)} cannot be read: {error.strerror}; take the folder whole") from error
 
 
 class Reader:

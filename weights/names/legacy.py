@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ledits_min.config import TextConfig
+
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_NAME = re.compile(r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)")
 
@@ -27,6 +29,7 @@ _BUFFERS = frozenset(
         ),
     ]
 )
+_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.(?P<number>\d{1,4})\.")
 _PICTURE_HALF = ("vision_model.", "visual_projection.", "visual.")
 
 
@@ -59,6 +62,10 @@ def is_picture_half(name: str) -> bool:
     return name.startswith(_PICTURE_HALF)
 
 
-def is_unread_by_text(name: str, projects: bool) -> bool:
-    """What a text encoder may bring and nobody reads: CLIP's temperature, its projection where none is wanted."""
-    return name == "logit_scale" or (name.startswith("text_projection") and not projects)
+def is_unread_by_text(name: str, config: TextConfig) -> bool:
+    """What a text encoder may bring and nobody reads: CLIP's temperature, its projection where none is wanted, and
+    layers behind the last one that its config counts, which is how a folder says "clip skip".
+    """
+    layer = _LAYER.match(name)
+    behind = layer is not None and int(layer["number"]) >= config.num_hidden_layers
+    return behind or name == "logit_scale" or (name.startswith("text_projection") and not config.projection_dim)

@@ -129,7 +129,7 @@ def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, s
 
 
 def _is_unread(name: str, config: TextConfig) -> bool:
-    return openclip.is_unused(name, config) or legacy.is_unread_by_text(name, bool(config.projection_dim))
+    return openclip.is_unused(name, config) or legacy.is_unread_by_text(name, config)
 
 
 def old_attention_names(layout: Layout) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError, check_whole, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import Header, read_header
 from ledits_min.files.scheduler import unused_settings
@@ -58,6 +58,7 @@ class Survey:
     own_vae: VAEConfig | None = None
     loras: list[Lora] = field(default_factory=list)
     words: list[Embedding] = field(default_factory=list)
+    skipped_layers: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,13 +72,14 @@ def survey_whole(
     lora: LoraSource | Sequence[LoraSource] = (),
     ema: bool = False,
     embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
+    clip_skip: int | None = None,
 ) -> Survey:
     """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError.
 
     `vae` and `text_encoder` (a file, a folder or a cached Hugging Face id) replace or supply a part, `tokenizer` is a
     folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths, cached ids or
     (path, scale) pairs, `ema` takes the averaged UNet weights of an LDM file that has both, `embedding` holds textual
-    inversions, each as a path, a cached id or a (path, word) pair.
+    inversions, each as a path, a cached id or a (path, word) pair, `clip_skip` counts layers from the last, which is 1.
     """
     supplied = supplied_parts(vae, text_encoder)
     survey = survey_checkpoint(model, supplied, ema)
@@ -90,6 +92,8 @@ def survey_whole(
     check_complete(survey)
     take_loras(survey, lora)
     take_words(survey, embedding)
+    if clip_skip is not None:
+        skip_layers(survey, clip_skip)
     return survey
 
 
@@ -279,6 +283,25 @@ def take_words(survey: Survey, embedding: EmbeddingSource | Sequence[EmbeddingSo
     survey.words.extend(word for lora in survey.loras for word in lora.words)
     check_words(survey.words, survey.configs, survey.source)
     survey.notes.extend(map(str, survey.words))
+
+
+def skip_layers(survey: Survey, clip_skip: int) -> None:
+    """Read the text from an earlier layer, counted from the last one, which is 1; SDXL reads the second by itself.
+
+    In SD 1.x and 2.x the final norm stands behind the layer that is read, so those behind it need not be there.
+    """
+    text = survey.configs["text"]
+    assert isinstance(text, TextConfig)
+    own = 2 if "text_2" in survey.configs else 1
+    layers = min(c.num_hidden_layers for c in survey.configs.values() if isinstance(c, TextConfig))
+    check_whole("clip skip", clip_skip, own, layers)
+    if own == 2:
+        survey.skipped_layers = clip_skip - own
+    elif skipped := clip_skip - own:
+        survey.configs["text"] = shorter = replace(text, num_hidden_layers=layers - skipped)
+        wanted = expected_shapes(shorter)
+        survey.parts["text"] = {name: tensor for name, tensor in survey.parts["text"].items() if name in wanted}
+    survey.notes.append(f"clip skip {clip_skip}: the text is read from layer {layers + 1 - clip_skip} of {layers}")
 
 
 def _take_folder(survey: Survey, part: str, folder: Path) -> None:

@@ -13,6 +13,7 @@ from ledits_min.app.values import (
     P2P_KEYS,
     Parse,
     parse_concept,
+    parse_embedding,
     parse_list,
     parse_lora,
     parse_number,
@@ -203,6 +204,10 @@ def add_part_options(group: Any) -> None:
     group.add_argument("--tokenizer", metavar="D", help="another tokenizer, a folder")
     group.add_argument("--lora", action="append", type=parse_lora, metavar="FILE[:SCALE]",
                        help="merge a LoRA into the model (default scale: 1); can be given many times")  # fmt: skip
+    group.add_argument("--embedding", action="append", type=parse_embedding, metavar="FILE[:WORD]",
+                       help="a textual inversion, and its word (default: its own); can be repeated")  # fmt: skip
+    group.add_argument("--clip-skip", type=parse_whole, metavar="N",
+                       help="the text encoder's layer to read, counted from the last, which is 1")  # fmt: skip
     group.add_argument("--ema", action="store_true", help="of a file with plain and averaged (EMA) weights, the latter")
     group.add_argument("--prediction-type", choices=("eps", "v"), help="what the UNet predicts, if a file lies")
 
