@@ -74,6 +74,12 @@ def _check_unet(config: UNetConfig) -> None:
                 f"unet config: {name} has {entries} entries but block_out_channels has "
                 f"{levels}; both must have one entry a level"
             )
+    blocks = sum((2 * config.layers_per_block + 1) * (1 + depth) for depth in config.depths)
+    if blocks > _MOST_BLOCKS:
+        raise InputError(
+            f"unet config: {levels} levels of {config.layers_per_block} layers, {max(config.depths)} deep, are "
+            f"{blocks} blocks; at most {_MOST_BLOCKS} are believed (Stable Diffusion XL has 80)"
+        )
     _check_types("down_block_types", config.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
     _check_types("up_block_types", config.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
     no_added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
@@ -245,6 +251,7 @@ def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> 
 
 
 _MOST_LAYERS = 256  # names and shapes are listed before a weight is looked at: a config must not promise millions
+_MOST_BLOCKS = 4096  # nor by their product
 _LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
 
 
