@@ -73,7 +73,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, heads, depths = config.block_out_channels, config.num_attention_heads, config.depths
+        widths, heads = config.block_out_channels, config.num_attention_heads
         time_width = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_width)
@@ -85,25 +85,23 @@ class UNet(nn.Module):
         channels = widths[0]
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
-            attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
             last = level == len(widths) - 1
             self.down_blocks.append(
-                DownBlock(channels, width, time_width, heads[level], depths[level] * attends, not last, config)
+                DownBlock(channels, width, time_width, heads[level], config.down_depths[level], not last, config)
             )
             skips += [width] * (config.layers_per_block + (not last))
             channels = width
 
-        self.mid_block = MidBlock(channels, time_width, heads[-1], depths[-1], config)
+        self.mid_block = MidBlock(channels, time_width, heads[-1], config.mid_depth, config)
 
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(reversed(widths)):
-            attends = config.up_block_types[level] == "CrossAttnUpBlock2D"
             last = level == len(widths) - 1
             skip_channels = [skips.pop() for _ in range(config.layers_per_block + 1)]
             self.up_blocks.append(
                 UpBlock(
-                    channels, skip_channels, width, time_width, heads[-1 - level], depths[-1 - level] * attends,
-                    not last, config,
+                    channels, skip_channels, width, time_width, heads[-1 - level], config.up_depths[level], not last,
+                    config,
                 )
             )  # fmt: skip
             channels = width
@@ -181,7 +179,7 @@ class TimeEmbedding(nn.Module):
 class DownBlock(nn.Module):
     """One level on the way down: resnets, each followed by a transformer where the level attends, then a halving.
 
-    `depth` is the number of layers in each transformer; 0 where the level does not attend.
+    `depths` has the number of layers in each transformer; zeros where the level does not attend.
     """
 
     def __init__(
@@ -190,16 +188,15 @@ class DownBlock(nn.Module):
         width: int,
         time_width: int,
         heads: int,
-        depth: int,
+        depths: tuple[int, ...],
         downsample: bool,
         config: UNetConfig,
     ) -> None:
         super().__init__()
-        layers = config.layers_per_block
-        inputs = [channels] + [width] * (layers - 1)
+        inputs = [channels] + [width] * (len(depths) - 1)
         self.resnets = nn.ModuleList(ResnetBlock(c, width, time_width, config) for c in inputs)
-        if depth:
-            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in range(layers))
+        if any(depths):
+            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for depth in depths)
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(width)])
 
@@ -217,18 +214,18 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottleneck: resnet, transformer, resnet."""
+    """The bottleneck: resnet, transformer, resnet; without a transformer the first resnet alone."""
 
     def __init__(self, width: int, time_width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width, width, time_width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(width, heads, depth, config)])
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, time_width, config) for _ in range(2 if depth else 1))
+        self.attentions = nn.ModuleList([Transformer(width, heads, depth, config)] if depth else [])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         hidden = self.resnets[0](hidden, conditioning.time_of(hidden))
-        hidden = self.attentions[0](hidden, conditioning)
-        result: Tensor = self.resnets[1](hidden, conditioning.time)
-        return result
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            hidden = resnet(attention(hidden, conditioning), conditioning.time)
+        return hidden
 
 
 class UpBlock(nn.Module):
@@ -241,7 +238,7 @@ class UpBlock(nn.Module):
         width: int,
         time_width: int,
         heads: int,
-        depth: int,
+        depths: tuple[int, ...],
         upsample: bool,
         config: UNetConfig,
     ) -> None:
@@ -250,8 +247,8 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(c + skip, width, time_width, config) for c, skip in zip(inputs, skip_channels, strict=True)
         )
-        if depth:
-            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for _ in skip_channels)
+        if any(depths):
+            self.attentions = nn.ModuleList(Transformer(width, heads, depth, config) for depth in depths)
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(width)])
 

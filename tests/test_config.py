@@ -275,6 +275,12 @@ SMALL_SCHEDULE = ScheduleConfig(300, 1e-4, 0.02, "linear", 0, "v_prediction")
         SDXL_VAE,
         SDXL_TEXT_2,
         replace(SDXL_VAE, force_upcast=False),
+        replace(
+            SDXL_UNET,
+            transformer_layers_per_block=(1, (1, 2), 4),
+            reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+            mid_block_type="UNetMidBlock2D",
+        ),
         replace(SD21_SCHEDULE, rescale_betas_zero_snr=True),
     ],
     ids=lambda config: type(config).__name__,
@@ -315,11 +321,11 @@ class TestRefused:
             ("freq_shift", 1),
             ("center_input_sample", True),
             ("mid_block_scale_factor", 2),
-            ("mid_block_type", "UNetMidBlock2D"),
+            ("mid_block_type", None),
             ("resnet_time_scale_shift", "scale_shift"),
-            ("transformer_layers_per_block", [[1, 2], [2, 2], [4, 4], [4, 4]]),
+            ("transformer_layers_per_block", [[1, 2], [2, 2], [4, "4"], [4, 4]]),
             ("addition_embed_type", "image"),
-            ("reverse_transformer_layers_per_block", [[4], [3]]),
+            ("reverse_transformer_layers_per_block", [[4], []]),
             ("cross_attention_dim", [768, 768]),
             ("attention_type", "gated"),
             ("conv_in_kernel", 5),
@@ -355,8 +361,8 @@ class TestRefused:
             *(("sigma_max", 120), ("sigma_min", 0.002), ("sigma_data", 1.0), ("sigma_schedule", "karras")),
             *(("timestep_type", "continuous"), ("snr_shift_scale", 3.0), ("variance_type", "learned_range")),
             *(("use_dynamic_shifting", True), ("rescale_betas_zero_snr", "yes"), ("never_heard_of", 1), ("eta", 0.5)),
-            *(("_class_name", name) for name in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", 3, [])),
-            *(("_class_name", name) for name in ("EDMDPMSolverMultistepScheduler", "SCMScheduler", "MyScheduler")),
+            *(("_class_name", 3), ("_class_name", []), ("_class_name", "FlowMatchEulerDiscreteScheduler")),
+            *(("_class_name", name) for name in ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "MyScheduler")),
         ],
     )
     def test_schedules_that_are_not_implemented(self, key: str, value: Any) -> None:
@@ -388,6 +394,16 @@ class TestRefused:
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "attention_head_dim", 7),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_num_groups", 33),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "transformer_layers_per_block", [1, 2, 10]),
+            *(
+                (partial(read_config, UNetConfig), PUBLISHED_UNET, key, value)
+                for key, value in (
+                    ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+                    ("transformer_layers_per_block", [[1, 2], [2, 2], [4, 4], [4, 4]]),
+                    ("transformer_layers_per_block", [0, 1, 1, 1]),
+                    ("reverse_transformer_layers_per_block", [[4], [3]]),
+                    ("reverse_transformer_layers_per_block", [1, [1, 2], [1, 2, 3], 1]),
+                )
+            ),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "addition_time_embed_dim", 256),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "projection_class_embeddings_input_dim", 2816),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", "small"),

@@ -60,7 +60,8 @@ def change(weight: Tensor, update: Update, file: Any) -> Tensor:
     axes = [axis for axis in range(weight.dim()) if axis != (0 if update.by_row else 1)]
     lengths = torch.linalg.vector_norm(turned, dim=axes, keepdim=True)
     magnitude = _read(update.magnitude, file).view(lengths.shape)
-    return turned * (magnitude / (lengths + torch.finfo(torch.float32).eps)) - weight
+    result: Tensor = turned * (magnitude / (lengths + torch.finfo(torch.float32).eps)) - weight
+    return result
 
 
 def difference(update: Update, file: Any) -> Tensor:

@@ -87,6 +87,18 @@ class Reader:
             raise self._wrong(key, value, "a short list of positive whole numbers")
         return tuple(items)
 
+    def depths(self, key: str, levels: int, default: int | tuple[()]) -> tuple[int | tuple[int, ...], ...]:
+        """One whole number for each level, or a list of one for each layer of it; one alone stands for all levels."""
+        value = self._get(key, default)
+        if value == ():
+            return ()
+        items = value if isinstance(value, list | tuple) else [value] * levels
+        lists = [item if isinstance(item, list | tuple) else [item] for item in items]
+        sound = all(1 <= len(one) <= 257 and all(type(n) is int and 0 <= n < 2**31 for n in one) for one in lists)
+        if not 1 <= len(items) <= 16 or not sound:
+            raise self._wrong(key, value, "a short list of whole numbers, or of lists of them,")
+        return tuple(one[0] if len(set(one)) == 1 else tuple(one) for one in lists)
+
     def honour(self, *keys: Collection[str]) -> None:
         """Keys that somebody else has judged."""
         self.honoured.update(*keys)

@@ -47,7 +47,7 @@ def trained(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, weight in network.named_parameters():
         if "lora_" in name:
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     return network
 
 
@@ -56,7 +56,7 @@ def assert_same_weights(found: State, wanted: State, unchanged: State) -> None:
     """All weights equal, and far enough of them from what they were before."""
     assert set(found) == set(wanted)
     for name, weight in wanted.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=name)
     moved = [name for name, weight in wanted.items() if float((weight - unchanged[name]).abs().max()) > 1e-3]
     assert len(moved) > 10
 
@@ -222,7 +222,7 @@ def test_the_layers_of_lycoris(
             return F.linear(x, weight, bias) if weight.dim() == 2 else F.conv2d(x, weight, bias, padding="same")
 
         ours = checkpoint.unet[f"{layer}.weight"]
-        torch.testing.assert_close(of(ours), answer, rtol=1e-4, atol=1e-4, msg=lambda text, n=layer: f"{n}: {text}")
+        torch.testing.assert_close(of(ours), answer, rtol=1e-4, atol=1e-4, msg=layer)
         assert float((of(plain[f"{layer}.weight"]) - answer).abs().max()) > 1e-2, layer
     kinds = {"LoCon": "", "LoHa": " (LoHa", "LoKr": " (LoKr"}[name.partition(",")[0]]
     assert kinds in checkpoint.notes[-1] and ("DoRA" in checkpoint.notes[-1]) == bool(decomposed)

@@ -114,11 +114,13 @@ SOUND: dict[str, dict[str, Any]] = {
     "plain": {},
     "padded": {
         "padding": {
-            "strategy": {"Fixed": 2**30}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-            "pad_token": "<pad>",
+            "strategy": {"Fixed": 2**30}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "<pad>",
         }
     },
-    "spaces and marks": {"normalizer": replacing(({"Regex": r"\s+"}, " "), ({"Regex": r"[.,;:!?()\"'-]"}, " "), (A, "a"))},
+    "spaces and marks": {
+        "normalizer": replacing(({"Regex": r"\s+"}, " "), ({"Regex": r"[.,;:!?()\"'-]"}, " "), (A, "a"))
+    },
     "framed": {"post_processor": template(1, 1)},
 }  # fmt: skip
 
@@ -142,7 +144,7 @@ def test_tokenizers(tmp_path: Path, clip_files: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(word_level() | change))
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "unk_token": "<unk>"}))
-        wanted[name] = "PreTrainedTokenizerFast"
+        wanted[name] = "TokenizersBackend"
     for file in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         folder = tmp_path / f"gigabytes of {file}"
         shutil.copytree(clip_files, folder)
@@ -180,25 +182,31 @@ def deep(levels: int, layers: int, depth: int) -> Callable[[Path], None]:
     )  # fmt: skip
 
 
+def gigabytes(name: str) -> Callable[[Path], None]:
+    return lambda folder: sparse(folder / name)
+
+
+def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return replace
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "16 x 256 x 256": (deep(16, 256, 256), "2109456 blocks; at most 4096 are believed"),
     "16 x 256": (deep(16, 256, 1), "blocks; at most 4096"),
     "16 x 256 deep": (deep(16, 2, 256), "blocks; at most 4096"),
     **{
-        f"gigabytes of {name.replace('/', ' ')}": (lambda folder, name=name: sparse(folder / name), "4000000000 bytes")
+        f"gigabytes of {name.replace('/', ' ')}": (gigabytes(name), "4000000000 bytes")
         for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json", "vae/config.json")
     },
     "a list of lists": (
         lambda folder: (folder / "unet/config.json").write_text("[" + "[]," * 2_600_000 + "1]"), "hold a JSON object"
     ),
-    "a pipe": (
-        lambda folder: [(folder / "vae/config.json").unlink(), os.mkfifo(folder / "vae/config.json")],
-        "not a regular file",
-    ),
-    "a device": (
-        lambda folder: [(folder / "vae/config.json").unlink(), (folder / "vae/config.json").symlink_to("/dev/zero")],
-        "not a regular file",
-    ),
+    "a pipe": (instead("vae/config.json", os.mkfifo), "not a regular file"),
+    "a device": (instead("vae/config.json", lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
 }  # fmt: skip
 
 

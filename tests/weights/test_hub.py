@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 

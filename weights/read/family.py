@@ -7,8 +7,8 @@ refused by name with the way out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +106,47 @@ def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[st
             )
         result[ours] = tensor
     return result
+
+
+_TRANSFORMER_LAYER = re.compile(r"(?P<block>.+)\.transformer_blocks\.(?P<layer>\d{1,3})\.")
+
+
+def pruned(config: UNetConfig, layout: Layout) -> UNetConfig:
+    """The same UNet with as many transformer layers as the names of a file tell: SDXL's relatives have fewer.
+
+    SSD-1B and Vega [2401.02677] differ from SDXL in nothing else; the middle may have lost its transformer, too. Where
+    the names tell nothing sensible, the config stays as it is, and is what they are then held against.
+    """
+    names, blocks = layout.parts["unet"], dict(ldm.unet_blocks(config))
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := _TRANSFORMER_LAYER.match(name):
+            counts[match["block"]] = max(counts.get(match["block"], 0), int(match["layer"]) + 1)
+
+    def spelled(block: str) -> str:
+        return blocks[block] if layout.dialects["unet"] == "LDM" else block
+
+    def counted(side: str, published: Sequence[Sequence[int]]) -> tuple[int | tuple[int, ...], ...]:
+        depths = [
+            tuple(counts.get(spelled(f"{side}.{level}.attentions.{layer}"), 0) for layer in range(len(layers)))
+            if any(layers)
+            else (1,)
+            for level, layers in enumerate(published)
+        ]
+        return tuple(one[0] if len(set(one)) == 1 else one for one in depths)
+
+    down, up = counted("down_blocks", config.down_depths), counted("up_blocks", config.up_depths)
+    plain = down == (1,) * len(down)
+    found = replace(
+        config,
+        transformer_layers_per_block=() if plain else down,
+        reverse_transformer_layers_per_block=() if up == down[::-1] else up,
+        mid_block_type=config.mid_block_type if counts.get(spelled("mid_block.attentions.0")) else "UNetMidBlock2D",
+    )
+    told = [depth for level in (*found.down_depths, *found.up_depths) for depth in level]
+    were = [depth for level in (*config.down_depths, *config.up_depths) for depth in level]
+    sound = all(0 < depth <= most for depth, most in zip(told, were, strict=True) if most)
+    return found if sound and found.down_depths != config.down_depths else config
 
 
 def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, str, Stored]]:

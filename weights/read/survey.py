@@ -20,7 +20,17 @@ from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.ema import choose_weights
 from ledits_min.weights.read.families import FAMILIES, SD20, SD21, Config, family_of
-from ledits_min.weights.read.family import PARTS, SUPPORTED, Layout, Stored, configs_of, identify, our_names, stored
+from ledits_min.weights.read.family import (
+    PARTS,
+    SUPPORTED,
+    Layout,
+    Stored,
+    configs_of,
+    identify,
+    our_names,
+    pruned,
+    stored,
+)
 from ledits_min.weights.read.fit import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
 from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
@@ -138,7 +148,10 @@ def survey_file(
     layout, survey.notes = layout_of(path, header, ema)
     for part in PARTS:
         if part in layout.parts and part not in supplied:
-            _add_part(survey, part, layout, (configs or configs_of(layout))[part], quoted(path))
+            config = (configs or configs_of(layout))[part]
+            if isinstance(config, UNetConfig):
+                config = pruned(config, layout)
+            _add_part(survey, part, layout, config, quoted(path))
     _note_layout(survey, layout)
     schedule, notes = schedule_of_file(layout, header.metadata)
     survey.notes.extend(notes)
@@ -333,6 +346,10 @@ def _add_part(survey: Survey, part: str, layout: Layout, config: Config, source:
     tensors = our_names(layout, part, config, source)
     check_part(part, {name: tensor.info for name, tensor in tensors.items()}, config, source)
     survey.parts[part], survey.configs[part], survey.layouts[part] = tensors, config, layout
+    if isinstance(config, UNetConfig) and (config.reverse_transformer_layers_per_block or not config.mid_depth):
+        down, up = (" ".join("+".join(map(str, d)) for d in side) for side in (config.down_depths, config.up_depths))
+        middle = config.mid_depth
+        survey.notes.append(f"unet: pruned, its transformers have {down} layers down, {middle} in the middle, {up} up")
     if unread := len(layout.parts[part]) - len({tensor.name for tensor in tensors.values()}):
         survey.notes.append(
             f"{part}: {_tensors(unread)} that are never read (a last layer, a projection, a temperature)"
