@@ -137,10 +137,10 @@ def _embedding(path: Path, word: str, tensors: Mapping[str, Stored]) -> Embeddin
             )
     if len({_rows(tensor) for tensor in vectors.values()}) > 1:
         raise InputError(f"{source}: its vectors differ in number between both text encoders; use another file")
-    if not 1 <= len(word) <= MAX_WORD or not word.isprintable() or any(letter.isspace() for letter in word):
+    if not 1 <= len(word) <= MAX_WORD or not word.isprintable() or word != " ".join(word.split()):
         raise InputError(
-            f"{source} would be the word {quoted(word, 80)}; one of 1 to {MAX_WORD} letters without spaces is wanted: "
-            "pass FILE:WORD"
+            f"{source} would be the word {quoted(word, 80)}; 1 to {MAX_WORD} letters are wanted, with no space but "
+            "single ones inside: pass FILE:WORD"
         )
     return Embedding(path, word, vectors)
 

@@ -132,17 +132,65 @@ def test_a_lora_that_brings_its_word(checkpoints: ModuleType, tmp_path: Path) ->
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     lora = {f"{layer}.lora_down.weight": vectors(2, 32), f"{layer}.lora_up.weight": torch.zeros(32, 2)}
     save_file(lora, tmp_path / "plain.safetensors")
-    save_file(lora | {f"bundle_emb.my.word.{n}": t for n, t in state.items()}, tmp_path / "x.safetensors")
+    save_file(lora | {f"bundle_emb.my new.word.{n}": t for n, t in state.items()}, tmp_path / "x.safetensors")
     bundled = load_checkpoint(tmp_path / "model", lora=tmp_path / "x.safetensors")
-    assert bundled.words == {"my.word": 2} and bundled.text_config.vocab_size == 49410
-    apart = load_checkpoint(
-        tmp_path / "model", lora=tmp_path / "plain.safetensors", embedding=(tmp_path / "word.safetensors", "my.word")
-    )
+    assert bundled.words == {"my new.word": 2} and bundled.text_config.vocab_size == 49410
+    word = (tmp_path / "word.safetensors", "my new.word")
+    apart = load_checkpoint(tmp_path / "model", lora=tmp_path / "plain.safetensors", embedding=word)
     for name in ("text", "text_2"):
         table = "embeddings.token_embedding.weight"
         assert torch.equal(getattr(bundled, name)[table], getattr(apart, name)[table])
     assert torch.equal(bundled.text_2["embeddings.token_embedding.weight"][-2:], state["clip_g"])
-    assert sum("is the word 'my.word', 2 vectors" in note for note in bundled.notes) == 1
+    assert sum("is the word 'my new.word', 2 vectors" in note for note in bundled.notes) == 1
+
+
+def test_a_word_may_hold_spaces(checkpoints: ModuleType, tmp_path: Path) -> None:
+    """OneTrainer's users name their words so; any white space between them is one space, as everywhere in CLIP."""
+    checkpoints.write_family_folder(tmp_path / "model", "SD 1.x")
+    save_file({"emb_params": vectors(2, 24)}, tmp_path / "x.safetensors")
+    text = ours(tmp_path / "model", embedding=(tmp_path / "x.safetensors", "Ema Yasuhara"))
+    for prompt in ("a photo of ema  yasuhara", "a photo of Ema Yasuhara"):
+        assert text.tokenizer(prompt).input_ids == [49406, 320, 1125, 539, 49408, 49409, 49407]
+    assert 49408 not in text.tokenizer("yasuhara").input_ids
+
+
+REFUSED: dict[str, tuple[dict[str, Tensor], Any, str]] = {
+    "another family": ({"emb_params": vectors(2, 768)}, None, "is 768 wide, the text encoder of"),
+    "SDXL's": ({"clip_l": vectors(2, 24), "clip_g": vectors(2, 20)}, None, "is 24 and 20 wide"),
+    "half of SDXL's": ({"clip_g": vectors(2, 24)}, None, "is no textual inversion"),
+    "two words": ({"a": vectors(1, 24), "b": vectors(1, 24)}, None, "is no textual inversion"),
+    "too many vectors": ({"emb_params": vectors(76, 24)}, None, "1 to 75 vectors of floats"),
+    "no vector": ({"emb_params": vectors(0, 24)}, None, "1 to 75 vectors of floats"),
+    "integers": ({"emb_params": torch.ones(2, 24, dtype=torch.int32)}, None, "I32"),
+    "NaN": ({"emb_params": torch.full((2, 24), torch.nan)}, None, "NaN or infinity"),
+    "no word": ({"emb_params": vectors(1, 24)}, "", "1 to 64 letters are wanted"),
+    "spaces": ({"emb_params": vectors(1, 24)}, " a", "no space but single ones inside"),
+    "control": ({"emb_params": vectors(1, 24)}, "a\x1b[2J", "1 to 64 letters are wanted"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_embeddings_that_are_refused(checkpoints: ModuleType, tmp_path: Path, name: str) -> None:
+    state, word, reason = REFUSED[name]
+    checkpoints.write_folder(tmp_path / "model")
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(tmp_path / "model", embedding=(tmp_path / "x.safetensors", word))
+    assert reason in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_word_given_twice(checkpoints: ModuleType, tmp_path: Path) -> None:
+    checkpoints.write_folder(tmp_path / "model")
+    save_file({"emb_params": vectors(1, 24)}, tmp_path / "x.safetensors")
+    file = tmp_path / "x.safetensors"
+    with pytest.raises(InputError, match="the word 'X' is given twice; write FILE:WORD"):
+        load_checkpoint(tmp_path / "model", embedding=[file, (file, "X")])
+    two = load_checkpoint(tmp_path / "model", embedding=[file, (file, "y")])
+    assert two.words == {"x": 1, "y": 1}
+    assert two.fingerprint != load_checkpoint(tmp_path / "model", embedding=[file]).fingerprint
+    for wrong in (3, [None], ["x", 3], {"x": 1.5}.items()):
+        with pytest.raises(InputError):
+            load_checkpoint(tmp_path / "model", embedding=wrong)
 
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "tokenizer.json"])
