@@ -11,7 +11,7 @@ The word stands for N tokens. Their vectors become rows behind the table's own; 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Embedding:
 
 def embedding_pairs(embedding: EmbeddingSource | Sequence[EmbeddingSource]) -> list[tuple[str | Path, str | None]]:
     """[(source, word or None)] from what a caller passed: a path, a (path, word) pair, or a list of either."""
-    items: list[Any] = [embedding] if isinstance(embedding, str | Path) or _is_pair(embedding) else [*embedding]
+    alone = isinstance(embedding, str | Path) or _is_pair(embedding) or not isinstance(embedding, Iterable)
+    items: list[Any] = [embedding] if alone else [*embedding]
     pairs: list[tuple[str | Path, str | None]] = []
     for item in items:
         path, word = item if _is_pair(item) else (item, None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class _Module:
 
 def lora_pairs(lora: LoraSource | Sequence[LoraSource]) -> list[tuple[str | Path, float]]:
     """[(source, scale)] from what a caller passed: a path or id, a (path, scale) pair, or a list of either."""
-    items: list[Any] = [lora] if isinstance(lora, str | Path) or _is_pair(lora) else [*lora]
+    alone = isinstance(lora, str | Path) or _is_pair(lora) or not isinstance(lora, Iterable)
+    items: list[Any] = [lora] if alone else [*lora]
     pairs = []
     for item in items:
         path, scale = item if _is_pair(item) else (item, 1.0)

@@ -201,7 +201,7 @@ def test_scales_out_of_range(pristine: Path, scale: float) -> None:
         load_checkpoint(pristine, lora=[("x.safetensors", scale)])
 
 
-@pytest.mark.parametrize("lora", [[3], [None], [("a", "b")], ["a", 0.5], [["a", 0.5]]])
+@pytest.mark.parametrize("lora", [3, [3], [None], [("a", "b")], ["a", 0.5], [["a", 0.5]]])
 def test_what_is_no_path(pristine: Path, lora: Any) -> None:
     with pytest.raises(InputError):
         load_checkpoint(pristine, lora=lora)

@@ -153,7 +153,8 @@ def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, s
     """(name in the file, our name, tensor), without what a text encoder brings and nobody reads."""
     tensors = layout.parts[part]
     if isinstance(config, TextConfig):
-        read = {name: tensor for name, tensor in tensors.items() if not _is_unread(name, config)}
+        behind = legacy.layers_behind(tensors, config)
+        read = {name: t for name, t in tensors.items() if name not in behind and not _is_unread(name, config)}
         if any(openclip.is_openclip(name) for name in tensors):
             for name, tensor in read.items():
                 for ours, info, rows, transposed in openclip.pieces(name, tensor.info):
@@ -221,8 +222,8 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"^control_model\.|^controlnet_|^input_hint_block\.", "ControlNet",
          "it only steers another checkpoint: pass that one"),
         (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
-        (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion",
-         "it is a word, not a model: pass a checkpoint"),
+        (r"^string_to_param|^emb_params$|^clip_[lg]$|^<.+>$", "textual inversion",
+         "it is a word, not a model: pass a checkpoint as --model, and this file as --embedding (embedding=)"),
         (r"^residuals$", "saved inversion", "pass it where the picture goes, and a checkpoint here"),
         (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
         (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),
