@@ -52,8 +52,9 @@ class Embedding:
 
 def embedding_pairs(embedding: EmbeddingSource | Sequence[EmbeddingSource]) -> list[tuple[str | Path, str | None]]:
     """[(source, word or None)] from what a caller passed: a path, a (path, word) pair, or a list of either."""
-    alone = isinstance(embedding, str | Path) or _is_pair(embedding) or not isinstance(embedding, Iterable)
-    items: list[Any] = [embedding] if alone else [*embedding]
+    given: Any = embedding
+    alone = isinstance(given, str | Path) or _is_pair(given) or not isinstance(given, Iterable)
+    items = [given] if alone else [*given]
     pairs: list[tuple[str | Path, str | None]] = []
     for item in items:
         path, word = item if _is_pair(item) else (item, None)

@@ -89,8 +89,9 @@ class _Module:
 
 def lora_pairs(lora: LoraSource | Sequence[LoraSource]) -> list[tuple[str | Path, float]]:
     """[(source, scale)] from what a caller passed: a path or id, a (path, scale) pair, or a list of either."""
-    alone = isinstance(lora, str | Path) or _is_pair(lora) or not isinstance(lora, Iterable)
-    items: list[Any] = [lora] if alone else [*lora]
+    given: Any = lora
+    alone = isinstance(given, str | Path) or _is_pair(given) or not isinstance(given, Iterable)
+    items = [given] if alone else [*given]
     pairs = []
     for item in items:
         path, scale = item if _is_pair(item) else (item, 1.0)

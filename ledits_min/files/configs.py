@@ -80,6 +80,7 @@ def _check_unet(config: UNetConfig) -> None:
                 f"unet config: {name} has {entries} entries but block_out_channels has "
                 f"{levels}; both must have one entry a level"
             )
+    check_whole("unet config: layers_per_block", config.layers_per_block, 1, _MOST_LAYERS)
     _check_depths(config)
     blocks = sum(1 + depth for level in (*config.down_depths, *config.up_depths) for depth in level)
     if blocks > _MOST_BLOCKS:

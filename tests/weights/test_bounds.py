@@ -196,6 +196,7 @@ def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "16 x 256 x 256": (deep(16, 256, 256), "2109456 blocks; at most 4096 are believed"),
+    "a level of 2^31": (config(layers_per_block=2**31 - 1), "layers_per_block is 2147483647"),
     "16 x 256": (deep(16, 256, 1), "blocks; at most 4096"),
     "16 x 256 deep": (deep(16, 2, 256), "blocks; at most 4096"),
     **{
