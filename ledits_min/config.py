@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+Depths = tuple[int | tuple[int, ...], ...]  # one number per level, or one for each of its layers
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -29,15 +31,41 @@ class UNetConfig:
     norm_eps: float
     use_linear_projection: bool
     sample_size: int
-    transformer_layers_per_block: tuple[int, ...] = ()  # a level's transformers are this deep; () is 1 everywhere
+    transformer_layers_per_block: Depths = ()  # a level's transformers are this deep; () is 1 everywhere
+    reverse_transformer_layers_per_block: Depths = ()  # the same on the way up, () the mirror of the way down
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"  # "UNetMidBlock2D" is one resnet alone
     upcast_attention: bool = False
     addition_time_embed_dim: int = 0  # sinusoids per size number, 0 where there is no added embedding
     projection_class_embeddings_input_dim: int = 0  # width of the added embedding's input, 0 where there is none
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Layers of a transformer, for each level."""
-        return self.transformer_layers_per_block or (1,) * len(self.block_out_channels)
+    def down_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Layers of the transformer behind each resnet on the way down, level by level; 0 where there is none."""
+        depths = self.transformer_layers_per_block or (1,) * len(self.block_out_channels)
+        return _spread(depths, self.down_block_types, self.layers_per_block)
+
+    @property
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """The same on the way up, from the deepest level."""
+        depths = self.transformer_layers_per_block or (1,) * len(self.block_out_channels)
+        upward = self.reverse_transformer_layers_per_block or depths[::-1]
+        return _spread(upward, self.up_block_types, self.layers_per_block + 1)
+
+    @property
+    def mid_depth(self) -> int:
+        """Layers of the transformer in the middle, 0 where there is none."""
+        if self.mid_block_type == "UNetMidBlock2D":
+            return 0
+        deepest = self.transformer_layers_per_block[-1] if self.transformer_layers_per_block else 1
+        return deepest[0] if isinstance(deepest, tuple) else deepest
+
+
+def _spread(depths: Depths, kinds: tuple[str, ...], layers: int) -> tuple[tuple[int, ...], ...]:
+    levels = zip(depths, kinds, strict=True)
+    return tuple(
+        (0,) * layers if not kind.startswith("CrossAttn") else depth if isinstance(depth, tuple) else (depth,) * layers
+        for depth, kind in levels
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +117,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"
     steps_offset: int = 1
     prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False  # pure noise at the last timestep, see schedule.rescaled
 
 
 @dataclass(frozen=True)

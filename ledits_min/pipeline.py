@@ -42,6 +42,7 @@ from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
 from ledits_min.vae import VAE
+from ledits_min.weights.embedding import EmbeddingSource
 from ledits_min.weights.load import Checkpoint, load_checkpoint
 from ledits_min.weights.lora import LoraSource
 
@@ -99,6 +100,8 @@ class LEdits:
         prediction_type: str | None = None,
         lora: LoraSource | Sequence[LoraSource] = (),
         ema: bool = False,
+        embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
+        clip_skip: int | None = None,
         compile: bool = False,
         engine: str = "fast",
     ) -> LEdits:
@@ -108,9 +111,11 @@ class LEdits:
         device "auto" is CUDA where there is one; dtype "auto" is float16 there, bfloat16 on a CPU that computes in it,
         else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
         "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
-        `ema` takes the averaged UNet of a single file that brings both. `compile` runs the UNet through torch.compile:
-        a minute or more for every batch size at first, faster then. `engine` "plain" runs the loops of `edit.py`
-        through the plain networks, one evaluation after the other: the reference that "fast" is tested against.
+        `ema` takes the averaged UNet of a single file that brings both. `embedding` holds textual inversions: paths or
+        (path, word) pairs. `clip_skip` reads the text from an earlier layer, 1 being the last, as A1111 counts.
+        `compile` runs the UNet through torch.compile: a minute or more for every batch size at first, faster then.
+        `engine` "plain" runs the loops of `edit.py` through the plain networks, one evaluation after the other: the
+        reference that "fast" is tested against.
         InputError names anything that does not fit.
         """
         if engine not in RUNNERS:
@@ -119,7 +124,7 @@ class LEdits:
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-            lora=lora, ema=ema, dtype=chosen_dtype,
+            lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, dtype=chosen_dtype,
         )  # fmt: skip
         ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
         if compile:

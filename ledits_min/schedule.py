@@ -14,6 +14,7 @@ from ledits_min.errors import InputError
 
 Scalar = TypeVar("Scalar", float, Tensor)
 MARGIN = 1e-6  # nearer to 0 and 1 than this, 1 - alpha_bar_prev - sigma_t^2 is rounding error and may be negative
+SINGULAR = 1e-7  # below it nothing of a picture is left: pred_x0 divides by its root
 
 
 class Level(NamedTuple):
@@ -68,11 +69,18 @@ def make_schedule(config: ScheduleConfig, num_steps: int, skip: int = 0) -> Sche
     timesteps = torch.arange(num_steps - 1 - skip, -1, -1) * stride + config.steps_offset
     t_prev = torch.cat([timesteps[1:], torch.tensor([-1])])
     alphas_cumprod = torch.cumprod(1.0 - betas(config), dim=0)
-    if alphas_cumprod[0] > 1.0 - MARGIN or alphas_cumprod[-1] < MARGIN:
+    if alphas_cumprod[0] > 1.0 - MARGIN or (alphas_cumprod[-1] < MARGIN and not config.rescale_betas_zero_snr):
         raise InputError(
             f"beta_start {config.beta_start} and beta_end {config.beta_end} make a noise schedule that begins or ends "
             f"within {MARGIN} of pure picture or pure noise; use the checkpoint's own scheduler config"
         )
+    if config.rescale_betas_zero_snr:
+        alphas_cumprod = rescaled(alphas_cumprod)
+        if alphas_cumprod[timesteps[0]] < SINGULAR:
+            raise InputError(
+                f"num_steps is {num_steps}, and its first step, t = {int(timesteps[0])}, is pure noise in this model "
+                "(zero terminal SNR), which cannot be inverted; take fewer steps"
+            )
     return Schedule(
         timesteps=timesteps,
         t_prev=t_prev,
@@ -92,6 +100,17 @@ def betas(config: ScheduleConfig) -> Tensor:
     if config.beta_schedule == "linear":
         return torch.linspace(config.beta_start, config.beta_end, n, dtype=torch.float64)
     return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float64) ** 2
+
+
+def rescaled(alphas_cumprod: Tensor) -> Tensor:
+    """The table shifted and stretched so that its last entry is 0 and its first stays: zero terminal SNR.
+
+    sqrt(a'_t) = (sqrt(a_t) - sqrt(a_T)) sqrt(a_0) / (sqrt(a_0) - sqrt(a_T))        [2305.08891, Algorithm 1]
+
+    Only the last timestep is pure noise; float64 (num_train_timesteps,) like the table it comes from.
+    """
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
 
 
 def sigma(alpha_bar_t: Scalar, alpha_bar_prev: Scalar, eta: float) -> Scalar:

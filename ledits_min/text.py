@@ -36,15 +36,18 @@ class Context:
 class TextEncoder:
     """Prompts -> hidden states of a text model, the context, and the pooled text where the model has a projection.
 
-    SD 1.x and 2.x read the last layer behind the final LayerNorm, SDXL the one before it as it is (`penultimate`). The
+    SD 1.x and 2.x read the last layer behind the final LayerNorm, SDXL the one before it as it is (`penultimate`), or
+    one that is still earlier by `skipped_layers`. The
     pooled text is the last layer's state at the end token, behind LayerNorm and projection, in either case.
     Padding tokens are attended to, as in the published models: no attention mask is passed.
     """
 
-    def __init__(self, tokenizer: Any, model: CLIPTextModel, penultimate: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, model: CLIPTextModel, penultimate: bool = False, skipped_layers: int = 0
+    ) -> None:
         self.tokenizer = tokenizer
         self.model = model
-        self.penultimate = penultimate
+        self.penultimate, self.skipped_layers = penultimate, skipped_layers
         self.length = int(model.config.max_position_embeddings)
         check_vocabulary(tokenizer, int(model.config.vocab_size or 0))
 
@@ -69,7 +72,7 @@ class TextEncoder:
             list(prompts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         output = self.model(tokens.input_ids.to(self.model.device), output_hidden_states=self.penultimate)
-        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        states = output.hidden_states[-2 - self.skipped_layers] if self.penultimate else output.last_hidden_state
         projection = getattr(self.model, "text_projection", None)
         pooled = None if projection is None else projection(output.pooler_output).float()
         return Context(states.float(), pooled)

@@ -54,7 +54,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, heads, depths = config.block_out_channels, config.num_attention_heads, config.depths
+        widths, heads = config.block_out_channels, config.num_attention_heads
         time_width = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_width)
@@ -65,19 +65,17 @@ class UNet(nn.Module):
         skips, channels, last = [widths[0]], widths[0], len(widths) - 1
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
-            depth = depths[level] * (config.down_block_types[level] == "CrossAttnDownBlock2D")
-            shape = BlockShape(width, heads[level], depth, resizes=level < last)
+            shape = BlockShape(width, heads[level], config.down_depths[level], resizes=level < last)
             inputs = [channels] + [width] * (config.layers_per_block - 1)
             self.down_blocks.append(DownBlock(inputs, shape, config))
             skips += [width] * (config.layers_per_block + shape.resizes)
             channels = width
 
-        self.mid_block = MidBlock(BlockShape(channels, heads[-1], depths[-1], resizes=False), config)
+        self.mid_block = MidBlock(BlockShape(channels, heads[-1], (config.mid_depth,), resizes=False), config)
 
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(reversed(widths)):
-            depth = depths[-1 - level] * (config.up_block_types[level] == "CrossAttnUpBlock2D")
-            shape = BlockShape(width, heads[-1 - level], depth, resizes=level < last)
+            shape = BlockShape(width, heads[-1 - level], config.up_depths[level], resizes=level < last)
             inputs = [channels] + [width] * config.layers_per_block
             self.up_blocks.append(UpBlock([hidden + skips.pop() for hidden in inputs], shape, config))
             channels = width
@@ -155,12 +153,16 @@ class TimeEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One level: its width, attention heads, layers in each transformer (0: it does not attend), whether it resizes."""
+    """One level: width, attention heads, layers in each transformer (all 0: it does not attend), whether it resizes."""
 
     width: int
     heads: int
-    depth: int
+    depths: tuple[int, ...]
     resizes: bool
+
+    def transformers(self, config: UNetConfig) -> nn.ModuleList:
+        depths = self.depths if any(self.depths) else ()
+        return nn.ModuleList(Transformer(self.width, self.heads, depth, config) for depth in depths)
 
 
 class DownBlock(nn.Module):
@@ -169,7 +171,7 @@ class DownBlock(nn.Module):
     def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
-        self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs if shape.depth)
+        self.attentions = shape.transformers(config)
         self.downsamplers = nn.ModuleList([Downsample(shape.width)] if shape.resizes else [])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
@@ -186,16 +188,19 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottleneck: resnet, transformer, resnet."""
+    """The bottleneck: resnet, transformer, resnet; without a transformer the first resnet alone."""
 
     def __init__(self, shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(shape.width, shape.width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(shape, config)])
+        (depth,) = shape.depths
+        self.resnets = nn.ModuleList(ResnetBlock(shape.width, shape.width, config) for _ in range(2 if depth else 1))
+        self.attentions = shape.transformers(config)
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden = self.attentions[0](self.resnets[0](hidden, conditioning), conditioning)
-        return self.resnets[1](hidden, conditioning)
+        hidden = self.resnets[0](hidden, conditioning)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            hidden = resnet(attention(hidden, conditioning), conditioning)
+        return hidden
 
 
 class UpBlock(nn.Module):
@@ -204,7 +209,7 @@ class UpBlock(nn.Module):
     def __init__(self, inputs: list[int], shape: BlockShape, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, shape.width, config) for channels in inputs)
-        self.attentions = nn.ModuleList(Transformer(shape, config) for _ in inputs if shape.depth)
+        self.attentions = shape.transformers(config)
         self.upsamplers = nn.ModuleList([Upsample(shape.width)] if shape.resizes else [])
 
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
@@ -244,12 +249,12 @@ class ResnetBlock(nn.Module):
 class Transformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (B, C, h, w), with a projection in and out."""
 
-    def __init__(self, shape: BlockShape, config: UNetConfig) -> None:
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
-        width, self.linear = shape.width, config.use_linear_projection
+        self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        blocks = (TransformerBlock(width, shape.heads, config) for _ in range(shape.depth))
+        blocks = (TransformerBlock(width, heads, config) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
 

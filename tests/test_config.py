@@ -28,8 +28,9 @@ from ledits_min.config import (
     UNetConfig,
     VAEConfig,
 )
-from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.errors import InputError, check_number, check_whole, short
 from ledits_min.files.configs import config_json, read_config
+from ledits_min.files.scheduler import unused_settings
 from ledits_min.weights.read.families import family_of
 
 # The files of Stable Diffusion 1.5 as they were published.
@@ -274,6 +275,13 @@ SMALL_SCHEDULE = ScheduleConfig(300, 1e-4, 0.02, "linear", 0, "v_prediction")
         SDXL_VAE,
         SDXL_TEXT_2,
         replace(SDXL_VAE, force_upcast=False),
+        replace(
+            SDXL_UNET,
+            transformer_layers_per_block=(1, (1, 2), 4),
+            reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+            mid_block_type="UNetMidBlock2D",
+        ),
+        replace(SD21_SCHEDULE, rescale_betas_zero_snr=True),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -313,11 +321,11 @@ class TestRefused:
             ("freq_shift", 1),
             ("center_input_sample", True),
             ("mid_block_scale_factor", 2),
-            ("mid_block_type", "UNetMidBlock2D"),
+            ("mid_block_type", None),
             ("resnet_time_scale_shift", "scale_shift"),
-            ("transformer_layers_per_block", [[1, 2], [2, 2], [4, 4], [4, 4]]),
+            ("transformer_layers_per_block", [[1, 2], [2, 2], [4, "4"], [4, 4]]),
             ("addition_embed_type", "image"),
-            ("reverse_transformer_layers_per_block", [[4], [3]]),
+            ("reverse_transformer_layers_per_block", [[4], []]),
             ("cross_attention_dim", [768, 768]),
             ("attention_type", "gated"),
             ("conv_in_kernel", 5),
@@ -348,10 +356,24 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("trained_betas", [0.1, 0.2]), ("rescale_betas_zero_snr", True)],
+        [
+            *(("trained_betas", [0.1, 0.2]), ("shift", 3.0), ("flow_shift", 3.0), ("use_flow_sigmas", True)),
+            *(("sigma_max", 120), ("sigma_min", 0.002), ("sigma_data", 1.0), ("sigma_schedule", "karras")),
+            *(("timestep_type", "continuous"), ("snr_shift_scale", 3.0), ("variance_type", "learned_range")),
+            *(("use_dynamic_shifting", True), ("rescale_betas_zero_snr", "yes"), ("never_heard_of", 1), ("eta", 0.5)),
+            *(("_class_name", 3), ("_class_name", []), ("_class_name", "FlowMatchEulerDiscreteScheduler")),
+            *(("_class_name", name) for name in ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "MyScheduler")),
+        ],
     )
     def test_schedules_that_are_not_implemented(self, key: str, value: Any) -> None:
-        refuse(partial(read_config, ScheduleConfig), {**PUBLISHED_SCHEDULE, key: value}, "some/config.json", key)
+        named = short(value) if key == "_class_name" else key
+        refuse(partial(read_config, ScheduleConfig), {**PUBLISHED_SCHEDULE, key: value}, "some/config.json", named)
+
+    @pytest.mark.parametrize("missing", ["beta_start", "beta_end", "beta_schedule"])
+    def test_betas_that_are_missing_are_not_guessed(self, missing: str) -> None:
+        without = {key: value for key, value in PUBLISHED_SCHEDULE.items() if key != missing}
+        for config in (without, without | {missing: None}):
+            refuse(partial(read_config, ScheduleConfig), config, "some/config.json", f"{missing} is missing")
 
     @pytest.mark.parametrize(
         ("read", "base", "key", "value"),
@@ -372,6 +394,16 @@ class TestRefused:
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "attention_head_dim", 7),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_num_groups", 33),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "transformer_layers_per_block", [1, 2, 10]),
+            *(
+                (partial(read_config, UNetConfig), PUBLISHED_UNET, key, value)
+                for key, value in (
+                    ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+                    ("transformer_layers_per_block", [[1, 2], [2, 2], [4, 4], [4, 4]]),
+                    ("transformer_layers_per_block", [0, 1, 1, 1]),
+                    ("reverse_transformer_layers_per_block", [[4], [3]]),
+                    ("reverse_transformer_layers_per_block", [1, [1, 2], [1, 2, 3], 1]),
+                )
+            ),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "addition_time_embed_dim", 256),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "projection_class_embeddings_input_dim", 2816),
             (partial(read_config, UNetConfig), PUBLISHED_UNET, "norm_eps", "small"),
@@ -416,6 +448,17 @@ class TestRefused:
     def test_an_odd_first_width(self) -> None:
         odd = {**PUBLISHED_UNET, "block_out_channels": [15, 30, 30, 30], "norm_num_groups": 5, "attention_head_dim": 5}
         refuse(partial(read_config, UNetConfig), odd, "15", "even")
+
+
+def test_how_another_sampler_steps_is_harmless_and_said_once() -> None:
+    """What concerns steps that are not taken here changes nothing; the file's unlike settings make one line."""
+    assert unused_settings(PUBLISHED_SCHEDULE) == []
+    unlike = {"thresholding": True, "clip_sample": True, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+    alike = {"solver_order": 3, "use_karras_sigmas": True, "lower_order_final": False, "algorithm_type": "deis"}
+    told = {**PUBLISHED_SCHEDULE, **unlike, **alike}
+    assert read_config(ScheduleConfig, told, "x") == read_config(ScheduleConfig, PUBLISHED_SCHEDULE, "x")
+    (line,) = unused_settings(told)
+    assert all(f"{key} = {value!r}" in line for key, value in unlike.items()) and "solver_order" not in line
 
 
 class TestRanges:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from ledits_min.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
+from ledits_min.weights import embedding as words
 from ledits_min.weights import merge
+from ledits_min.weights.embedding import EmbeddingSource
 from ledits_min.weights.lora import LoraSource
 from ledits_min.weights.read.families import Config
 from ledits_min.weights.read.family import PARTS, Stored
@@ -51,6 +53,8 @@ class Checkpoint:
     fingerprint       sha256 over configs, headers, the first 64 KiB of every tensor, and LoRAs with their scales
     notes             one line for each choice and oddity a person may want to know
     text_2, ...       SDXL's second text encoder with its config and tokenizer; {}, None and None elsewhere
+    words             new words, and how many tokens each stands for: the last rows of every text encoder's table
+    skipped_layers    of SDXL's text encoders: how many more layers than the last are left unread
     zeros_for_empty_prompt   whether SDXL was trained to be told nothing at all where the prompt is empty
     """
 
@@ -68,6 +72,8 @@ class Checkpoint:
     text_2: dict[str, Tensor] = field(default_factory=dict)
     text_2_config: TextConfig | None = None
     tokenizer_2: Path | None = None
+    words: dict[str, int] = field(default_factory=dict)
+    skipped_layers: int = 0
     zeros_for_empty_prompt: bool = False
 
 
@@ -80,6 +86,8 @@ def load_checkpoint(
     prediction_type: str | None = None,
     lora: LoraSource | Sequence[LoraSource] = (),
     ema: bool = False,
+    embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
+    clip_skip: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Load a checkpoint: "tiny", a single .safetensors file, a diffusers folder, or an org/name in the local cache.
@@ -89,7 +97,7 @@ def load_checkpoint(
     """
     survey = survey_whole(
         model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-        lora=lora, ema=ema,
+        lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip,
     )  # fmt: skip
     return fetch(survey, dtype)
 
@@ -101,9 +109,7 @@ def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:
         prediction_type, note = looks_like_v(spread)
         settle(survey, prediction_type)
         survey.notes.append(note)
-    fingerprint = merge.fingerprint(_fingerprint(survey), survey.loras)
-    unet, vae, text = typed_configs(survey)
-    text_2 = survey.configs.get("text_2")
+    fingerprint = words.fingerprint(merge.fingerprint(_fingerprint(survey), survey.loras), survey.words)
     for part in survey.parts:
         _note_dtypes(survey, part)
     changed = {part: {n for lora in survey.loras for n in lora.updates.get(part, {})} for part in survey.parts}
@@ -111,6 +117,10 @@ def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:
         part: _map_tensors(tensors, survey.configs[part], changed[part]) for part, tensors in survey.parts.items()
     }
     merge.merge(states, survey.loras, dtype)
+    if survey.words:
+        _add_words(survey, states)
+    unet, vae, text = typed_configs(survey)
+    text_2 = survey.configs.get("text_2")
     return Checkpoint(
         unet=states["unet"],
         vae=states["vae"],
@@ -126,8 +136,24 @@ def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:
         text_2=states.get("text_2", {}),
         text_2_config=text_2 if isinstance(text_2, TextConfig) else None,
         tokenizer_2=survey.tokenizer_2,
+        words={embedding.word: embedding.count for embedding in survey.words},
+        skipped_layers=survey.skipped_layers,
         zeros_for_empty_prompt=text_2 is not None and survey.zeros_for_empty_prompt,
     )
+
+
+def _add_words(survey: Survey, states: Mapping[str, dict[str, Tensor]]) -> None:
+    """The vectors of new words as further rows of the text encoders' tables, and their configs with it."""
+    for part, config in survey.configs.items():
+        if not isinstance(config, TextConfig):
+            continue
+        table = states[part][words.TABLE]
+        rows = [_read(word.vectors[part], _open(word.path)).reshape(word.count, -1) for word in survey.words]
+        for word, vectors in zip(survey.words, rows, strict=True):
+            if not bool(vectors.float().isfinite().all()):
+                raise InputError(f"{quoted(word.path)}: its vectors hold NaN or infinity; use another file")
+        states[part][words.TABLE] = grown = torch.cat([table, *(vectors.to(table.dtype) for vectors in rows)])
+        survey.configs[part] = replace(config, vocab_size=len(grown))
 
 
 def _note_dtypes(survey: Survey, part: str) -> None:
@@ -182,6 +208,7 @@ def _fingerprint(survey: Survey) -> str:
     parts = [part for part in PARTS if part in survey.parts]
     configs = [config_json(survey.configs[part]) for part in parts] + [config_json(survey.schedule)]
     configs += [{"zeros_for_empty_prompt": survey.zeros_for_empty_prompt}] if "text_2" in parts else []
+    configs += [{"skipped_layers": survey.skipped_layers}] if survey.skipped_layers else []
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     used = [tensor for part in parts for tensor in survey.parts[part].values()]
     all_zero = True

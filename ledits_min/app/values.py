@@ -81,6 +81,16 @@ def parse_device(text: str) -> str:
     return text
 
 
+def parse_embedding(text: str) -> tuple[str, str | None]:
+    """(path, word) from "style.safetensors" or "style.safetensors:word"; None: the word that the file names."""
+    path, colon, word = text.rpartition(":")
+    if not colon or "/" in word:
+        path, word = text, ""
+    if not path:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 80)} names no file; write it before the colon")
+    return path, word or None
+
+
 def parse_list(parse: Parse) -> Callable[[str], tuple[float, ...]]:
     """The reader of one or more values with commas between them, from the reader of one."""
 

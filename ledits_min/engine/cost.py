@@ -112,7 +112,7 @@ class _Tally:
 def unet_cost(config: UNetConfig, height: int, width: int, tokens: int = 77) -> Cost:
     """The UNet on latents (height, width) with a context of `tokens`; the walk of `UNet.__init__` and `forward`."""
     tally = _Tally(height, width)
-    widths, layers = config.block_out_channels, config.layers_per_block
+    widths = config.block_out_channels
     time_width, last = 4 * widths[0], len(widths) - 1
     for inputs in (widths[0], config.projection_class_embeddings_input_dim):
         if inputs:
@@ -123,10 +123,10 @@ def unet_cost(config: UNetConfig, height: int, width: int, tokens: int = 77) -> 
     tally.add_conv(config.in_channels, widths[0])
     tally.keep(channels := widths[0])
     for level, outputs in enumerate(widths):
-        for _ in range(layers):
+        for depth in config.down_depths[level]:
             tally.resnet(channels, outputs, time_width)
-            if config.down_block_types[level] == "CrossAttnDownBlock2D":
-                _transformer(tally, outputs, config.depths[level], tokens, config)
+            if depth:
+                _transformer(tally, outputs, depth, tokens, config)
             tally.keep(channels := outputs)
         if level < last:
             tally.resize(-(-tally.height // 2), -(-tally.width // 2))
@@ -135,16 +135,17 @@ def unet_cost(config: UNetConfig, height: int, width: int, tokens: int = 77) -> 
             tally.keep(channels)
 
     tally.resnet(channels, channels, time_width)
-    _transformer(tally, channels, config.depths[-1], tokens, config)
-    tally.resnet(channels, channels, time_width)
+    if config.mid_depth:
+        _transformer(tally, channels, config.mid_depth, tokens, config)
+        tally.resnet(channels, channels, time_width)
 
     for level in reversed(range(len(widths))):
         outputs = widths[level]
-        for _ in range(layers + 1):
+        for depth in config.up_depths[last - level]:
             tally.resnet(channels + tally.take(), outputs, time_width)
             channels = outputs
-            if config.up_block_types[last - level] == "CrossAttnUpBlock2D":
-                _transformer(tally, outputs, config.depths[level], tokens, config)
+            if depth:
+                _transformer(tally, outputs, depth, tokens, config)
         if level:
             tally.resize(*sizes[level - 1])
             tally.add_conv(channels, channels)

@@ -48,7 +48,8 @@ def build_networks(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 
     def encoder(config: TextConfig, state: dict[str, Tensor], tokenizer: Path | None) -> TextEncoder:
         model = _placed(lambda: build_text_model(config), state, device, dtype)
-        return TextEncoder(load_tokenizer(tokenizer, config), model, penultimate=second is not None)
+        words = load_tokenizer(tokenizer, config, checkpoint.words)
+        return TextEncoder(words, model, second is not None, checkpoint.skipped_layers)
 
     text: TextEncoder | TextEncoderPair
     text = first = encoder(checkpoint.text_config, checkpoint.text, checkpoint.tokenizer)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ledits_min.config import SD15_UNET, EditDefaults, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, check_number, check_whole, short
 from ledits_min.files.reader import Reader
+from ledits_min.files.scheduler import read_schedule, schedule_json
 
 Config = TypeVar("Config")  # one of those in _READERS
 
@@ -35,7 +36,8 @@ def _read_unet(mapping: Mapping[str, Any], source: str) -> UNetConfig:
     read = Reader(mapping, source, "UNet2DConditionModel", _UNET_DEFAULTS)
     widths = read.wholes("block_out_channels", SD15_UNET.block_out_channels)
     heads = read.wholes("attention_head_dim", 8, repeat=len(widths))
-    depths = read.wholes("transformer_layers_per_block", 1, repeat=len(widths))
+    depths = read.depths("transformer_layers_per_block", len(widths), 1)
+    upward = read.depths("reverse_transformer_layers_per_block", len(widths), ())
     config = UNetConfig(
         in_channels=read.whole("in_channels", 4),
         out_channels=read.whole("out_channels", 4),
@@ -50,10 +52,14 @@ def _read_unet(mapping: Mapping[str, Any], source: str) -> UNetConfig:
         use_linear_projection=read.flag("use_linear_projection", False),
         sample_size=read.whole("sample_size", 64),
         transformer_layers_per_block=() if set(depths) == {1} and len(depths) == len(widths) else depths,
+        reverse_transformer_layers_per_block=() if upward == depths[::-1] else upward,
+        mid_block_type=read.string("mid_block_type", "UNetMidBlock2DCrossAttn"),
         upcast_attention=read.flag("upcast_attention", False),
         addition_time_embed_dim=read.whole("addition_time_embed_dim", 0),
         projection_class_embeddings_input_dim=read.whole("projection_class_embeddings_input_dim", 0),
     )
+    if mapping.get("mid_block_type", "") is None:
+        raise InputError(f"{source}: mid_block_type null, a UNet without a middle (BK-SDM-Small), is not supported")
     kind, wanted = read.string("addition_embed_type", ""), "text_time" if config.addition_time_embed_dim else ""
     if kind != wanted:
         raise InputError(
@@ -66,15 +72,25 @@ def _read_unet(mapping: Mapping[str, Any], source: str) -> UNetConfig:
 
 def _check_unet(config: UNetConfig) -> None:
     levels = len(config.block_out_channels)
-    for name in ("down_block_types", "up_block_types", "num_attention_heads", "transformer_layers_per_block"):
+    depths = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+    for name in ("down_block_types", "up_block_types", "num_attention_heads", *depths):
         entries = len(getattr(config, name))
-        if entries != levels and not (name == "transformer_layers_per_block" and entries == 0):
+        if entries != levels and not (name in depths and entries == 0):
             raise InputError(
                 f"unet config: {name} has {entries} entries but block_out_channels has "
                 f"{levels}; both must have one entry per level"
             )
+    check_whole("unet config: layers_per_block", config.layers_per_block, 1, _MOST_LAYERS)
+    _check_depths(config)
+    blocks = sum(1 + depth for level in (*config.down_depths, *config.up_depths) for depth in level)
+    if blocks > _MOST_BLOCKS:
+        raise InputError(
+            f"unet config: {levels} levels of {config.layers_per_block} layers with their transformers are "
+            f"{blocks} blocks; at most {_MOST_BLOCKS} are believed (Stable Diffusion XL has 77)"
+        )
     _check_types("down_block_types", config.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
     _check_types("up_block_types", config.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
+    _check_types("mid_block_type", (config.mid_block_type,), ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"))
     no_added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
     _check_positive("unet", config, zero_allowed=no_added)
     if len({bool(getattr(config, name)) for name in no_added}) > 1 or config.addition_time_embed_dim % 2:
@@ -93,6 +109,29 @@ def _check_unet(config: UNetConfig) -> None:
                 f"unet config: width {width} must be a multiple of norm_num_groups {config.norm_num_groups} "
                 f"and of its {heads} attention heads"
             )
+
+
+def _check_depths(config: UNetConfig) -> None:
+    """Every transformer has at least one layer, and a list of a level's depths has one for each of its resnets."""
+    named = {
+        "transformer_layers_per_block": (config.transformer_layers_per_block, config.down_block_types, 0),
+        "reverse_transformer_layers_per_block": (config.reverse_transformer_layers_per_block, config.up_block_types, 1),
+    }
+    for name, (depths, kinds, more) in named.items():
+        for depth, kind in zip(depths, kinds, strict=bool(depths)):
+            numbers = depth if isinstance(depth, tuple) else (depth,)
+            for number in numbers:
+                check_whole(f"unet config: {name}", number, int(kind.startswith("CrossAttn")), _MOST_LAYERS)
+            if isinstance(depth, tuple) and len(depth) != config.layers_per_block + more:
+                raise InputError(
+                    f"unet config: {name} lists {len(depth)} depths for a level of {config.layers_per_block + more}"
+                )
+    lists = any(isinstance(depth, tuple) for depth in config.transformer_layers_per_block)
+    if lists and not config.reverse_transformer_layers_per_block:
+        raise InputError(
+            "unet config: transformer_layers_per_block lists depths layer by layer, so "
+            "reverse_transformer_layers_per_block is wanted too"
+        )
 
 
 def _read_vae(mapping: Mapping[str, Any], source: str) -> VAEConfig:
@@ -162,25 +201,6 @@ def _check_text(config: TextConfig) -> None:
     _check_types("hidden_act", (config.hidden_act,), ("quick_gelu", "gelu"))
 
 
-def _read_schedule(mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
-    """Read a diffusers `scheduler/scheduler_config.json`.
-
-    Only the keys that define the noise schedule count: which sampler the file names does not matter, because
-    LEDITS brings its own. Keys that would change the schedule in a way we do not implement are refused.
-    """
-    read = Reader(mapping, source, None, _SCHEDULE_DEFAULTS)
-    config = ScheduleConfig(
-        num_train_timesteps=read.whole("num_train_timesteps", 1000),
-        beta_start=read.number("beta_start", 0.00085),
-        beta_end=read.number("beta_end", 0.012),
-        beta_schedule=read.string("beta_schedule", "scaled_linear"),
-        steps_offset=read.whole("steps_offset", 1),
-        prediction_type=read.string("prediction_type", "epsilon"),
-    )
-    read.refuse_if_changed()
-    return config
-
-
 def _check_schedule(config: ScheduleConfig) -> None:
     _check_types("beta_schedule", (config.beta_schedule,), ("scaled_linear", "linear"))
     _check_types("prediction_type", (config.prediction_type,), ("epsilon", "v_prediction"))
@@ -227,7 +247,13 @@ def _unet_json(config: UNetConfig) -> dict[str, Any]:
     """The diffusers-style dictionary that `from_json` reads back."""
     values = _as_json(config)
     values["attention_head_dim"] = values.pop("num_attention_heads")
-    values["transformer_layers_per_block"] = list(config.depths)
+    if not config.transformer_layers_per_block:
+        values["transformer_layers_per_block"] = [1] * len(config.block_out_channels)
+    # As the files are that have no such choice, and the fingerprints of their models.
+    if not config.reverse_transformer_layers_per_block:
+        del values["reverse_transformer_layers_per_block"]
+    if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+        del values["mid_block_type"]
     values["addition_embed_type"] = "text_time" if config.addition_time_embed_dim else None
     for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
         values[name] = values[name] or None
@@ -251,12 +277,6 @@ def _text_json(config: TextConfig) -> dict[str, Any]:
     return {"architectures": [kind], "model_type": "clip_text_model", **values}
 
 
-def _schedule_json(config: ScheduleConfig) -> dict[str, Any]:
-    """The diffusers-style dictionary that `from_json` reads back."""
-    sampler = {"clip_sample": False, "set_alpha_to_one": False}
-    return {"_class_name": "DDIMScheduler", **_as_json(config), **sampler}
-
-
 def _as_json(config: Any) -> dict[str, Any]:
     """The fields of a config, tuples as lists."""
     return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
@@ -269,15 +289,15 @@ def _check_types(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> 
 
 
 _MOST_LAYERS = 256  # names and shapes are listed before a weight is looked at: a config must not promise millions
-_LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
+_MOST_BLOCKS = 4096  # nor by their product
+_LAYERS = ("layers_per_block", "num_hidden_layers")
 
 
 def _check_positive(part: str, config: Any, zero_allowed: tuple[str, ...] = ()) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in _LAYERS:
-            for layers in value if isinstance(value, tuple) else (value,):
-                check_whole(f"{part} config: {field.name}", layers, 1, _MOST_LAYERS)
+            check_whole(f"{part} config: {field.name}", value, 1, _MOST_LAYERS)
         least = 0 if field.name in zero_allowed else 1
         if (type(value) is int and not least <= value <= 2**20) or (type(value) is float and not value > 0.0):
             raise InputError(f"{part} config: {field.name} = {value} is out of range; a positive number is wanted")
@@ -296,7 +316,6 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
@@ -305,18 +324,17 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "attention_type": "default",
 }
 _VAE_DEFAULTS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-_SCHEDULE_DEFAULTS: dict[str, Any] = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 _READERS: dict[type, tuple[Callable[..., Any], Callable[..., None]]] = {
     UNetConfig: (_read_unet, _check_unet),
     VAEConfig: (_read_vae, _check_vae),
     TextConfig: (_read_text, _check_text),
-    ScheduleConfig: (_read_schedule, _check_schedule),
+    ScheduleConfig: (read_schedule, _check_schedule),
     EditDefaults: (_read_edit_defaults, _check_edit_defaults),
 }
 _WRITERS: dict[type, Callable[..., dict[str, Any]]] = {
     UNetConfig: _unet_json,
     VAEConfig: _vae_json,
     TextConfig: _text_json,
-    ScheduleConfig: _schedule_json,
+    ScheduleConfig: lambda config: schedule_json(config, _as_json(config)),
 }

@@ -27,6 +27,7 @@ from ledits_min.errors import InputError, quoted
 # The format allows 100 MB. The largest header of a published checkpoint is 45 times smaller than this, and a hostile
 # one takes up to 30 times its size in memory: 0.5 GB here, 3 GB there.
 MAX_HEADER_BYTES = 16_000_000
+FORMAT_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 512
 MAX_RANK = 16
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -147,6 +148,11 @@ def _header_length(start: bytes, size: int, source: str) -> int:
     if size < 8:
         raise InputError(
             f"{source} is cut short: {size} bytes, and even the header's length takes 8; download it again"
+        )
+    if MAX_HEADER_BYTES < length <= FORMAT_HEADER_BYTES and start[8:9] == b"{":
+        raise InputError(
+            f"{source} has a header of {length} bytes, of which at most {MAX_HEADER_BYTES} are read here; a picture or "
+            "a log among its metadata takes as much: save it again without them"
         )
     if length > MAX_HEADER_BYTES:
         raise InputError(

@@ -1,11 +1,30 @@
-"""Typed access to a parsed JSON object that lets nothing pass unnoticed."""
+"""Files of a bounded size, and typed access to a parsed JSON object that lets nothing pass unnoticed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from ledits_min.errors import InputError, short
+from ledits_min.errors import InputError, quoted, short
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; InputError for anything else, before it is read."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{quoted(path)} is not a regular file; take the folder whole")
+            if status.st_size > limit:
+                raise InputError(
+                    f"{quoted(path)} has {status.st_size} bytes, and such a file has at most {limit}; download it again"
+                )
+            return file.read(limit)
+    except OSError as error:
+        raise InputError(f"{quoted(path)} cannot be read: {error.strerror}; take the folder whole") from error
 
 
 class Reader:
@@ -67,6 +86,22 @@ class Reader:
         if not 1 <= len(items) <= 16 or not all(type(item) is int and 0 < item < 2**31 for item in items):
             raise self._wrong(key, value, "a short list of positive whole numbers")
         return tuple(items)
+
+    def depths(self, key: str, levels: int, default: int | tuple[()]) -> tuple[int | tuple[int, ...], ...]:
+        """One whole number for each level, or a list of one for each layer of it; one alone stands for all levels."""
+        value = self._get(key, default)
+        if value == ():
+            return ()
+        items = value if isinstance(value, list | tuple) else [value] * levels
+        lists = [item if isinstance(item, list | tuple) else [item] for item in items]
+        sound = all(1 <= len(one) <= 257 and all(type(n) is int and 0 <= n < 2**31 for n in one) for one in lists)
+        if not 1 <= len(items) <= 16 or not sound:
+            raise self._wrong(key, value, "a short list of whole numbers, or of lists of them,")
+        return tuple(one[0] if len(set(one)) == 1 else tuple(one) for one in lists)
+
+    def honour(self, *keys: Collection[str]) -> None:
+        """Keys that somebody else has judged."""
+        self.honoured.update(*keys)
 
     def refuse_if_changed(self) -> None:
         """Refuse a key of the defaults table that holds another value than the one we implement."""

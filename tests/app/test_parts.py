@@ -269,3 +269,17 @@ def test_a_hugging_face_id(place: Path, inspected: Inspect, monkeypatch: pytest.
     for name, model in (("a.png", "tiny"), ("b.png", "org/tiny"), ("c.png", f"org/tiny@{commit}")):
         assert main(["edit", "p.png", *FAST, *MODEL, "--model", model, "-o", name]) == 0
     assert pixels("a.png") == pixels("b.png") == pixels("c.png")
+
+
+def test_a_new_word_and_an_earlier_layer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--embedding and --clip-skip reach the model, change the picture, and are told; wrong ones are refused."""
+    save_file({"emb_params": torch.randn(2, 128)}, "w.safetensors")
+    argv = ["edit", "p.png", "--steps", "4", "--skip", "2", "--target", "a portrait of glimmer", *MODEL]
+    assert main([*argv, "--embedding", "w.safetensors:glimmer", "-o", "a.png"]) == 0
+    assert "is the word 'glimmer', 2 vectors" in capsys.readouterr().err
+    assert main([*argv, "--embedding", "w.safetensors:glimmer", "--clip-skip", "2", "-o", "b.png"]) == 0
+    assert "clip skip 2: the text is read from layer 2 of 3" in capsys.readouterr().err
+    assert pixels("a.png") != pixels("b.png")
+    assert "'glimmer'" in refused(capsys, *argv)
+    assert "1 .. 3" in refused(capsys, "edit", "p.png", *FAST, *MODEL, "--clip-skip", "4")
+    assert "w.safetensors" in refused(capsys, *argv, "--embedding", "w.safetensors", "-o", "w.safetensors")

@@ -125,7 +125,7 @@ def found(path: Path, shapes: dict[str, dict[str, tuple[int, ...]]], unet: Any) 
     """Layer as the file spells it -> "part.our layer"."""
     updates = survey_lora(path, 1.0, shapes, unet).updates
     return {
-        update.down.name.partition(".lora_")[0]: f"{part}.{name.removesuffix('.weight')}"
+        update.factors["down"].name.partition(".lora_")[0]: f"{part}.{name.removesuffix('.weight')}"
         for part, names in updates.items()
         for name, update in names.items()
     }

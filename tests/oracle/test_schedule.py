@@ -1,6 +1,8 @@
 """Our schedule and our reverse step against diffusers' DDIMScheduler."""
 
+import inspect
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -8,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ledits_min.config import ScheduleConfig
+from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
+from ledits_min.errors import InputError
 from ledits_min.files.configs import config_json, read_config
 from ledits_min.inversion import eps_from_v, noisy_latents, posterior_mean, predict_x0
 from ledits_min.schedule import make_schedule
@@ -51,6 +54,52 @@ def test_every_number_of_steps_of_stable_diffusion() -> None:
         ours = make_schedule(ScheduleConfig(), num_steps)
         assert ours.timesteps.tolist() == theirs.timesteps.tolist()
         assert ours.t_prev[:-1].tolist() == [t - 1000 // num_steps for t in theirs.timesteps.tolist()[:-1]]
+
+
+RESCALED = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+ALL = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name != "DPMSolverSDEScheduler")
+# DPMSolverSDE is a placeholder where torchsde is not installed. Those that step along betas, but belong to models of
+# other kinds: few steps, video, inpainting by repetition.
+OTHER_KINDS = {
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "LCMScheduler", "RePaintScheduler", "TCDScheduler"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_class_of_diffusers_has_a_verdict(name: str) -> None:
+    """Read, where it steps along betas; refused by its name where it does not."""
+    kind = getattr(diffusers, name)
+    if "beta_start" in inspect.signature(kind.__init__).parameters and name not in OTHER_KINDS:
+        written = json.loads(kind.from_config(config_json(RESCALED)).to_json_string())
+        rescales = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
+        found = read_config(ScheduleConfig, written, "scheduler_config.json")
+        assert found == replace(RESCALED, rescale_betas_zero_snr=rescales or "rescale_betas_zero_snr" in written)
+    else:
+        with pytest.raises(InputError, match=name):
+            read_config(ScheduleConfig, config_json(SD15_SCHEDULE) | {"_class_name": name}, "scheduler_config.json")
+
+
+def test_rescaled_betas() -> None:
+    """Zero terminal SNR: the table is diffusers', whose last entry is set to 2^-24 where ours stays 0."""
+    theirs = DDIMScheduler.from_config(config_json(RESCALED) | {"timestep_spacing": "leading"})
+    plain = make_schedule(ScheduleConfig(), 50).alphas_cumprod
+    for num_steps in STEPS:
+        theirs.set_timesteps(num_steps)
+        ours = make_schedule(RESCALED, num_steps)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        assert float((ours.alphas_cumprod.float() - theirs.alphas_cumprod).abs().max()) < 1e-6
+        wanted = theirs.alphas_cumprod[theirs.timesteps]
+        torch.testing.assert_close(ours.alpha_bar_t.float(), wanted, rtol=1e-2, atol=2e-7)
+    assert float(make_schedule(RESCALED, 50).alphas_cumprod[-1]) == 0.0
+    assert float((plain[981] - ours.alphas_cumprod[981]) / plain[981]) > 0.9
+
+
+def test_only_the_last_timestep_is_singular() -> None:
+    """Leading steps end before it, but for half of all timesteps, whose stride of two reaches it."""
+    for num_steps in range(1, 500):
+        assert int(make_schedule(RESCALED, num_steps).timesteps[0]) < 999
+    with pytest.raises(InputError, match="num_steps is 500, and its first step, t = 999, is pure noise"):
+        make_schedule(RESCALED, 500)
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ledits_min.errors import InputError
+from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.hub import is_hub_id
@@ -92,27 +97,138 @@ def test_what_is_not_there_is_one_command_away(cache: Path, pristine: Path, tmp_
         load_checkpoint("org/name@v2")
     command = command_in(caught)
     assert command[:5] == ["hf", "download", "org/name", "--revision", "v2"]
-    assert set(command[5::2]) == {"--include"}
-    patterns = command[6::2]
+    assert set(command[5:-2:2]) == {"--include"} and command[-2:] == ["--exclude", "*.non_ema*"]
     repository = tmp_path / "repository"
     shutil.copytree(pristine, repository)
-    for name in (
-        "unet/diffusion_pytorch_model.bin",
-        "v1-5.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-    ):
+    for name in ODD_FILES:
+        (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).write_bytes(b"much")
-    wanted = {path for pattern in patterns for path in repository.glob(pattern)}
-    assert wanted == set(pristine_files(repository))
-    for path in set(pristine_files(repository, everything=True)) - wanted:
-        path.unlink()
+    wanted = fetched(command, [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()])
+    assert wanted == {str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file()}
+    for name in ODD_FILES:
+        (repository / name).unlink()
     add(cache, repository, ref="v2")
     assert load_checkpoint("org/name@v2").fingerprint == load_checkpoint(pristine).fingerprint
 
 
-def pristine_files(folder: Path, everything: bool = False) -> list[Path]:
-    odd = (".bin", ".fp16.safetensors", "v1-5.safetensors")
-    return [path for path in folder.rglob("*") if path.is_file() and (everything or not path.name.endswith(odd))]
+ODD_FILES = (
+    "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors", "v1-5.safetensors",
+    "safety_checker/model.safetensors", "unet/model.onnx", "README.md",
+)  # fmt: skip
+
+
+def fetched(command: list[str], files: list[str]) -> set[str]:
+    """What `hf download` would fetch of a repository with these files, by the library's own rule."""
+    included, excluded = (
+        [value for option, value in pairwise(command) if option == name]
+        for name in ("--include", "--exclude")
+    )
+    return set(filter_repo_objects(files, allow_patterns=included, ignore_patterns=excluded))
+
+
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def listing(unet: list[str], others: list[str], texts: tuple[str, ...] = ("text_encoder",)) -> list[str]:
+    """Files of a repository: the UNet's, and the others' by their ending."""
+    stems = {"vae": "vae/diffusion_pytorch_model", **{text: f"{text}/model" for text in texts}}
+    tokenizers = [f"tokenizer{text.removeprefix('text_encoder')}" for text in texts]
+    return [
+        *("README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"),
+        *(f"{text}/config.json" for text in texts),
+        *(f"{folder}/{file}" for folder in tokenizers for file in TOKENIZER),
+        *(f"unet/diffusion_pytorch_model{end}" for end in unet),
+        *(f"{stem}{end}" for stem in stems.values() for end in others),
+    ]
+
+
+PAIR = ("text_encoder", "text_encoder_2")
+SHARDS = ["-00001-of-00002.safetensors", "-00002-of-00002.safetensors", ".safetensors.index.json"]
+HALF_SHARDS = [
+    *(".fp16-00001-of-00002.safetensors", ".fp16-00002-of-00002.safetensors", ".safetensors.index.fp16.json")
+]
+# Files as these repositories hold them, and shards as diffusers' save_pretrained writes them; which weights must come.
+REPOSITORIES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": listing(
+        [".bin", ".fp16.bin", ".fp16.safetensors", ".non_ema.bin", ".non_ema.safetensors", ".safetensors"],
+        [".bin", ".fp16.bin", ".fp16.safetensors", ".safetensors"],
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": listing(
+        [".fp16.safetensors", ".safetensors"], [".fp16.safetensors", ".safetensors"], PAIR
+    ),
+    "SDXL in float32, sharded": listing(SHARDS, [".safetensors"], PAIR),
+    "SDXL in float16 alone": listing([".fp16.safetensors"], [".fp16.safetensors"], PAIR),
+    "SDXL in float16 alone, sharded": listing(HALF_SHARDS, [".fp16.safetensors"], PAIR),
+}
+
+
+@pytest.mark.parametrize("repository", REPOSITORIES)
+def test_the_command_as_printed_makes_the_next_run_work(
+    cache: Path, checkpoints: ModuleType, tmp_path: Path, repository: str
+) -> None:
+    """A real small model in the files of the repository; what the command fetches of it is enough."""
+    files = REPOSITORIES[repository]
+    family = "SDXL" if "text_encoder_2/config.json" in files else "SD 1.x"
+    whole = tmp_path / "whole"
+    checkpoints.write_family_folder(whole, family)
+    vocab, merges = whole / "vocab.json", whole / "merges.txt"
+    vocab.write_text(json.dumps(clip_vocabulary()))
+    merges.write_text("\n".join(" ".join(pair) for pair in clip_merges()))
+    with pytest.raises(InputError) as caught:
+        load_checkpoint("org/name")
+    taken = fetched(command_in(caught), files)
+    assert not any(name.endswith((".bin", ".md")) or "non_ema" in name for name in taken)
+    here = tmp_path / "fetched"
+    for name in taken:
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.parent.name
+        if path.name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(whole / path.name, path)
+        elif path.name == "tokenizer_config.json":
+            path.write_text("{}")
+        elif path.name == "model_index.json" or "config" in path.name:
+            shutil.copyfile(whole / name, path)
+        elif ".index." in path.name:
+            shards = sorted(file for file in files if file.startswith("unet/") and "-of-" in file)
+            weights = safetensors.torch.load_file(next((whole / folder).glob("*.safetensors")))
+            halves = [dict(list(weights.items())[i::2]) for i in (0, 1)]
+            for shard, half in zip(shards, halves, strict=True):
+                safetensors.torch.save_file(half, here / shard)
+            table = {key: Path(shard).name for shard, half in zip(shards, halves, strict=True) for key in half}
+            path.write_text(json.dumps({"weight_map": table}))
+        elif "-of-" not in path.name:
+            shutil.copyfile(next((whole / folder).glob("*.safetensors")), path)
+    add(cache, here)
+    assert load_checkpoint("org/name").fingerprint == load_checkpoint(here).fingerprint
+
+
+def test_a_lora_may_be_an_id(cache: Path, pristine: Path, tmp_path: Path) -> None:
+    """The one file of a repository, or the one that is named; what is missing is one command away."""
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(2, 32, 1, 1), f"{layer}.lora_up.weight": torch.ones(32, 2, 1, 1)}
+    (tmp_path / "lora").mkdir()
+    safetensors.torch.save_file(tensors, tmp_path / "lora/pytorch_lora_weights.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(pristine, lora="org/lora")
+    assert fetched(command_in(caught), ["a.safetensors", "b.bin", "adapter_config.json"]) == {
+        "a.safetensors", "adapter_config.json"
+    }  # fmt: skip
+    snapshot = add(cache, tmp_path / "lora", "org/lora")
+    wanted = load_checkpoint(pristine, lora=(tmp_path / "lora/pytorch_lora_weights.safetensors", 0.5)).fingerprint
+    assert load_checkpoint(pristine, lora=("org/lora", 0.5)).fingerprint == wanted
+    named = "org/lora/pytorch_lora_weights.safetensors"
+    assert load_checkpoint(pristine, lora=(named, 0.5)).fingerprint == wanted
+    safetensors.torch.save_file(tensors, snapshot / "other.safetensors")
+    assert load_checkpoint(pristine, lora=("org/lora", 0.5)).fingerprint == wanted
+    (snapshot / "pytorch_lora_weights.safetensors").rename(snapshot / "a.safetensors")
+    with pytest.raises(InputError, match="holds several files .* write org/lora/a.safetensors"):
+        load_checkpoint(pristine, lora="org/lora")
+    with pytest.raises(InputError, match="run: hf download org/lora --include absent.safetensors"):
+        load_checkpoint(pristine, lora="org/lora/absent.safetensors")
+    for other in ("org/lora/../x.safetensors", "a/b/c", Path("org/lora")):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_checkpoint(pristine, lora=other)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -132,7 +248,7 @@ def test_half_a_download_is_told(cache: Path, pristine: Path, part: str, how: st
         InputError, match=f"without the {part.removesuffix('_encoder')} as .safetensors; run: hf"
     ) as caught:
         load_checkpoint("org/name")
-    assert f"{part}*/{weights.name}" in command_in(caught) or f"{part}/{weights.name}" in command_in(caught)
+    assert fetched(command_in(caught), [f"{part}/{weights.name}"])
 
 
 def test_parts_that_are_passed_need_not_be_cached(cache: Path, pristine: Path) -> None:

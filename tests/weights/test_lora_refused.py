@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,38 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "infinity": (at(f"{KEY}.lora_down.weight", torch.full((3, 32, 1, 1), torch.inf)), "holds NaN or infinity"),
     "alpha NaN": (at(f"{KEY}.alpha", torch.tensor(torch.nan)), "alpha' holds NaN or infinity"),
     "too strong": (at(f"{KEY}.alpha", torch.tensor(3e38)), "exceeds what torch.float32 can hold"),
-    "DoRA": (plus(f"{KEY}.dora_scale"), "is a DoRA"),
-    "DoRA of peft": (plus("unet.conv_in.lora_magnitude_vector"), "is a DoRA"),
-    "LoHa": (plus("lora_unet_conv_in.hada_w1_a"), "is a LoHa"),
-    "LoKr": (plus("lora_unet_conv_in.lokr_w1"), "is a LoKr"),
+    "DoRA of another size": (at(f"{KEY}.dora_scale", torch.ones(7, 1)), "its magnitude is [7, 1]"),
+    "DoRA alone": (plus("unet.conv_in.lora_magnitude_vector"), "has only magnitude; down and up are needed"),
+    "DoRA twice": (
+        lambda lora: lora | {f"{KEY}.dora_scale": torch.ones(32, 1), f"{KEY}.lora_magnitude_vector": torch.ones(32)},
+        "has two magnitudes",
+    ),
+    "DoRA of NaN": (at(f"{KEY}.dora_scale", torch.full((32, 1, 1, 1), torch.nan)), "dora_scale' holds NaN"),
+    "LoHa by halves": (plus("lora_unet_conv_in.hada_w1_a"), "has only hada_w1_a; hada_w1_a, hada_w1_b"),
+    "LoHa of two shapes": (
+        lambda _: {
+            f"{KEY}.hada_{name}": torch.ones(*shape)
+            for name, shape in (("w1_a", (32, 2)), ("w1_b", (2, 32)), ("w2_a", (32, 3)), ("w2_b", (3, 31)))
+        },
+        "which does not make the [32, 32, 1, 1]",
+    ),
+    "LoKr by halves": (plus("lora_unet_conv_in.lokr_w1"), "has only lokr_w1; lokr_w1 and lokr_w2"),
+    "LoKr of another size": (
+        lambda _: {f"{KEY}.lokr_w1": torch.ones(4, 4), f"{KEY}.lokr_w2": torch.ones(8, 9)},
+        "which does not make the [32, 32, 1, 1]",
+    ),
+    "LoKr of two ranks": (
+        lambda _: {
+            f"{KEY}.lokr_{name}": torch.ones(*shape)
+            for name, shape in (("w1_a", (4, 2)), ("w1_b", (2, 4)), ("w2_a", (8, 3)), ("w2_b", (3, 8)))
+        },
+        "which does not make the [32, 32, 1, 1]",
+    ),
+    "LoRA and LoHa at once": (plus(f"{KEY}.hada_w1_a"), "are needed, so the file is damaged"),
+    "two adapters": (
+        plus("unet.conv_in.lora_A.style.weight", "unet.conv_in.lora_B.face.weight"),
+        "holds several adapters ('face' and 'style')",
+    ),
     "OFT": (plus("lora_unet_conv_in.oft_blocks"), "is an OFT"),
     "BOFT": (plus("lora_unet_conv_in.boft_blocks"), "is an OFT"),
     "IA3": (plus("lora_unet_conv_in.on_input"), "is an IA3"),
@@ -94,9 +123,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "whole differences": (plus("lora_unet_conv_in.diff"), "whole differences"),
     "norms": (plus("lora_unet_conv_norm_out.w_norm"), "whole differences"),
     "biases": (plus("unet.conv_in.lora_B.bias"), "changes biases"),
-    "new words": (plus("bundle_emb.word.string_to_param"), "brings new words"),
+    "words of no known kind": (plus("bundle_emb.word.clip_x"), "is no embedding that is known here"),
+    "a word too wide": (plus("bundle_emb.word.emb_params"), "the word 'word' is 3 wide, the text encoder of"),
+    "a word alone": (only("emb_params", 1, 24), "is a textual inversion, a new word; pass it as --embedding"),
     "Flux": (only("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 2, 3), "is a LoRA for Flux"),
     "SD 3": (only("lora_unet_joint_blocks_0_x.lora_down.weight", 2, 3), "is a LoRA for SD 3"),
+    "a transformer as ComfyUI has it": (
+        only("diffusion_model.blocks.0.self_attn.q.lora_A.weight", 2, 3), "is a LoRA for a transformer model"
+    ),
+    "Flux as ComfyUI has it": (only("diffusion_model.double_blocks.0.x.lora_A.weight", 2, 3), "is a LoRA for Flux"),
     "a transformer": (only("transformer.blocks.0.attn.to_q.lora_A.weight", 2, 3), "is a LoRA for a transformer model"),
     "SDXL": (
         only("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", 2, 2048),
@@ -138,12 +173,25 @@ def test_a_change_that_half_precision_cannot_hold(pristine: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "settings", ['{"lora_alpha": "much"}', '{"use_dora": true}', '{"lora_bias": true}', "[1]", "{", "NaN"]
+    "settings",
+    [
+        *("[1]", "{", "NaN", '{"lora_alpha": "much"}', '{"lora_alpha": 1e9}', '{"lora_bias": true}'),
+        '{"unet.use_dora": true}',
+        *('{"unet.alpha_pattern": [1], "unet.r": 3}', '{"alpha_pattern": {"x": "y"}}', '{"alpha_pattern": {"x": NaN}}'),
+        *('{"peft_type": "LOHA"}', '{"use_qalora": true}', '{"kasa_config": {"a": 1}}'),
+        *(f'{{"init_lora_weights": {how}}}' for how in ('"pissa"', '"pissa_niter_16"', '"olora"', '"loftq"', "3")),
+        # Expressions that could run for years, or that nobody writes.
+        *(
+            json.dumps({"alpha_pattern": {pattern: 1}})
+            for pattern in ("(a+)+$", "(a|a)*x", ".*.*.*", "(a|b)(a|b)", "(", "a{9}", "(?i)x", r"\p", "x" * 2000 + "+")
+        ),
+        json.dumps({"alpha_pattern": {f"x[{i}]": 1 for i in range(99)}}),
+    ],
 )
 def test_peft_settings_that_are_none(pristine: Path, tmp_path: Path, sound: State, settings: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file(sound, path, {"lora_adapter_metadata": settings})
-    with pytest.raises(InputError, match="lora_adapter_metadata"):
+    with pytest.raises(InputError, match="lora_adapter_metadata|use_dora"):
         load_checkpoint(pristine, lora=[path])
 
 
@@ -153,7 +201,7 @@ def test_scales_out_of_range(pristine: Path, scale: float) -> None:
         load_checkpoint(pristine, lora=[("x.safetensors", scale)])
 
 
-@pytest.mark.parametrize("lora", [[3], [None], [("a", "b")], ["a", 0.5], [["a", 0.5]]])
+@pytest.mark.parametrize("lora", [3, [3], [None], [("a", "b")], ["a", 0.5], [["a", 0.5]]])
 def test_what_is_no_path(pristine: Path, lora: Any) -> None:
     with pytest.raises(InputError):
         load_checkpoint(pristine, lora=lora)

@@ -184,6 +184,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[ModuleType, Path], Any], str]] = {
         "schedule of a turbo model: distilled to a few steps",
     ),
     "LCM": (rewrite_config("scheduler/scheduler_config.json", _class_name="LCMScheduler"), "distilled to a few steps"),
+    "flow matching": (
+        rewrite_config("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+        "'FlowMatchEulerDiscreteScheduler' is no schedule over betas",
+    ),
     "SD 3 folder": (lambda c, f: (f / "transformer").mkdir(), "SD 3"),
     "index without map": (
         both(remove(UNET_FILE), write(f"{UNET_FILE}.index.json", {"a": 1})),
@@ -306,9 +310,19 @@ def test_prediction_type_of_a_single_file(checkpoints: ModuleType, tmp_path: Pat
     state = checkpoints.ldm_state(checkpoints.random_states(), checkpoints.REDUCED_UNET, checkpoints.REDUCED_VAE)
     checkpoints.save(path, state | {"v_pred": torch.zeros(0)})
     assert schedule().prediction_type == "v_prediction"
-    checkpoints.save(path, state | {"ztsnr": torch.zeros(0)})
-    with pytest.raises(InputError, match="zero terminal SNR"):
-        schedule()
+    assert not schedule().rescale_betas_zero_snr
+    for markers in ("ztsnr",), ("v_pred", "ztsnr"):
+        checkpoints.save(path, state | {marker: torch.zeros(0) for marker in markers})
+        assert schedule() == replace(SD15_SCHEDULE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+def test_a_folder_says_what_it_does_not_take_from_the_scheduler(folder: Path) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text()) | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.schedule_config.rescale_betas_zero_snr
+    assert sum("timestep_spacing = 'trailing' concern another sampler" in note for note in checkpoint.notes) == 1
 
 
 def test_no_scheduler_config_means_stable_diffusion_1(folder: Path) -> None:

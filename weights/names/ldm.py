@@ -44,7 +44,7 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 
 def unet_table(config: UNetConfig) -> dict[str, str]:
     """LDM name (without `model.diffusion_model.`) -> our name, for every tensor of the UNet."""
-    return _table(unet_shapes(config), dict(_unet_blocks(config)), _UNET_RESNET)
+    return _table(unet_shapes(config), dict(unet_blocks(config)), _UNET_RESNET)
 
 
 def vae_table(config: VAEConfig) -> dict[str, str]:
@@ -52,7 +52,7 @@ def vae_table(config: VAEConfig) -> dict[str, str]:
     return _table(vae_shapes(config), dict(_vae_blocks(config)), _VAE_RESNET)
 
 
-def _unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
+def unet_blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
     """(our block, LDM block) along the UNet's walk: each resnet, transformer and resampling in turn."""
     yield "conv_in", "input_blocks.0.0"
     yield "time_embedding.linear_1", "time_embed.0"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from ledits_min.config import TextConfig
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_NAME = re.compile(r"(?P<block>.*\.attentions\.\d+)\.(?P<layer>query|key|value|proj_attn)\.(?P<rest>\w+)")
@@ -27,6 +30,8 @@ _BUFFERS = frozenset(
         ),
     ]
 )
+_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.(?P<number>\d{1,4})\.")
+_TENSORS_PER_LAYER = 16
 _PICTURE_HALF = ("vision_model.", "visual_projection.", "visual.")
 
 
@@ -59,6 +64,20 @@ def is_picture_half(name: str) -> bool:
     return name.startswith(_PICTURE_HALF)
 
 
-def is_unread_by_text(name: str, projects: bool) -> bool:
+def is_unread_by_text(name: str, config: TextConfig) -> bool:
     """What a text encoder may bring and nobody reads: CLIP's temperature, its projection where none is wanted."""
-    return name == "logit_scale" or (name.startswith("text_projection") and not projects)
+    return name == "logit_scale" or (name.startswith("text_projection") and not config.projection_dim)
+
+
+def layers_behind(names: Iterable[str], config: TextConfig) -> set[str]:
+    """Tensors of whole layers behind the last one that the config counts, which is how a folder says "clip skip"."""
+    layers: dict[int, set[str]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            layers.setdefault(int(match["number"]), set()).add(name)
+    count = config.num_hidden_layers
+    found: set[str] = set()
+    while len(layers.get(count, ())) == _TENSORS_PER_LAYER:
+        found |= layers[count]
+        count += 1
+    return found

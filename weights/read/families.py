@@ -56,11 +56,16 @@ def parts_of(unet: UNetConfig) -> tuple[str, ...]:
 
 
 def family_of(unet: UNetConfig) -> Family | None:
-    """The published family whose weights such a UNet has; None for another size."""
+    """The published family whose weights such a UNet has, perhaps with fewer transformer layers; None for others."""
     for family in FAMILIES:
         published = family.configs["unet"]
         if isinstance(published, UNetConfig) and published == replace(
-            unet, sample_size=published.sample_size, upcast_attention=published.upcast_attention
+            unet,
+            sample_size=published.sample_size,
+            upcast_attention=published.upcast_attention,
+            transformer_layers_per_block=published.transformer_layers_per_block,
+            reverse_transformer_layers_per_block=(),
+            mid_block_type=published.mid_block_type,
         ):
             return family
     return None

@@ -7,8 +7,8 @@ refused by name with the way out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +108,53 @@ def our_names(layout: Layout, part: str, config: Config, source: str) -> dict[st
     return result
 
 
+_TRANSFORMER_LAYER = re.compile(r"(?P<block>.+)\.transformer_blocks\.(?P<layer>\d{1,3})\.")
+
+
+def pruned(config: UNetConfig, layout: Layout) -> UNetConfig:
+    """The same UNet with as many transformer layers as the names of a file tell: SDXL's relatives have fewer.
+
+    SSD-1B and Vega [2401.02677] differ from SDXL in nothing else; the middle may have lost its transformer, too. Where
+    the names tell nothing sensible, the config stays as it is, and is what they are then held against.
+    """
+    names, blocks = layout.parts["unet"], dict(ldm.unet_blocks(config))
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := _TRANSFORMER_LAYER.match(name):
+            counts[match["block"]] = max(counts.get(match["block"], 0), int(match["layer"]) + 1)
+
+    def spelled(block: str) -> str:
+        return blocks[block] if layout.dialects["unet"] == "LDM" else block
+
+    def counted(side: str, published: Sequence[Sequence[int]]) -> tuple[int | tuple[int, ...], ...]:
+        depths = [
+            tuple(counts.get(spelled(f"{side}.{level}.attentions.{layer}"), 0) for layer in range(len(layers)))
+            if any(layers)
+            else (1,)
+            for level, layers in enumerate(published)
+        ]
+        return tuple(one[0] if len(set(one)) == 1 else one for one in depths)
+
+    down, up = counted("down_blocks", config.down_depths), counted("up_blocks", config.up_depths)
+    plain = down == (1,) * len(down)
+    found = replace(
+        config,
+        transformer_layers_per_block=() if plain else down,
+        reverse_transformer_layers_per_block=() if up == down[::-1] else up,
+        mid_block_type=config.mid_block_type if counts.get(spelled("mid_block.attentions.0")) else "UNetMidBlock2D",
+    )
+    told = [depth for level in (*found.down_depths, *found.up_depths) for depth in level]
+    were = [depth for level in (*config.down_depths, *config.up_depths) for depth in level]
+    sound = all(0 < depth <= most for depth, most in zip(told, were, strict=True) if most)
+    return found if sound and found.down_depths != config.down_depths else config
+
+
 def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, str, Stored]]:
     """(name in the file, our name, tensor), without what a text encoder brings and nobody reads."""
     tensors = layout.parts[part]
     if isinstance(config, TextConfig):
-        read = {name: tensor for name, tensor in tensors.items() if not _is_unread(name, config)}
+        behind = legacy.layers_behind(tensors, config)
+        read = {name: t for name, t in tensors.items() if name not in behind and not _is_unread(name, config)}
         if any(openclip.is_openclip(name) for name in tensors):
             for name, tensor in read.items():
                 for ours, info, rows, transposed in openclip.pieces(name, tensor.info):
@@ -129,7 +171,7 @@ def _renamed(layout: Layout, part: str, config: Config) -> Iterator[tuple[str, s
 
 
 def _is_unread(name: str, config: TextConfig) -> bool:
-    return openclip.is_unused(name, config) or legacy.is_unread_by_text(name, bool(config.projection_dim))
+    return openclip.is_unused(name, config) or legacy.is_unread_by_text(name, config)
 
 
 def old_attention_names(layout: Layout) -> bool:
@@ -180,8 +222,8 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"^control_model\.|^controlnet_|^input_hint_block\.", "ControlNet",
          "it only steers another checkpoint: pass that one"),
         (r"^ip_adapter\.|^image_proj\.", "IP-Adapter", "it only steers another checkpoint: pass that one"),
-        (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion",
-         "it is a word, not a model: pass a checkpoint"),
+        (r"^string_to_param|^emb_params$|^clip_[lg]$|^<.+>$", "textual inversion",
+         "it is a word, not a model: pass a checkpoint as --model, and this file as --embedding (embedding=)"),
         (r"^residuals$", "saved inversion", "pass it where the picture goes, and a checkpoint here"),
         (r"time_stack|time_mixer|motion_modules|temporal_transformer", "video model", SUPPORTED),
         (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "Flux", f"not supported; {SUPPORTED}"),

@@ -14,29 +14,27 @@ from typing import Any
 
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import PICKLE_ADVICE, PICKLE_SUFFIXES, read_header
+from ledits_min.files.reader import read_bounded
 from ledits_min.weights.read.family import Stored, stored
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "text_2": "model"}
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}
 VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
-MAX_JSON_BYTES = 16_000_000
+# JSON takes up to twenty times its size in memory. A published tokenizer.json of CLIP has 3.6 MB.
+MAX_JSON_BYTES = 8_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError for anything else."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{quoted(path)} cannot be read: {error.strerror}; take the folder whole") from error
+    raw = read_bounded(path, MAX_JSON_BYTES)
     if raw.startswith(b"version https://git-lfs"):
         raise InputError(f"{quoted(path)} is a git-lfs pointer; run `git lfs pull` in its repository")
     try:
-        parsed = json.loads(raw.decode("utf-8")) if len(raw) <= MAX_JSON_BYTES else None
+        parsed = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{quoted(path)} is not JSON ({quoted(error, 80)}); download it again") from error
     if not isinstance(parsed, dict):
-        raise InputError(f"{quoted(path)} does not hold a JSON object of sensible size; download it again")
+        raise InputError(f"{quoted(path)} does not hold a JSON object; download it again")
     return parsed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -17,8 +17,12 @@ from ledits_min.errors import InputError, quoted
 from ledits_min.weights.read.folder import FOLDERS, STEMS
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@(?P<revision>\w[\w./-]{0,127}))?", re.ASCII)
+_FILE = re.compile(rf"(?P<model>{_ID.pattern})/(?P<file>(?:[\w. -]+/)*[\w. -]+\.safetensors)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{4,64}")
-_ALWAYS = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*")
+_ALWAYS = ("*.json", "tokenizer*/*")  # in these patterns * is any text, / too
+# What a repository calls its one file, where nobody says which is meant.
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+EMBEDDING_FILES = ("learned_embeds.safetensors",)
 
 
 def is_hub_id(model: str | Path) -> bool:
@@ -29,27 +33,61 @@ def is_hub_id(model: str | Path) -> bool:
 def cached_model(model: str, supplied: Collection[str] = ()) -> Path:
     """The snapshot folder of org/name[@revision], with weights for every part that is not `supplied` from elsewhere.
 
-    Raises InputError with the command that fetches exactly the files that are read.
+    Raises InputError with the command that fetches what is read.
     """
     parts = [part for part in ("unet", "vae", "text") if part not in supplied]
     # A family may have a second text encoder, in text_encoder_2/.
     folders = {**FOLDERS, "text": f"{FOLDERS['text']}*"}
-    wanted = [*_ALWAYS, *(f"{folders[part]}/{STEMS[part]}.safetensors" for part in parts)]
+    wanted = [*_ALWAYS, *(_weights(f"{folders[part]}/", part) for part in parts)]
     snapshot = _snapshot(model, wanted)
     if "text_2" not in supplied and (snapshot / FOLDERS["text_2"]).is_dir():
         parts.append("text_2")  # SDXL's; the patterns above fetch it with the first one
     if absent := [part for part in parts if not _has_weights(snapshot / FOLDERS[part])]:
+        single = ""
+        if not (snapshot / "model_index.json").is_file():
+            single = "if the repository is one file, `hf download` it by name and pass the path that is printed; else "
         raise InputError(
-            f"{quoted(model)} is in the Hugging Face cache without the {' and '.join(absent)} as .safetensors; run: "
-            f"{_command(model, wanted)}"
+            f"{quoted(model)} is in the Hugging Face cache without the {' and '.join(absent)} as .safetensors; "
+            f"{single}run: {_command(model, wanted)}"
         )
     return snapshot
 
 
+def cached_file(source: str, names: Sequence[str]) -> Path | None:
+    """The one file that org/name[@revision] or org/name[@revision]/FILE.safetensors means; None if it is no id.
+
+    Without FILE it is one of `names`, or the only .safetensors at the top. InputError with the command to run if not.
+    """
+    match = _FILE.fullmatch(source)
+    model = match["model"] if match else source
+    if not is_hub_id(model) or ".." in source:
+        return None
+    if match:
+        snapshot = _snapshot(model, [match["file"]])
+        if (path := snapshot / match["file"]).is_file():
+            return path
+        raise InputError(f"{quoted(source)} is not in the Hugging Face cache; run: {_command(model, [match['file']])}")
+    wanted = ("*.safetensors", "adapter_config.json")
+    snapshot = _snapshot(model, wanted)
+    files = sorted(path for path in snapshot.iterdir() if path.suffix == ".safetensors" and path.is_file())
+    chosen = [path for path in files if path.name in names] or files
+    if len(chosen) == 1:
+        return chosen[0]
+    if files:
+        shown = ", ".join(path.name for path in files[:4])
+        raise InputError(f"{quoted(source)} holds several files ({shown}, ...); write {model}/{files[0].name}")
+    raise InputError(f"{quoted(source)} is in the cache without a .safetensors file; run: {_command(model, wanted)}")
+
+
 def cached_part(model: str, part: str) -> Path:
     """The snapshot folder of org/name[@revision] to take one part from: its files are at the top or in a folder."""
-    files = "config.json", f"{STEMS[part]}.safetensors"
-    return _snapshot(model, [*files, *(f"{FOLDERS[part]}/{file}" for file in files)])
+    folder = f"{FOLDERS[part]}/"
+    return _snapshot(model, ["*.json", _weights("", part), _weights(folder, part)])
+
+
+def _weights(folder: str, part: str) -> str:
+    """The pattern of a part's weights: which precisions a repository has, and in how many shards, only it knows."""
+    return f"{folder}{STEMS[part]}*.safetensors"
 
 
 def _snapshot(model: str, wanted: Iterable[str]) -> Path:
@@ -68,7 +106,8 @@ def _snapshot(model: str, wanted: Iterable[str]) -> Path:
 def _command(model: str, wanted: Iterable[str]) -> str:
     name, revision = _split(model)
     at = [] if revision is None else ["--revision", revision]
-    return shlex.join(["hf", "download", name, *at, *(word for pattern in wanted for word in ("--include", pattern))])
+    included = [word for pattern in wanted for word in ("--include", pattern)]
+    return shlex.join(["hf", "download", name, *at, *included, "--exclude", "*.non_ema*"])
 
 
 def _split(model: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from typing import Any
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import read_config
-from ledits_min.weights.read.family import SUPPORTED, Layout
+from ledits_min.weights.read.family import Layout
 
 _DISTILLED = "distilled to a few steps, it has no noise levels between them; pass the checkpoint it was distilled from"
 PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -35,18 +35,21 @@ def prediction_type_named(value: str) -> str:
     return PREDICTION_TYPES[value]
 
 
-def schedule_of_file(layout: Layout, metadata: Mapping[str, str], source: str) -> tuple[ScheduleConfig | None, str]:
-    """(schedule, why) if marker tensors or metadata of a single file say how it was trained, else (None, "").
+def schedule_of_file(layout: Layout, metadata: Mapping[str, str]) -> tuple[ScheduleConfig | None, list[str]]:
+    """(schedule, why) if marker tensors or metadata of a single file say how it was trained, else (None, doubts).
 
-    InputError for kinds of training that are not supported: zero terminal SNR, distillation to a few steps.
+    The markers are v_pred and ztsnr: zero terminal SNR, under which only v can be learnt [2305.08891, section 3.2].
     """
     title = f"{metadata.get('modelspec.architecture', '')} {metadata.get('modelspec.title', '')}".lower()
-    if distilled := next((word for word in re.split(r"[^a-z]+", title) if word in ("turbo", "lightning", "lcm")), None):
-        raise InputError(f"{source} is a {distilled} model by its metadata: {_DISTILLED}")
-    if "ztsnr" in layout.markers:
-        raise InputError(f"{source} was trained with zero terminal SNR, not supported; {SUPPORTED}")
+    notes = []
+    if word := next((word for word in re.split(r"[^a-z]+", title) if word in ("turbo", "lightning", "lcm")), None):
+        notes.append(f"its metadata says {word!r}: if it is {_DISTILLED}")
+    schedule = SD15_SCHEDULE
     declared = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
-    if "v_pred" in layout.markers:
+    if "ztsnr" in layout.markers:
+        schedule = replace(schedule, rescale_betas_zero_snr=True)
+        kind, why = "v_prediction", "the file holds the marker tensor ztsnr, so the betas are rescaled"
+    elif "v_pred" in layout.markers:
         kind, why = "v_prediction", "the file holds the marker tensor v_pred"
     elif declared is not None:
         kind, why = declared, "the file's metadata says so (modelspec.prediction_type)"
@@ -55,8 +58,8 @@ def schedule_of_file(layout: Layout, metadata: Mapping[str, str], source: str) -
     elif "-v2-512" in title:
         kind, why = "epsilon", "the file's metadata says so (modelspec.architecture)"
     else:
-        return None, ""
-    return replace(SD15_SCHEDULE, prediction_type=kind), f"{kind}: {why}"
+        return None, notes
+    return replace(schedule, prediction_type=kind), [f"{kind}: {why}", *notes]
 
 
 def schedule_of_folder(mapping: Mapping[str, Any], source: str) -> ScheduleConfig:

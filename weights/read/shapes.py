@@ -16,13 +16,15 @@ from ledits_min.weights.read.families import FAMILIES, Config, family_of
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 
+_MANY = 16  # missing tensors: no accident, but whole layers
+
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
 
 def unet_shapes(config: UNetConfig) -> Shapes:
     """Every tensor of `UNet(config)`: 686 for Stable Diffusion 1.x and 2.x, 1680 for XL."""
-    widths, layers, depths = config.block_out_channels, config.layers_per_block, config.depths
+    widths = config.block_out_channels
     time_width = 4 * widths[0]
     shapes = _conv("conv_in", config.in_channels, widths[0])
     shapes |= _linear("time_embedding.linear_1", widths[0], time_width)
@@ -34,25 +36,26 @@ def unet_shapes(config: UNetConfig) -> Shapes:
     skips = [widths[0]]
     channels = widths[0]
     for level, width in enumerate(widths):
-        for layer in range(layers):
+        for layer, depth in enumerate(config.down_depths[level]):
             shapes |= _resnet(f"down_blocks.{level}.resnets.{layer}", channels, width, time_width)
-            if config.down_block_types[level] == "CrossAttnDownBlock2D":
-                shapes |= _transformer(f"down_blocks.{level}.attentions.{layer}", width, depths[level], config)
+            if depth:
+                shapes |= _transformer(f"down_blocks.{level}.attentions.{layer}", width, depth, config)
             skips.append(width)
             channels = width
         if level < len(widths) - 1:
             shapes |= _conv(f"down_blocks.{level}.downsamplers.0.conv", width, width)
             skips.append(width)
 
-    for layer in range(2):
-        shapes |= _resnet(f"mid_block.resnets.{layer}", channels, channels, time_width)
-    shapes |= _transformer("mid_block.attentions.0", channels, depths[-1], config)
+    shapes |= _resnet("mid_block.resnets.0", channels, channels, time_width)
+    if config.mid_depth:
+        shapes |= _transformer("mid_block.attentions.0", channels, config.mid_depth, config)
+        shapes |= _resnet("mid_block.resnets.1", channels, channels, time_width)
 
     for level, width in enumerate(reversed(widths)):
-        for layer in range(layers + 1):
+        for layer, depth in enumerate(config.up_depths[level]):
             shapes |= _resnet(f"up_blocks.{level}.resnets.{layer}", channels + skips.pop(), width, time_width)
-            if config.up_block_types[level] == "CrossAttnUpBlock2D":
-                shapes |= _transformer(f"up_blocks.{level}.attentions.{layer}", width, depths[-1 - level], config)
+            if depth:
+                shapes |= _transformer(f"up_blocks.{level}.attentions.{layer}", width, depth, config)
             channels = width
         if level < len(widths) - 1:
             shapes |= _conv(f"up_blocks.{level}.upsamplers.0.conv", width, width)
@@ -142,9 +145,11 @@ def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, sourc
         if items
     ]
     if faults:
+        advice = "use an unmodified checkpoint with its own configs"
+        if part == "unet" and len(missing) > _MANY:
+            advice = "if it was pruned or distilled (like small-sd), pass its diffusers folder, whose config says how"
         raise InputError(
-            f"{source}: the {part} tensors do not fit {_described(config)}: {'; '.join(faults)}; "
-            "use an unmodified checkpoint with its own configs"
+            f"{source}: the {part} tensors do not fit {_described(config)}: {'; '.join(faults)}; {advice}"
         )
 
 

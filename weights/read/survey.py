@@ -12,16 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError, check_whole, quoted
 from ledits_min.files.configs import read_config
 from ledits_min.files.header import Header, read_header
+from ledits_min.files.scheduler import unused_settings
+from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words, embedding_pairs, survey_embedding
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.ema import choose_weights
 from ledits_min.weights.read.families import FAMILIES, SD20, SD21, Config, family_of
-from ledits_min.weights.read.family import PARTS, SUPPORTED, Layout, Stored, configs_of, identify, our_names, stored
+from ledits_min.weights.read.family import (
+    PARTS,
+    SUPPORTED,
+    Layout,
+    Stored,
+    configs_of,
+    identify,
+    our_names,
+    pruned,
+    stored,
+)
 from ledits_min.weights.read.fit import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
-from ledits_min.weights.read.hub import cached_model, cached_part, is_hub_id
+from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
 from ledits_min.weights.read.prediction import (
     TELLING_TENSOR,
     UNDECIDED,
@@ -55,6 +67,8 @@ class Survey:
     defaults: dict[str, Any] = field(default_factory=dict)
     own_vae: VAEConfig | None = None
     loras: list[Lora] = field(default_factory=list)
+    words: list[Embedding] = field(default_factory=list)
+    skipped_layers: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,12 +81,15 @@ def survey_whole(
     prediction_type: str | None = None,
     lora: LoraSource | Sequence[LoraSource] = (),
     ema: bool = False,
+    embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
+    clip_skip: int | None = None,
 ) -> Survey:
     """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError.
 
     `vae` and `text_encoder` (a file, a folder or a cached Hugging Face id) replace or supply a part, `tokenizer` is a
-    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths or (path, scale) pairs,
-    `ema` takes the averaged UNet weights of an LDM file that has both.
+    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths, cached ids or
+    (path, scale) pairs, `ema` takes the averaged UNet weights of an LDM file that has both, `embedding` holds textual
+    inversions, each as a path, a cached id or a (path, word) pair, `clip_skip` counts layers from the last, which is 1.
     """
     supplied = supplied_parts(vae, text_encoder)
     survey = survey_checkpoint(model, supplied, ema)
@@ -84,6 +101,9 @@ def survey_whole(
         settle(survey, prediction_type_named(prediction_type))
     check_complete(survey)
     take_loras(survey, lora)
+    take_words(survey, embedding)
+    if clip_skip is not None:
+        skip_layers(survey, clip_skip)
     return survey
 
 
@@ -128,13 +148,17 @@ def survey_file(
     layout, survey.notes = layout_of(path, header, ema)
     for part in PARTS:
         if part in layout.parts and part not in supplied:
-            _add_part(survey, part, layout, (configs or configs_of(layout))[part], quoted(path))
+            config = (configs or configs_of(layout))[part]
+            if isinstance(config, UNetConfig):
+                config = pruned(config, layout)
+            _add_part(survey, part, layout, config, quoted(path))
     _note_layout(survey, layout)
-    schedule, why = schedule_of_file(layout, header.metadata, survey.source)
+    schedule, notes = schedule_of_file(layout, header.metadata)
+    survey.notes.extend(notes)
     if schedule is None:
         _leave_undecided(survey)
     else:
-        survey.notes.append(why)
+        survey.schedule = schedule
         settle(survey, schedule.prediction_type)
     return survey
 
@@ -160,7 +184,9 @@ def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False)
         survey.own_vae = read_config(VAEConfig, read_json(own), quoted(own))
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        survey.schedule = schedule_of_folder(read_json(scheduler), quoted(scheduler))
+        mapping = read_json(scheduler)
+        survey.schedule = schedule_of_folder(mapping, quoted(scheduler))
+        survey.notes.extend(unused_settings(mapping))
     else:
         survey.notes.append("no scheduler config: the noise schedule of Stable Diffusion is used")
         _leave_undecided(survey)
@@ -240,6 +266,12 @@ def _located(source: str | Path, part: str) -> Path:
     return cached_part(str(source), part) if not _exists(path) and is_hub_id(source) else path
 
 
+def _located_file(source: str | Path, names: Sequence[str]) -> Path:
+    """A file by its path, else the file of one of these names in the Hugging Face cache."""
+    path = Path(source)
+    return path if _exists(path) or not isinstance(source, str) else cached_file(source, names) or path
+
+
 def _published(survey: Survey, layout: Layout) -> Mapping[str, Config]:
     """What a part from a file must look like: as the checkpoint's family has it, else as the file's own has."""
     unet = survey.configs.get("unet")
@@ -252,9 +284,37 @@ def take_loras(survey: Survey, lora: LoraSource | Sequence[LoraSource]) -> None:
     shapes = {part: expected_shapes(config) for part, config in survey.configs.items()}
     changed = {part: names for part, names in shapes.items() if part != "vae"}
     unet, _, _ = typed_configs(survey)
-    for path, scale in lora_pairs(lora):
-        survey.loras.append(survey_lora(path, scale, changed, unet))
+    for source, scale in lora_pairs(lora):
+        survey.loras.append(survey_lora(_located_file(source, LORA_FILES), scale, changed, unet))
         survey.notes.append(str(survey.loras[-1]))
+
+
+def take_words(survey: Survey, embedding: EmbeddingSource | Sequence[EmbeddingSource]) -> None:
+    """The new words of textual inversions, and of the LoRAs that bring some."""
+    for source, word in embedding_pairs(embedding):
+        survey.words.append(survey_embedding(_located_file(source, EMBEDDING_FILES), word))
+    survey.words.extend(word for lora in survey.loras for word in lora.words)
+    check_words(survey.words, survey.configs, survey.source)
+    survey.notes.extend(map(str, survey.words))
+
+
+def skip_layers(survey: Survey, clip_skip: int) -> None:
+    """Read the text from an earlier layer, counted from the last one, which is 1; SDXL reads the second by itself.
+
+    In SD 1.x and 2.x the final norm stands behind the layer that is read, so those behind it need not be there.
+    """
+    text = survey.configs["text"]
+    assert isinstance(text, TextConfig)
+    own = 2 if "text_2" in survey.configs else 1
+    layers = min(c.num_hidden_layers for c in survey.configs.values() if isinstance(c, TextConfig))
+    check_whole("clip skip", clip_skip, own, layers)
+    if own == 2:
+        survey.skipped_layers = clip_skip - own
+    elif skipped := clip_skip - own:
+        survey.configs["text"] = shorter = replace(text, num_hidden_layers=layers - skipped)
+        wanted = expected_shapes(shorter)
+        survey.parts["text"] = {name: tensor for name, tensor in survey.parts["text"].items() if name in wanted}
+    survey.notes.append(f"clip skip {clip_skip}: the text is read from layer {layers + 1 - clip_skip} of {layers}")
 
 
 def _take_folder(survey: Survey, part: str, folder: Path) -> None:
@@ -286,6 +346,10 @@ def _add_part(survey: Survey, part: str, layout: Layout, config: Config, source:
     tensors = our_names(layout, part, config, source)
     check_part(part, {name: tensor.info for name, tensor in tensors.items()}, config, source)
     survey.parts[part], survey.configs[part], survey.layouts[part] = tensors, config, layout
+    if isinstance(config, UNetConfig) and (config.reverse_transformer_layers_per_block or not config.mid_depth):
+        down, up = (" ".join("+".join(map(str, d)) for d in side) for side in (config.down_depths, config.up_depths))
+        middle = config.mid_depth
+        survey.notes.append(f"unet: pruned, its transformers have {down} layers down, {middle} in the middle, {up} up")
     if unread := len(layout.parts[part]) - len({tensor.name for tensor in tensors.values()}):
         survey.notes.append(
             f"{part}: {_tensors(unread)} that are never read (a last layer, a projection, a temperature)"

@@ -17,6 +17,7 @@ from ledits_min.app.values import (
     Parse,
     parse_concept,
     parse_device,
+    parse_embedding,
     parse_list,
     parse_lora,
     parse_number,
@@ -311,6 +312,10 @@ def add_part_options(group: Any) -> None:
     group.add_argument("--tokenizer", type=parse_path, metavar="D", help="use the tokenizer in this folder")
     group.add_argument("--lora", action="append", type=parse_lora, metavar="FILE[:SCALE]",
                        help="merge a LoRA into the model (default scale: 1); can be given many times")  # fmt: skip
+    group.add_argument("--embedding", action="append", type=parse_embedding, metavar="FILE[:WORD]",
+                       help="a textual inversion, and its word (default: its own); can be repeated")  # fmt: skip
+    group.add_argument("--clip-skip", type=parse_whole, metavar="N",
+                       help="the text encoder's layer to read, counted from the last, which is 1")  # fmt: skip
     group.add_argument("--ema", action="store_true", help="take the averaged (EMA) weights of a file that holds both")
     group.add_argument("--prediction-type", choices=("eps", "v"), help="what the UNet predicts, if a file is wrong")
 
