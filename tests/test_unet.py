@@ -1,12 +1,14 @@
 """The UNet's own promises; tests/oracle/test_unet.py compares its numbers with diffusers."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ledits_min.config import SD15_UNET, UNetConfig
+from ledits_min.engine.fast_networks import accelerate
 from ledits_min.sega import percentile_mask
 from ledits_min.unet import UNet
 
@@ -66,11 +68,12 @@ def test_rows_about_one_input_share_what_comes_before_the_text(
     down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends)
     config = replace(CONFIG, down_block_types=down, use_linear_projection=size != (16, 16))
     unet = UNet(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    accelerate(unet)
     x_t, t, context = inputs(3, *size)
     t = t[rows]  # rows about one input are about one t
     sizes: dict[str, list[int]] = {"conv_in": [], "attn1": [], "attn2": []}
     for name, module in unet.named_modules():
-        if (kind := name.rpartition(".")[2]) in sizes:
+        if (kind := name.removesuffix(".to_q").rpartition(".")[2]) in sizes and not list(module.children()):
             seen = sizes[kind]
             module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
     given = max(rows) + 1
@@ -130,11 +133,52 @@ def test_every_weight_is_used() -> None:
     assert [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()] == []
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_is_called_once_as_a_module(linear: bool, dtype: torch.dtype) -> None:
+    """So that hooks, adapters and quantised layers act on it."""
+    torch.manual_seed(0)
+    unet = UNet(replace(CONFIG, use_linear_projection=linear)).to(dtype).eval().requires_grad_(False)
+    called: Counter[str] = Counter()
+    for name, module in unet.named_modules():
+        if list(module.parameters(recurse=False)):
+            called[name] = 0
+            module.register_forward_hook(lambda module, args, output, name=name: called.update([name]))
+    unet(*inputs(2))
+    assert len(called) > 100 and {name: count for name, count in called.items() if count != 1} == {}
+
+
+def test_an_adapter_on_its_layers_acts_and_can_be_trained(unet: UNet) -> None:
+    peft = pytest.importorskip("peft")
+    asked = inputs(2)
+    before = unet(*asked)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0", "ff.net.2"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, unet)
+    adapted = unet(*asked)
+    assert (adapted - before).norm() > 1e-2 * before.norm()
+    adapted.square().sum().backward()
+    adapters = {name: weight for name, weight in unet.named_parameters() if "lora_" in name}
+    blocks = sum("attn1" in name for name in adapters) // 4
+    assert len(adapters) == blocks * (2 * 2 + 2 * 2 + 2) and blocks == 7
+    assert [name for name, weight in adapters.items() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_linear_layers_can_be_quantised(unet: UNet) -> None:
+    asked = inputs(2)
+    before = unet(*asked)
+    quantised = torch.ao.quantization.quantize_dynamic(unet, {nn.Linear})  # type: ignore[no-untyped-call]
+    assert not any(type(module) is nn.Linear for module in quantised.modules())
+    after = quantised(*asked)
+    assert 0 < (after - before).norm() < 0.05 * before.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_compile_sees_one_graph(unet: UNet, dtype: torch.dtype) -> None:
     """As the engine calls it, without a break; the graph is run as it was traced, for a compiler takes minutes."""
-    unet.to(dtype)
+    accelerate(unet.to(dtype))
     compiled = torch.compile(unet.forward, backend="eager", dynamic=False, fullgraph=True)
     x_t, t, context = inputs(2, 64, 32)
     asked = x_t, unet.embed(t), unet.project(context)

@@ -1,10 +1,11 @@
 """The VAE's own promises; tests/oracle/test_vae.py compares its numbers with diffusers."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ledits_min.config import SD15_VAE, VAEConfig
 from ledits_min.vae import VAE
@@ -81,3 +82,41 @@ def test_every_weight_is_used(attention: bool) -> None:
     mean, logvar = vae.moments(picture())
     (vae.decode(mean).square().sum() + logvar.sum()).backward()
     assert [name for name, weight in vae.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_is_called_once_as_a_module(dtype: torch.dtype) -> None:
+    """So that hooks, adapters and quantised layers act on it; once in a round trip of a picture."""
+    vae = make().to(dtype)
+    called: Counter[str] = Counter()
+    for name, module in vae.named_modules():
+        if list(module.parameters(recurse=False)):
+            called[name] = 0
+            module.register_forward_hook(lambda module, args, output, name=name: called.update([name]))
+    vae.decode(vae.encode(picture()))
+    assert len(called) > 60 and {name: count for name, count in called.items() if count != 1} == {}
+
+
+def test_an_adapter_on_its_layers_acts_and_can_be_trained() -> None:
+    peft = pytest.importorskip("peft")
+    vae = make()
+    before = vae.decode(vae.encode(picture()))
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, vae)
+    adapted = vae.decode(vae.encode(picture()))
+    assert (adapted - before).norm() > 1e-3 * before.norm()
+    adapted.square().sum().backward()
+    adapters = {name: weight for name, weight in vae.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * 2 * 2
+    assert [name for name, weight in adapters.items() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_linear_layers_can_be_quantised() -> None:
+    vae = make()
+    before = vae.decode(vae.encode(picture()))
+    quantised = torch.ao.quantization.quantize_dynamic(vae, {nn.Linear})  # type: ignore[no-untyped-call]
+    assert not any(type(module) is nn.Linear for module in quantised.modules())
+    after = quantised.decode(quantised.encode(picture()))
+    assert 0 < (after - before).norm() < 0.05 * before.norm()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from ledits_min import Concept, InputError, Inversion, LEdits, Progress, PromptToPrompt, Stopped
 from ledits_min import edit as plain
-from ledits_min.config import SD15_UNET, ScheduleConfig
+from ledits_min.config import SD15_SCHEDULE, SD15_UNET
 from ledits_min.engine.denoiser import Denoiser, plain_eps_model
+from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.errors import RunError
+from ledits_min.guidance import EditSettings
 from ledits_min.inversion import draw_noise, eps_from_v
 from ledits_min.schedule import make_schedule
 from ledits_min.text import Context
@@ -37,6 +40,13 @@ def load(dtype: str = "float32") -> LEdits:
     return LEdits.from_pretrained("tiny", device="cpu", dtype=dtype)
 
 
+def plain_unet(ledits: LEdits) -> UNet:
+    """Its UNet as unet.py writes it, nothing of it accelerated, with the same weights."""
+    unet = UNet(ledits.unet.config)
+    unet.load_state_dict(ledits.unet.state_dict(), strict=True, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def ledits() -> LEdits:
     return load()
@@ -55,20 +65,17 @@ def test_equal_to_the_plain_loops(dtype: str) -> None:
     quick = {**QUICK, "num_steps": 6} if dtype == "float16" else QUICK  # which CPUs are slow in
     inversion = ledits.invert(SAMPLE, source="a portrait", **quick)
     settings = inversion.settings
-    schedule = make_schedule(settings.schedule, settings.num_steps)
     contexts = {text: ledits.text.encode([text]) for text in ("", "a portrait", "sunglasses", "smile")}
     noise = draw_noise(settings.seeds, len(inversion.residuals), tuple(inversion.latents.shape[1:]))
-    eps_model = plain_eps_model(ledits.unet, schedule, ledits.schedule.prediction_type)
-    x_t, residuals = plain.invert(
-        eps_model, contexts, inversion.latents, noise, schedule, 3, 1.0, "a portrait", settings.source_guidance_scale
-    )
+    unet = plain_unet(ledits)
+    eps_model = plain_eps_model(unet, settings.make_schedule(), ledits.schedule.prediction_type)
+    x_t, residuals = plain.invert(eps_model, contexts, inversion.latents, noise, settings)
     assert torch.equal(x_t, inversion.x_T)
     assert (residuals - inversion.residuals).abs().max() < BOUNDS[dtype]
 
-    terms = [concept.resolve(ledits.defaults) for concept in CONCEPTS]
-    expected = plain.edit(
-        eps_model, contexts, inversion.x_T, inversion.residuals, schedule, 3, 1.0, "a portrait", 3.0, "", terms
-    )
+    terms = tuple(concept.resolve(ledits.defaults) for concept in CONCEPTS)
+    wanted = EditSettings("a portrait", 3.0, concepts=terms)
+    expected = plain.edit(eps_model, contexts, inversion.x_T, inversion.residuals, settings, wanted)
     found = ledits.edit(inversion, concepts=CONCEPTS, **EDIT)
     off = (found.latents - expected).norm() / expected.norm()
     print(f"{dtype}: edited latents differ by {float(off):.1e} relative to the plain loop")
@@ -183,16 +190,17 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
         projection_class_embeddings_input_dim=10 if rows else 0,
     )
     unet = UNet(config).eval()
-    schedule = make_schedule(ScheduleConfig(), 9)
+    fast = cast(FastUNet, accelerate(copy.deepcopy(unet)))
+    schedule = make_schedule(SD15_SCHEDULE, 9, 2)
     contexts = [Context(torch.randn(1, 5, 12), torch.randn(rows, 10) if rows else None) for _ in range(3)]
-    network = Denoiser(unet, contexts, schedule, 2, prediction_type)
+    network = Denoiser(fast, contexts, schedule, prediction_type, compiled=False)
     steps, texts, images = torch.tensor([0, 3, 3, 6]), torch.tensor([2, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
     x_t = torch.randn(max(inputs) + 1, 4, 6, 7)
     call = x_t, torch.tensor(inputs), steps, texts, images
     found = network(*call)
     x_t = x_t[inputs]
     for i in range(4):
-        context, t = contexts[texts[i]], schedule.timesteps[2:][steps[i]].view(1)
+        context, t = contexts[texts[i]], schedule.timesteps[steps[i]].view(1)
         added = None if context.added is None else context.added[int(images[i]) % rows][None]
         wanted = unet(x_t[i : i + 1], t, context.tokens, added)
         if prediction_type == "v_prediction":
@@ -202,12 +210,12 @@ def test_what_is_computed_once_is_what_the_unet_computes(prediction_type: str, r
     # A compiled network is compiled for every shape: it is given each row's own input.
     seen: list[int] = []
 
-    def compiled(x_t: Tensor, *more: Any, **rows: Any) -> Tensor:
+    def compiled(x_t: Tensor, *more: Any, **named: Any) -> Tensor:
         seen.append(len(x_t))
-        return UNet.forward(unet, x_t, *more, **rows)
+        return FastUNet.forward(fast, x_t, *more, **named)
 
-    unet._compiled_call_impl = compiled
-    again = Denoiser(unet, contexts, schedule, 2, prediction_type)(*call)
+    fast._compiled_call_impl = compiled
+    again = Denoiser(fast, contexts, schedule, prediction_type, compiled=True)(*call)
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
     assert seen == [4]
 
@@ -232,10 +240,10 @@ class TestOutOfMemory:
     ) -> None:
         expected = ledits.edit(inversion, concepts=CONCEPTS, **EDIT).latents
         limit(monkeypatch, ledits.unet, inversion.latents.numel(), error)
-        with pytest.warns(UserWarning, match="inverting: out of memory with 14 evaluations a call"):
+        with pytest.warns(UserWarning, match="inverting: out of memory with 14 evaluations per call"):
             again = ledits.invert(SAMPLE, source="a portrait", **QUICK)
         assert (again.residuals - inversion.residuals).abs().max() < BOUNDS["float32"]
-        with pytest.warns(UserWarning, match="editing: out of memory with 2 evaluations a call; going on with 1"):
+        with pytest.warns(UserWarning, match="editing: out of memory with 2 evaluations per call; going on with 1"):
             found = ledits.edit(inversion, concepts=CONCEPTS, **EDIT).latents
         assert (found - expected).norm() / expected.norm() < BOUNDS["float32"]
         assert ledits.runner.evaluations["inverting"] == 2 * 7
@@ -275,15 +283,19 @@ class TestOutOfMemory:
         assert "\n" not in str(caught.value)
 
 
+def overflow_in_half_precision(ledits: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = ledits.unet.forward
+
+    def overflowing(*inputs: Any, **rows: Tensor | None) -> Tensor:
+        return forward(*inputs, **rows) * (1.0 if ledits.dtype == torch.float32 else torch.inf)
+
+    monkeypatch.setattr(ledits.unet, "forward", overflowing)
+
+
 def test_values_that_half_precision_cannot_hold_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     half = load("bfloat16")
     inversion = half.invert(SAMPLE, **QUICK)
-    forward = half.unet.forward
-
-    def overflowing(*inputs: Any, **rows: Tensor | None) -> Tensor:
-        return forward(*inputs, **rows) * (1.0 if half.dtype == torch.float32 else torch.inf)
-
-    monkeypatch.setattr(half.unet, "forward", overflowing)
+    overflow_in_half_precision(half, monkeypatch)
     with pytest.warns(
         UserWarning, match="inverting: the prediction for '' .* step 0 .* in bfloat16; once more in float32"
     ):
@@ -294,6 +306,58 @@ def test_values_that_half_precision_cannot_hold_are_computed_in_float32(monkeypa
     assert found.latents.isfinite().all()
     executed = make_schedule(inversion.settings.schedule, 10).timesteps[3:]
     assert [entry["t"] for entry in found.trace] == executed.tolist()
+    assert half.dtype == torch.bfloat16
+
+
+# --- Prompt-to-Prompt -----------------------------------------------------------------------------------------------
+
+LENT: dict[str, Any] = {"target": "long hair", "guidance_scale": 3.0, "attention": PromptToPrompt(), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pair(ledits: LEdits) -> Inversion:
+    return ledits.invert(SAMPLES[:2], source="short hair", **QUICK)
+
+
+def test_prompt_to_prompt_is_the_plain_engines(ledits: LEdits, pair: Inversion) -> None:
+    """Two pictures, a concept and a negative prompt."""
+    plainly = LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine="plain")
+    more = {"negative": "hat", "concepts": CONCEPTS[:1]}
+    found, expected = ledits.edit(pair, **LENT, **more), plainly.edit(pair, **LENT, **more)
+    assert (found.latents - expected.latents).norm() / expected.latents.norm() < BOUNDS["float32"]
+    for one, other in zip(found.masks, expected.masks, strict=True):
+        assert (one - other).abs().mean() < 0.02
+    alone = ledits.edit(pair, **{**LENT, "attention": None}, **more)
+    assert (found.latents - alone.latents).norm() / alone.latents.norm() > 100 * BOUNDS["float32"]
+
+
+def test_what_prompt_to_prompt_evaluates_is_told(ledits: LEdits, pair: Inversion) -> None:
+    told: list[Progress] = []
+    ledits.edit(pair, **LENT, callback=told.append)
+    assert [(p.phase, p.done, p.total) for p in told] == [("editing", i, 7) for i in range(1, 8)]
+    # The empty prompt and the target at every step; the source's own two in the first int(0.6 (7 + 1)).
+    assert ledits.runner.evaluations["editing"] == 2 * (7 * 2 + 4 * 2)
+
+
+def test_prompt_to_prompt_goes_on_with_fewer_at_a_time(
+    ledits: LEdits, pair: Inversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ledits.edit(pair, **LENT).latents
+    limit(monkeypatch, ledits.unet, pair.latents.numel(), OUT_OF_MEMORY[0])  # of a pair
+    with pytest.warns(UserWarning, match="editing: out of memory with 8 evaluations per call; going on with 4"):
+        found = ledits.edit(pair, **LENT).latents
+    assert (found - expected).norm() / expected.norm() < BOUNDS["float32"]
+
+
+def test_prompt_to_prompt_is_repeated_in_float32(pair: Inversion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then equal to what float32 gives: the source's row begins again, too."""
+    half = load("bfloat16")
+    single = load("bfloat16").to("cpu", "float32")
+    overflow_in_half_precision(half, monkeypatch)
+    with pytest.warns(UserWarning, match="editing: .* for 'short hair' .* step 0 .*; once more in float32"):
+        found = half.edit(pair, **LENT).latents
+    expected = single.edit(pair, **LENT).latents
+    assert (found - expected).norm() / expected.norm() < 0.05  # the texts were encoded in half precision
     assert half.dtype == torch.bfloat16
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ledits_min.config import EditDefaults, ScheduleConfig, UNetConfig
 from ledits_min.edit import EpsModel, edit, invert
 from ledits_min.files.configs import config_json
-from ledits_min.inversion import eps_from_v
-from ledits_min.schedule import Schedule, make_schedule
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, eps_from_v
+from ledits_min.schedule import Schedule
 from ledits_min.sega import Concept
 from ledits_min.unet import UNet
 
@@ -77,6 +78,9 @@ CASES = {
     "all cooled down, momentum goes on": replace(
         EVERYTHING, concepts=tuple(replace(concept, cooldown_steps=4) for concept in CONCEPTS)
     ),
+    "one concept without strength warms up late": replace(
+        EVERYTHING, concepts=(*CONCEPTS[:2], Concept("smile", guidance_scale=0.0, warmup_steps=8))
+    ),
     "one concept is never warm": replace(
         EVERYTHING, concepts=(*CONCEPTS[1:], Concept("hat", guidance_scale=4.0, warmup_steps=99))
     ),
@@ -90,36 +94,18 @@ def contexts() -> dict[str, Tensor]:
 
 def ours(case: Case, unet: UNet, x_0: Tensor, noise: Tensor) -> Tensor:
     """ledits_min in float32."""
-    config = ScheduleConfig(prediction_type=case.prediction_type)
-    schedule = make_schedule(config, case.num_steps)
-    model = eps_model(unet, schedule, case.prediction_type)
+    inversion = InversionSettings(
+        schedule=ScheduleConfig(prediction_type=case.prediction_type), num_steps=case.num_steps, skip=case.skip,
+        eta=case.eta, source=case.source, source_guidance_scale=case.source_guidance_scale,
+    )  # fmt: skip
+    settings = EditSettings(
+        case.target, case.guidance_scale, case.negative,
+        tuple(concept.resolve(EditDefaults()) for concept in case.concepts), case.momentum_scale, case.momentum_beta,
+    )  # fmt: skip
+    model = eps_model(unet, inversion.make_schedule(), case.prediction_type)
     table = contexts()
-    x_t, residuals = invert(
-        model,
-        table,
-        x_0,
-        noise,
-        schedule,
-        case.skip,
-        case.eta,
-        source=case.source,
-        source_guidance_scale=case.source_guidance_scale,
-    )
-    return edit(
-        model,
-        table,
-        x_t,
-        residuals,
-        schedule,
-        case.skip,
-        case.eta,
-        target=case.target,
-        guidance_scale=case.guidance_scale,
-        negative=case.negative,
-        terms=[concept.resolve(EditDefaults()) for concept in case.concepts],
-        momentum_scale=case.momentum_scale,
-        momentum_beta=case.momentum_beta,
-    )
+    x_T, residuals = invert(model, table, x_0, noise, inversion)
+    return edit(model, table, x_T, residuals, inversion, settings)
 
 
 def eps_model(unet: UNet, schedule: Schedule, prediction_type: str) -> EpsModel:

@@ -12,11 +12,12 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ledits_min.config import ScheduleConfig, UNetConfig
-from ledits_min.edit import invert
+from ledits_min.config import UNetConfig
+from ledits_min.edit import edit, invert
 from ledits_min.files.configs import config_json
-from ledits_min.p2p import AttentionControl, PromptToPrompt, SourceRow, edit
-from ledits_min.schedule import make_schedule
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
+from ledits_min.p2p import AttentionControl, PromptToPrompt, lend_maps
 from ledits_min.unet import UNet
 
 Fill = Callable[[nn.Module, int], nn.Module]
@@ -75,6 +76,7 @@ CASES = {
     ),
     "cross-attention alone, eta 0.5": Case(SWAP.source, SWAP.target, SWAP.lenders, self=0.0, eta=0.5),
     "self-attention alone": Case(SWAP.source, SWAP.target, SWAP.lenders, cross=0.0, self=0.5),
+    "24 steps, of which the counts are rounded": Case(SWAP.source, SWAP.target, SWAP.lenders, num_steps=24, cross=0.6),
     "to the end": Case(SWAP.source, SWAP.target, SWAP.lenders, cross=1.0, self=1.0),
 }
 
@@ -113,7 +115,7 @@ class Reference:
     def __init__(self, case: Case, unet: UNet2DConditionModel, table: dict[str, Tensor]) -> None:
         self.case, self.unet = case, unet
         self.table = {text: context.double() for text, context in table.items()}
-        self.cross_steps, self.self_steps = int(case.cross * case.num_steps), int(case.self * case.num_steps)
+        self.cross_steps, self.self_steps = int(case.cross * (case.num_steps + 1)), int(case.self * case.num_steps)
         self.step, self.batch = 0, 2
         unet.set_attn_processor(Processor(self))
         self.scheduler = DDIMScheduler(
@@ -153,18 +155,22 @@ class Reference:
 
 
 def ours(case: Case, unet: UNet, table: dict[str, Tensor], x_0: Tensor, noise: Tensor) -> Tensor:
-    schedule = make_schedule(ScheduleConfig(), case.num_steps)
+    def eps_model(
+        x_t: Tensor, t: Tensor, context: Tensor | list[Tensor], attention: AttentionControl | None = None
+    ) -> Tensor:
+        several = context if isinstance(context, list) else [context]
+        told = torch.cat(several).repeat_interleave(len(x_t) // len(several), dim=0)
+        return unet(x_t, t, told, attention=attention)  # type: ignore[no-any-return]
 
-    def eps_model(x_t: Tensor, t: Tensor, context: Tensor, attention: AttentionControl | None = None) -> Tensor:
-        return unet(x_t, t, context.expand(len(x_t), -1, -1), attention=attention)  # type: ignore[no-any-return]
-
-    x_t, residuals = invert(eps_model, table, x_0, noise, schedule, case.skip, case.eta, "source", SOURCE_SCALE)
-    control = PromptToPrompt(case.cross, case.self).control(case.source, case.target, TOKENS, case.num_steps, x_t)
-    both = torch.cat([table["source"], table["target"]]).repeat_interleave(2, dim=0)
-    return edit(
-        eps_model, table, x_t, residuals, schedule, case.skip, case.eta, "target", TARGET_SCALE, "", (), 0.0, 0.6,
-        lambda step: None, row=SourceRow("source", SOURCE_SCALE, table[""], both, control),
-    )  # fmt: skip
+    inversion = InversionSettings(
+        num_steps=case.num_steps, skip=case.skip, eta=case.eta, source="source", source_guidance_scale=SOURCE_SCALE
+    )
+    settings = EditSettings("target", TARGET_SCALE)
+    x_T, residuals = invert(eps_model, table, x_0, noise, inversion)
+    attention = PromptToPrompt(case.cross, case.self)
+    lending = attention.lending(case.source, case.target, TOKENS, case.num_steps, x_T)
+    hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
+    return edit(eps_model, table, x_T, residuals, inversion, settings, predict=hook)
 
 
 @pytest.mark.parametrize("name", CASES)

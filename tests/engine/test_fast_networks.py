@@ -1,0 +1,379 @@
+"""Every fast block is its plain block: in every precision, under autograd, and with whatever is put on its layers."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ledits_min import unet, vae
+from ledits_min.config import SD15_UNET, SD15_VAE
+from ledits_min.engine import cpu, ops, torch_private
+from ledits_min.engine.fast_networks import _FAST, FastAttention, FastConditioning, FastUNet, accelerate
+from ledits_min.p2p import AttentionControl, token_mapper
+from ledits_min.unet import BlockShape, Conditioning
+
+SD1 = replace(
+    SD15_UNET, block_out_channels=(16, 32, 32), norm_num_groups=8, layers_per_block=1, num_attention_heads=(2, 4, 2),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12,
+)  # fmt: skip
+SD2 = replace(SD1, use_linear_projection=True, upcast_attention=True)
+SDXL = replace(
+    SD1, use_linear_projection=True, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 1),
+    addition_time_embed_dim=4, projection_class_embeddings_input_dim=10,
+)  # fmt: skip
+UNETS = {"SD 1": SD1, "SD 2": SD2, "SDXL": SDXL}
+CODER = replace(SD15_VAE, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
+WIDE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of a whole network, relative to float32; most of it in every layer
+TEXT = 7  # tokens
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+Call = Callable[[Any, tuple[Tensor, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block, the shapes of what it is given, and how it is called with that; the fast one the same way."""
+
+    make: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    call: Call = lambda block, inputs: block(*inputs)
+
+    def block(self) -> nn.Module:
+        torch.manual_seed(4)
+        block = self.make()
+        for weight in block.parameters():
+            if weight.dim() == 1:  # of norms, too, which are ones and zeros at first
+                weight.data.add_(0.3 * torch.randn_like(weight))
+        return block.eval().requires_grad_(False)
+
+    def inputs(self, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(5)
+        drawn = (torch.randn(shape, generator=generator) for shape in self.shapes)
+        return tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in drawn)
+
+
+def conditioning(block: nn.Module, time: Tensor, context: Tensor) -> Conditioning:
+    return (FastConditioning if type(block) in _FAST.values() else Conditioning)(time, context)
+
+
+def whole(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    x_t, context, *added = inputs
+    return block(x_t, torch.tensor([981, 3]), context, *added)
+
+
+def with_time(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    hidden, time, context = inputs
+    return block(hidden, conditioning(block, time, context))
+
+
+def with_skips(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    hidden, time, context, *skips = inputs
+    return block(hidden, conditioning(block, time, context), list(skips))
+
+
+def attend_and_add(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    residual, tokens, context = inputs
+    if isinstance(block, FastAttention):
+        return block.add_to(residual, tokens, block.project(context), ops.attention)
+    return residual + block(tokens, context, nn.functional.scaled_dot_product_attention)
+
+
+def transformer(config: Any) -> unet.Transformer:
+    return unet.Transformer(BlockShape(32, 4, 2, False), config)
+
+
+WHOLE = ((2, 4, 7, 9), (2, TEXT, 12))
+MAPS = ((2, 32, 5, 7), (2, 64), (2, TEXT, 12))
+UP = ((2, 32, 3, 4), (2, 64), (2, TEXT, 12), (2, 16, 5, 8), (2, 16, 3, 4), (2, 32, 3, 4))
+CASES = {
+    **{name: Case(lambda c=c: unet.UNet(c), WHOLE + ((2, 10),) * (c is SDXL), whole) for name, c in UNETS.items()},
+    "up block": Case(lambda: unet.UpBlock([64, 48], BlockShape(32, 4, 1, True), SD1), UP, with_skips),
+    "up block without attention": Case(lambda: unet.UpBlock([64, 48], BlockShape(32, 4, 0, True), SD1), UP, with_skips),
+    "resnet block": Case(lambda: unet.ResnetBlock(32, 32, SD1), MAPS, with_time),
+    "resnet block that widens": Case(lambda: unet.ResnetBlock(32, 48, SD1), MAPS, with_time),
+    "transformer": Case(lambda: transformer(SD1), MAPS, with_time),
+    "transformer, linear, upcast": Case(lambda: transformer(SD2), MAPS, with_time),
+    "transformer block": Case(lambda: unet.TransformerBlock(32, 4, SD1), ((2, 35, 32), *MAPS[1:]), with_time),
+    "transformer block, upcast": Case(lambda: unet.TransformerBlock(32, 4, SD2), ((2, 35, 32), *MAPS[1:]), with_time),
+    "self-attention": Case(lambda: unet.Attention(32, 32, 4), ((2, 35, 32),) * 3, attend_and_add),
+    "cross-attention, upcast": Case(
+        lambda: unet.Attention(32, 12, 4, upcast=True), ((2, 35, 32), (2, 35, 32), (2, TEXT, 12)), attend_and_add
+    ),
+    "upsampling to twice": Case(lambda: unet.Upsample(32), ((2, 32, 3, 5),), lambda b, i: b(*i, torch.Size((6, 10)))),
+    "upsampling to an odd size": Case(lambda: unet.Upsample(32), ((2, 32, 3, 5),), lambda b, i: b(*i, (5, 9))),
+    "encoder": Case(lambda: vae.Encoder(CODER), ((2, 3, 10, 14),)),
+    "decoder": Case(lambda: vae.Decoder(CODER), ((2, 4, 5, 7),)),
+    "VAE's resnet block": Case(lambda: vae.ResnetBlock(32, 32, 8), ((2, 32, 5, 7),)),
+    "VAE's resnet block that widens": Case(lambda: vae.ResnetBlock(32, 48, 8), ((2, 32, 5, 7),)),
+    "VAE's attention": Case(lambda: vae.Attention(32, 8), ((2, 32, 5, 7),)),
+    "VAE's upsampling": Case(lambda: vae.Upsample(32), ((2, 32, 3, 5),)),
+    "VAE, encoding": Case(lambda: vae.VAE(CODER), ((2, 3, 10, 14),), lambda b, i: b.encode(*i)),
+    "VAE, decoding": Case(lambda: vae.VAE(CODER), ((2, 4, 5, 7),), lambda b, i: b.decode(*i)),
+}
+each = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+
+
+def accelerated(block: nn.Module) -> nn.Module:
+    """A fast copy."""
+    return accelerate(cast(unet.UNet, copy.deepcopy(block)))
+
+
+def in_layout(block: nn.Module, layout: torch.memory_format) -> nn.Module:
+    return block.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def test_every_fast_class_is_met() -> None:
+    assert {type(case.make()) for case in CASES.values()} == {*_FAST, vae.VAE}
+
+
+def test_accelerating_leaves_weights_names_and_classes_alone() -> None:
+    plain = CASES["SDXL"].block()
+    fast = accelerated(plain)
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+    assert all(torch.equal(*pair) for pair in zip(fast.parameters(), plain.parameters(), strict=True))
+    kinds = {type(module) for module in fast.modules()}
+    assert not kinds & set(_FAST) and all(issubclass(fast, plain) for plain, fast in _FAST.items())
+    assert {type(module) for module in accelerate(cast(unet.UNet, fast)).modules()} == kinds
+    assert not {type(module) for module in plain.modules()} & set(_FAST.values()), "the copy alone is fast"
+
+
+@each
+@layouts
+@torch.no_grad()
+def test_in_float32(case: Case, layout: torch.memory_format) -> None:
+    block, inputs = in_layout(case.block(), layout), case.inputs(layout)
+    kept = [x.clone() for x in inputs]
+    plain, fast = case.call(block, inputs), case.call(accelerated(block), inputs)
+    assert fast.shape == plain.shape and fast.dtype == plain.dtype == torch.float32
+    assert relative(fast, plain) < 1e-5
+    assert all(map(torch.equal, inputs, kept)), "an input was written over"
+
+
+@each
+@torch.no_grad()
+def test_in_slices_and_fused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routes that a CPU with bfloat16 takes, in float32, where nothing is excused by rounding."""
+    if not torch_private.has_fused_products():
+        pytest.skip("this torch has no fused products")
+    fused = []
+
+    def fuses(*tensors: Tensor) -> bool:
+        fused.append(all(tensor.dtype == torch.float32 for tensor in tensors) and not cpu._is_recorded(*tensors))
+        return fused[-1]
+
+    monkeypatch.setattr(cpu, "fuses", fuses)
+    monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * 32)
+    block, inputs = in_layout(case.block(), torch.channels_last), case.inputs(torch.channels_last)
+    assert relative(case.call(accelerated(block), inputs), case.call(block, inputs)) < 1e-5
+    assert any(fused) or isinstance(block, vae.Attention)
+
+
+@each
+@layouts
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("dtype", WIDE)
+@torch.no_grad()
+def test_in_half_precision(
+    case: Case, layout: torch.memory_format, vectors: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be off float32 by no more than twice what the plain block is, whose weights and inputs are the same."""
+    if vectors and (dtype != torch.bfloat16 or not cpu.has_fused_products()):
+        monkeypatch.setattr(cpu, "has_fused_products", lambda: False)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16_in_vectors", lambda: vectors)
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
+    block, inputs = in_layout(case.block().to(dtype), layout), tuple(x.to(dtype) for x in case.inputs(layout))
+    plain, fast = case.call(block, inputs), case.call(accelerated(block), inputs)
+    exact = case.call(block.float(), tuple(x.float() for x in inputs))
+    assert fast.shape == plain.shape and fast.dtype == plain.dtype
+    own, off = relative(plain, exact), relative(fast, exact)
+    assert off <= 2.0 * own and off < WIDE[dtype], (off, own)
+
+
+@each
+@layouts
+def test_gradients_are_the_plain_ones(case: Case, layout: torch.memory_format) -> None:
+    """Of every weight and every input."""
+    block = in_layout(case.block(), layout)
+    gradients = []
+    for one in (block, accelerated(block)):
+        one.requires_grad_(True)
+        inputs = tuple(x.requires_grad_(True) for x in case.inputs(layout))
+        result = case.call(one, inputs)
+        generator = torch.Generator().manual_seed(6)
+        (result * torch.randn(result.shape, generator=generator)).sum().backward()
+        leaves = dict(one.named_parameters()) | {f"input {n}": x for n, x in enumerate(inputs)}
+        gradients.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+    plain, fast = gradients
+    assert plain.keys() == fast.keys() and len(plain) > 1
+    largest = max(float(gradient.norm()) for gradient in plain.values())
+    for name, gradient in plain.items():
+        # What is zero but for rounding (of a bias in front of a norm) is held against the others.
+        assert (fast[name] - gradient).norm() < 1e-5 * max(float(gradient.norm()), 1e-2 * largest), name
+
+
+# --- what the fast UNet takes besides -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=UNETS.values(), ids=UNETS.keys())
+def pair(request: pytest.FixtureRequest) -> tuple[unet.UNet, FastUNet]:
+    block = Case(lambda: unet.UNet(request.param), ()).block()
+    return cast(unet.UNet, block), cast(FastUNet, accelerated(block))
+
+
+def questions(config: Any, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x_t, t, context and what SDXL adds, for `rows` rows."""
+    generator = torch.Generator().manual_seed(8)
+    x_t, context = torch.randn(rows, 4, 9, 7, generator=generator), torch.randn(rows, TEXT, 12, generator=generator)
+    added = torch.randn(rows, 10, generator=generator) if config.projection_class_embeddings_input_dim else None
+    return x_t, torch.arange(rows) * 100 + 1, context, added
+
+
+@torch.no_grad()
+def test_what_is_made_of_text_and_time_before(pair: tuple[unet.UNet, FastUNet]) -> None:
+    plain, fast = pair
+    x_t, t, context, added = questions(plain.config, 3)
+    wanted = plain(x_t, t, context, added)
+    assert relative(fast(x_t, fast.embed(t, added), fast.project(context)), wanted) < 1e-5
+    assert relative(fast(x_t, t, fast.project(context), added), wanted) < 1e-5
+    assert relative(fast(x_t, fast.embed(t, added), context), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [0, 1, 1], [1, 0, 1, 0, 0], [0, 1, 2, 2]], ids=str)
+@pytest.mark.parametrize("projected", [False, True])
+@torch.no_grad()
+def test_rows_that_share_their_input(pair: tuple[unet.UNet, FastUNet], rows: list[int], projected: bool) -> None:
+    """Several texts about one x_t, at one t; whatever the order."""
+    plain, fast = pair
+    x_t, t, _, added = questions(plain.config, max(rows) + 1)
+    _, _, context, _ = questions(plain.config, len(rows))
+    each_added = None if added is None else added[rows]
+    wanted = plain(x_t[rows], t[rows], context, each_added)
+    text = fast.project(context) if projected else context
+    found = fast(x_t, t[rows], text, each_added, rows=torch.tensor(rows))
+    assert found.shape == wanted.shape and relative(found, wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_that_is_controlled(pair: tuple[unet.UNet, FastUNet]) -> None:
+    plain, fast = pair
+    x_t, t, context, added = questions(plain.config, 4)
+    mapper = token_mapper([(1,), (2,)], [(1,), (7,), (2,)], TEXT)
+    control = AttentionControl(torch.tensor([0, 2]), torch.tensor([1, 3]), mapper, 1000)
+    wanted = plain(x_t, t, context, added, control)
+    assert relative(fast(x_t, t, context, added, control), wanted) < 1e-5
+    found = fast(x_t, fast.embed(t, added), fast.project(context), attention=control)
+    assert relative(found, wanted) < 1e-5
+    assert relative(plain(x_t, t, context, added), wanted) > 1e-3
+
+
+# --- what is put on layers ------------------------------------------------------------------------------------------
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+NETWORKS = {name: case for name, case in CASES.items() if name in (*UNETS, "VAE, encoding", "VAE, decoding")}
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that takes every shortcut there is, so that a layer is called only where it must be."""
+    monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * 32)
+    if torch_private.has_fused_products():
+        monkeypatch.setattr(cpu, "fuses", lambda *tensors: not cpu._is_recorded(*tensors))
+
+
+def honours(plain: nn.Module, fast: nn.Module, case: Case, before: Tensor, bound: float = 1e-5) -> str | None:
+    """What is wrong, if anything: the plain network's answer must have changed, and the fast one's with it."""
+    inputs = case.inputs(torch.channels_last)
+    wanted = case.call(plain, inputs)
+    if relative(wanted, before) < 10 * bound:
+        return "the plain network does not look at it"
+    off = relative(case.call(fast, inputs), wanted)
+    return None if off < bound else f"the fast network is off by {off:.1g}"
+
+
+@pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.usefixtures("eager")
+@torch.no_grad()
+def test_a_hook_on_any_layer_is_honoured(case: Case, when: str) -> None:
+    plain = in_layout(case.block(), torch.channels_last)
+    fast = accelerated(plain)
+    before, wrong = case.call(plain, case.inputs(torch.channels_last)), {}
+    # One of each kind: of those whose names tell them apart by a number alone.
+    kinds = {re.sub(r"\d+", "n", name): name for name, layer in plain.named_modules() if isinstance(layer, LAYERS)}
+    looked_at = 0
+    for name in kinds.values():
+        calls: list[int] = []
+
+        def change(module: nn.Module, inputs: Any, *result: Tensor, calls: list[int] = calls) -> Any:
+            calls.append(0)
+            return -1.3 * result[0] + 0.1 if result else (-1.3 * inputs[0] + 0.1, *inputs[1:])
+
+        register = "register_forward_pre_hook" if when == "before" else "register_forward_hook"
+        handles = [getattr(network.get_submodule(name), register)(change) for network in (plain, fast)]
+        problem = honours(plain, fast, case, before)
+        if calls:  # an encoding does not call the decoder
+            looked_at += 1
+            wrong |= {name: problem} if problem else {}
+        for handle in handles:
+            handle.remove()
+    assert looked_at > 20 and not wrong
+    assert relative(case.call(fast, case.inputs(torch.channels_last)), before) < 1e-5
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "proj", "net.2", "conv1", "conv2", "conv",
+           "conv_shortcut", "time_emb_proj"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.usefixtures("eager")
+@torch.no_grad()
+def test_an_adapter_on_any_kind_of_layer_is_honoured(case: Case, target: str) -> None:
+    """peft's LoRA, put on a network that is fast already, and on one that becomes it."""
+    block = in_layout(case.block(), torch.channels_last)
+    if not any(name.split(".")[-len(target.split(".")) :] == target.split(".") for name, _ in block.named_modules()):
+        pytest.skip("this network has no such layer")
+    before = case.call(block, case.inputs(torch.channels_last))
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=[target], init_lora_weights=False)
+
+    def adapted(network: nn.Module) -> nn.Module:
+        torch.manual_seed(7)
+        return peft.inject_adapter_in_model(config, network).eval()
+
+    plain, later = adapted(copy.deepcopy(block)), adapted(accelerated(block))
+    for fast in (later, accelerated(plain)):
+        assert honours(plain, fast, case, before) is None
+
+
+@pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.usefixtures("eager")
+@torch.no_grad()
+def test_quantised_layers_are_honoured(case: Case) -> None:
+    block = in_layout(case.block(), torch.channels_last)
+    before = case.call(block, case.inputs(torch.channels_last))
+
+    def quantised(network: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated, and people have it
+            return torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, torch.qint8)
+
+    plain = quantised(block)
+    assert any(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in plain.modules())
+    for fast in (quantised(accelerated(block)), accelerated(plain)):
+        assert honours(plain, fast, case, before, bound=1e-4) is None
