@@ -182,7 +182,7 @@ def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
     side.picture = side.timed("decode", lambda: runner.decode(side.latents))
     side.evaluations = sum(runner.evaluations.values())
     side.unet_seconds = runner.unet_seconds
-    side.preparing = runner.preparation.take()
+    side.preparing = runner.overhead.take()
     start = Start(x_T, residuals, job.schedule, job.skip, 1.0)
     side.again = lambda: runner.edit("editing", job.contexts, plan, start, progress=False, trace=False)
     return side

@@ -46,10 +46,10 @@ def unet_shapes(config: UNetConfig) -> Shapes:
             shapes |= _conv(f"down_blocks.{level}.downsamplers.0.conv", width, width)
             skips.append(width)
 
-    shapes |= _resnet("mid_block.resnets.0", channels, channels, time_width)
+    for layer in range(2 if config.mid_depth else 1):
+        shapes |= _resnet(f"mid_block.resnets.{layer}", channels, channels, time_width)
     if config.mid_depth:
         shapes |= _transformer("mid_block.attentions.0", channels, config.mid_depth, config)
-        shapes |= _resnet("mid_block.resnets.1", channels, channels, time_width)
 
     for level, width in enumerate(reversed(widths)):
         for layer, depth in enumerate(config.up_depths[level]):

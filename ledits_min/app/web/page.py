@@ -32,7 +32,7 @@ from ledits_min.app.web.models import CUSTOM, EXAMPLES, SUGGESTIONS, Facts, Mode
 from ledits_min.app.web.session import KEPT_EDITS, Edit, Remembered, Session
 from ledits_min.app.web.text import as_command, as_python
 from ledits_min.app.web.visits import Limits, Visits
-from ledits_min.files.picture import open_image
+from ledits_min.files.opening import open_image
 
 THUMBNAIL_BYTES = 30_000  # of one that a browser has kept
 
@@ -350,7 +350,8 @@ class Asked(NamedTuple):
 
 def _entries(session: Session) -> list[Edit | Remembered]:
     """The newest first."""
-    return [*reversed(session.history), *reversed(session.remembered)][:KEPT_EDITS]
+    entries: list[Edit | Remembered] = [*reversed(session.history), *reversed(session.remembered)]
+    return entries[:KEPT_EDITS]
 
 
 def _nothing(outputs: Sequence[Any]) -> list[Any]:

@@ -306,7 +306,8 @@ class Session:
             self._inversions[key] = inversion
 
     def _pictures(self) -> list[Picture]:
-        return [made.picture for made in self.history] + [self.picture] * (self.picture is not None)
+        now = [] if self.picture is None else [self.picture]
+        return [made.picture for made in self.history] + now
 
     def _forget_what_is_over(self) -> None:
         """Of the history all but the newest, as many and as large as may be kept; then what nothing leads to."""
