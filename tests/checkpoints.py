@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.files.configs import config_json
-from ledits_min.weights.read.families import Config
+from ledits_min.weights.read.published import Config
 from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 
 State = dict[str, Tensor]

@@ -31,7 +31,7 @@ from ledits_min.config import (
 from ledits_min.errors import InputError, check_number, check_whole, short
 from ledits_min.files.configs import config_json, read_config
 from ledits_min.files.scheduler import unused_settings
-from ledits_min.weights.read.families import family_of
+from ledits_min.weights.read.published import family_of
 
 # The files of Stable Diffusion 1.5 as they were published.
 PUBLISHED_UNET: dict[str, Any] = {

@@ -19,7 +19,7 @@ from typing import Any
 from ledits_min.config import TextConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import read_header
-from ledits_min.weights.read.family import Stored, stored
+from ledits_min.weights.read.identify import Stored, stored
 from ledits_min.weights.read.shapes import FLOAT_DTYPES
 
 EmbeddingSource = str | Path | tuple[str | Path, str]

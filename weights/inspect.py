@@ -10,9 +10,9 @@ from typing import Any
 
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import read_header
-from ledits_min.weights.read.families import SDXL
-from ledits_min.weights.read.family import PARTS, Layout, Stored, identify, old_attention_names
 from ledits_min.weights.read.folder import FOLDERS, option, part_tensors
+from ledits_min.weights.read.identify import PARTS, Layout, Stored, identify, old_attention_names
+from ledits_min.weights.read.published import SDXL
 from ledits_min.weights.read.shapes import FLOAT_DTYPES
 from ledits_min.weights.read.survey import (
     Survey,

@@ -26,9 +26,9 @@ from ledits_min.weights import embedding as words
 from ledits_min.weights import merge
 from ledits_min.weights.embedding import EmbeddingSource
 from ledits_min.weights.lora import LoraSource
-from ledits_min.weights.read.families import Config
-from ledits_min.weights.read.family import PARTS, Stored
+from ledits_min.weights.read.identify import PARTS, Stored
 from ledits_min.weights.read.prediction import looks_like_v
+from ledits_min.weights.read.published import Config
 from ledits_min.weights.read.shapes import expected_shapes
 from ledits_min.weights.read.survey import Survey, settle, survey_whole, typed_configs
 

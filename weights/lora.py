@@ -22,7 +22,7 @@ from ledits_min.files.header import Header, read_header
 from ledits_min.weights.adapter import Adapter, read_adapters
 from ledits_min.weights.embedding import Embedding, bundled
 from ledits_min.weights.names.lora import OTHER_FAMILIES, OTHER_KINDS, role_of, spellings, split
-from ledits_min.weights.read.family import Stored, stored
+from ledits_min.weights.read.identify import Stored, stored
 from ledits_min.weights.read.shapes import FLOAT_DTYPES, Shape, Shapes
 
 MAX_SCALE = 100.0

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ledits_min.errors import InputError, quoted
 from ledits_min.weights.lora import Lora, Update
-from ledits_min.weights.read.family import Stored
+from ledits_min.weights.read.identify import Stored
 
 
 def merge(states: Mapping[str, dict[str, Tensor]], loras: Sequence[Lora], dtype: torch.dtype) -> None:

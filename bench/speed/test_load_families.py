@@ -30,8 +30,8 @@ from ledits_min.weights.names.ldm import (
     unet_table,
     vae_table,
 )
-from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.folder import FOLDERS, STEMS
+from ledits_min.weights.read.published import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.shapes import expected_shapes
 
 pytestmark = pytest.mark.skipif(

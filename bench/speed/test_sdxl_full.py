@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from ledits_min.files.configs import config_json
-from ledits_min.weights.read.families import SDXL
 from ledits_min.weights.read.folder import FOLDERS, STEMS
+from ledits_min.weights.read.published import SDXL
 from ledits_min.weights.read.shapes import expected_shapes
 
 NEEDED = 12e9  # bytes: the weights take 7 GB

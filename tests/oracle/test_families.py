@@ -31,7 +31,7 @@ from ledits_min.text import TextEncoderPair, build_text_model
 from ledits_min.unet import Attention, UNet, sinusoids
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.load import Checkpoint, fetch, load_checkpoint
-from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
+from ledits_min.weights.read.published import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.shapes import expected_shapes, text_shapes, unet_shapes, vae_shapes
 from ledits_min.weights.read.survey import check_complete, survey_file
 from ledits_min.weights.tokenizer import load_tokenizer

@@ -21,7 +21,7 @@ from ledits_min.errors import InputError
 from ledits_min.files.configs import config_json, read_config
 from ledits_min.unet import UNet
 from ledits_min.weights.inspect import inspect
-from ledits_min.weights.read.families import SDXL, family_of
+from ledits_min.weights.read.published import SDXL, family_of
 from ledits_min.weights.read.shapes import unet_shapes
 from ledits_min.weights.read.survey import survey_file
 

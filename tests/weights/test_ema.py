@@ -16,7 +16,7 @@ from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.ema import choose_weights
-from ledits_min.weights.read.family import Stored, stored
+from ledits_min.weights.read.identify import Stored, stored
 
 PLAIN, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 

@@ -21,7 +21,7 @@ from ledits_min.files.header import read_header
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.names.ldm import UNET_PREFIX
-from ledits_min.weights.read.families import SD15, SD20, SDXL, Family
+from ledits_min.weights.read.published import SD15, SD20, SDXL, Family
 from ledits_min.weights.read.survey import survey_whole
 
 Listing = dict[str, Any]

@@ -14,7 +14,7 @@ import pytest
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
 from ledits_min.errors import InputError
 from ledits_min.weights.inspect import inspect
-from ledits_min.weights.read.family import ANY_VAE
+from ledits_min.weights.read.identify import ANY_VAE
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 Listing = dict[str, Any]

@@ -133,7 +133,7 @@ def test_a_split_is_written_once_and_agrees_with_its_seeds(run: Path) -> None:
 @pytest.mark.parametrize("stage", ["classifier", "vae", "text"])
 def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(run: Path, tmp_path: Path, stage: str) -> None:
     train = {"classifier": classifier.train_classifier, "vae": vae.train_vae, "text": text.train_text}[stage]
-    plan = loop.Plan(steps=4, rate=1e-3)
+    plan = loop.Training(steps=4, rate=1e-3)
     results = []
     for name, stops in (("whole", (4,)), ("halves", (2, 4))):
         folder = tmp_path / name
@@ -151,7 +151,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(run: Path, tmp_path: P
 
 def test_a_stage_out_of_time_saves_and_is_gone_on_with(run: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(run / "data")
-    plan = loop.Plan(steps=3, rate=1e-3, minutes=0.0)
+    plan = loop.Training(steps=3, rate=1e-3, minutes=0.0)
     for step in (1, 2, 3):
         assert text.train_text(tmp_path, 0, plan).step == step
 
@@ -172,7 +172,7 @@ def test_every_crop_is_a_piece_of_its_own_picture() -> None:
 
 def test_the_oracle_beside_a_model_sees_what_the_trained_one_saw(run: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(run / "data")
-    classifier.train_classifier(tmp_path, 0, loop.Plan(steps=2, rate=1e-3))
+    classifier.train_classifier(tmp_path, 0, loop.Training(steps=2, rate=1e-3))
     trained = classifier.load_classifier(tmp_path)
     save_file(export.halves(trained), tmp_path / classifier.ORACLE)
     image = vae.to_image(load_split(run / "data", "test")[0])
@@ -204,7 +204,7 @@ def test_one_diffusion_step_lowers_the_loss_on_its_own_batch() -> None:
     def loss() -> torch.Tensor:
         return diffusion.noise_loss(unet, latents, context, alphas_cumprod, loop.generator_at(0, 0))
 
-    state = loop.State(unet, loop.Plan(steps=10, rate=1e-3, warmup=1))
+    state = loop.State(unet, loop.Training(steps=10, rate=1e-3, warmup=1))
     before = loss()
     state.update(before)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from ledits_min.config import UNetConfig
 from ledits_min.errors import InputError
 from ledits_min.weights.names import ldm, legacy
-from ledits_min.weights.read.family import Stored
+from ledits_min.weights.read.identify import Stored
 
 
 def choose_weights(

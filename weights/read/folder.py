@@ -15,7 +15,7 @@ from typing import Any
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import PICKLE_ADVICE, PICKLE_SUFFIXES, read_header
 from ledits_min.files.reader import read_bounded
-from ledits_min.weights.read.family import Stored, stored
+from ledits_min.weights.read.identify import Stored, stored
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "text_2": "model"}
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}

@@ -15,7 +15,7 @@ from typing import Any
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import read_config
-from ledits_min.weights.read.family import Layout
+from ledits_min.weights.read.identify import Layout
 
 _DISTILLED = "distilled to a few steps, it has no noise levels between them; pass the checkpoint it was distilled from"
 PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ledits_min.config import TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import TensorInfo
-from ledits_min.weights.read.families import FAMILIES, Config, family_of
+from ledits_min.weights.read.published import FAMILIES, Config, family_of
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 

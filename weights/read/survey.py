@@ -18,9 +18,11 @@ from ledits_min.files.header import Header, read_header
 from ledits_min.files.scheduler import unused_settings
 from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words, embedding_pairs, survey_embedding
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
+from ledits_min.weights.read.compatibility import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.ema import choose_weights
-from ledits_min.weights.read.families import FAMILIES, SD20, SD21, Config, family_of
-from ledits_min.weights.read.family import (
+from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
+from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
+from ledits_min.weights.read.identify import (
     PARTS,
     SUPPORTED,
     Layout,
@@ -31,9 +33,6 @@ from ledits_min.weights.read.family import (
     pruned,
     stored,
 )
-from ledits_min.weights.read.fit import check_latents, check_parts, check_scale, check_vocabulary
-from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
-from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
 from ledits_min.weights.read.prediction import (
     TELLING_TENSOR,
     UNDECIDED,
@@ -41,6 +40,7 @@ from ledits_min.weights.read.prediction import (
     schedule_of_file,
     schedule_of_folder,
 )
+from ledits_min.weights.read.published import FAMILIES, SD20, SD21, Config, family_of
 from ledits_min.weights.read.shapes import check_part, expected_shapes
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"

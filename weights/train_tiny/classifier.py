@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, train
+from ledits_min.weights.train_tiny.loop import State, Training, ema_weights, train
 from ledits_min.weights.train_tiny.portraits import ATTRIBUTES, Pixels, labels, load_split
 from ledits_min.weights.train_tiny.vae import batch_at, to_image
 
 BATCH = 64
 SIDE = 64
 ORACLE = "oracle.safetensors"  # in the exported model's folder
-PLAN = Plan(steps=1500, rate=2e-3, flat=0.4, ema=0.99)
+PLAN = Training(steps=1500, rate=2e-3, flat=0.4, ema=0.99)
 
 
 class Classifier(nn.Module):
@@ -61,7 +61,7 @@ def seeing_loss(classifier: Classifier, image: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(logits, target, ignore_index=-1) for logits, target in pairs]).mean()
 
 
-def train_classifier(run: Path, seed: int, plan: Plan = PLAN) -> State:
+def train_classifier(run: Path, seed: int, plan: Training = PLAN) -> State:
     torch.manual_seed(seed)
     classifier = Classifier()
     pixels, shown = load_split(run / "data", "train")

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from ledits_min.config import ScheduleConfig, UNetConfig
 from ledits_min.schedule import make_schedule
 from ledits_min.unet import UNet
-from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, generator_at, save_atomically, train
+from ledits_min.weights.train_tiny.loop import State, Training, ema_weights, generator_at, save_atomically, train
 from ledits_min.weights.train_tiny.portraits import Portrait, caption, load_split, sample_portrait, seeds
 from ledits_min.weights.train_tiny.text import load_text, tokenize
 from ledits_min.weights.train_tiny.vae import load_vae, to_image
@@ -37,7 +37,7 @@ CONFIG = UNetConfig(
 )
 SCHEDULE = ScheduleConfig()
 BATCH = 32
-PLAN = Plan(steps=10_000, rate=7e-4, flat=0.6)
+PLAN = Training(steps=10_000, rate=7e-4, flat=0.6)
 SNR_LIMIT = 5.0
 
 
@@ -86,7 +86,7 @@ def embed(tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModel, texts: lis
     return hidden
 
 
-def train_diffusion(run: Path, seed: int, plan: Plan = PLAN) -> State:
+def train_diffusion(run: Path, seed: int, plan: Training = PLAN) -> State:
     torch.manual_seed(seed)
     unet = UNet(CONFIG)
     torch.nn.init.zeros_(unet.conv_out.weight)

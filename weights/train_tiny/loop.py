@@ -24,7 +24,7 @@ BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Training:
     """How long and how fast a stage learns; the rate is flat, then falls along a cosine from `flat` of the steps on.
 
     `until` and `minutes` end a run early, to be gone on with later: the rate still follows `steps`.
@@ -70,7 +70,7 @@ def ema_weights(checkpoint: Path) -> dict[str, Tensor]:
 class State:
     """A module's weights, their running average and the optimiser, as one resumable thing."""
 
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
+    def __init__(self, module: nn.Module, plan: Training) -> None:
         self.module, self.plan, self.step, self.seconds = module, plan, 0, 0.0
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=plan.rate, betas=BETAS, weight_decay=plan.weight_decay, fused=True
@@ -115,7 +115,7 @@ class State:
 def train(
     module: nn.Module,
     loss_at: Callable[[int], Tensor],
-    plan: Plan,
+    plan: Training,
     checkpoint: Path,
     log: Path,
     log_every: int = 50,

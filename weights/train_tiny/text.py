@@ -23,13 +23,13 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from ledits_min.config import TextConfig
 from ledits_min.text import build_text_model
-from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, train
+from ledits_min.weights.train_tiny.loop import State, Training, ema_weights, train
 from ledits_min.weights.train_tiny.portraits import ATTRIBUTES, caption, labels, sample_portrait, vocabulary
 
 LENGTH = 40
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 BATCH = 64
-PLAN = Plan(steps=800, rate=1e-3, flat=0.5, ema=0.99)
+PLAN = Training(steps=800, rate=1e-3, flat=0.5, ema=0.99)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -114,7 +114,7 @@ def reading_loss(reader: Reader, ids: Tensor, positions: Tensor, told: Tensor) -
     return torch.stack(losses).mean()
 
 
-def train_text(run: Path, seed: int, plan: Plan = PLAN) -> State:
+def train_text(run: Path, seed: int, plan: Training = PLAN) -> State:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = text_config(tokenizer)

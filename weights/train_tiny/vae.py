@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ledits_min.config import SD15_VAE, VAEConfig
 from ledits_min.vae import VAE
-from ledits_min.weights.train_tiny.loop import Plan, State, ema_weights, generator_at, train
+from ledits_min.weights.train_tiny.loop import State, Training, ema_weights, generator_at, train
 from ledits_min.weights.train_tiny.portraits import Pixels, load_split
 
 CONFIG = VAEConfig(
@@ -26,7 +26,7 @@ CONFIG = VAEConfig(
 )
 CROP, CROPS = 64, 12  # early steps see crops, late ones as many pixels in whole pictures
 WHOLES = CROPS * CROP**2 // CONFIG.sample_size**2
-PLAN = Plan(steps=8000, rate=1.5e-3, flat=0.6)
+PLAN = Training(steps=8000, rate=1.5e-3, flat=0.6)
 
 
 def to_image(pixels: Pixels) -> Tensor:
@@ -70,7 +70,7 @@ def crop_each(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return torch.stack([one[:, y : y + side, x : x + side] for one, y, x in zip(image, top, left, strict=True)])
 
 
-def train_vae(run: Path, seed: int, plan: Plan = PLAN) -> State:
+def train_vae(run: Path, seed: int, plan: Training = PLAN) -> State:
     torch.manual_seed(seed)
     vae = VAE(CONFIG)
     pixels, _ = load_split(run / "data", "train")

@@ -53,7 +53,7 @@ RETRIES = 3
 LOST = "every worker that took its batch died; try --batch-size 1, or --engine local to see why"
 
 
-class RayEngine:
+class RayWorkers:
     """The cluster that RAY_ADDRESS names, else one of this machine's own that ends with the run."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ class RayEngine:
             self._ended.close()
             raise
 
-    def __enter__(self) -> RayEngine:
+    def __enter__(self) -> RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:

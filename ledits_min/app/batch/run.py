@@ -272,12 +272,12 @@ def _decoded(task: Task) -> Image.Image:
 Outcomes = Generator[Outcome, None, None]
 
 
-class Engine(Protocol):
+class Workers(Protocol):
     """How batches are done. `ledits` is for planning, and may be without weights."""
 
     ledits: LEdits
 
-    def __enter__(self) -> Engine: ...
+    def __enter__(self) -> Workers: ...
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -285,13 +285,13 @@ class Engine(Protocol):
         """One a batch, in any order."""
 
 
-class LocalEngine:
+class LocalWorkers:
     """This process: pictures are decoded ahead in one thread, and written behind in another."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.ledits, self.overwrite = load_model(args), args.overwrite
 
-    def __enter__(self) -> LocalEngine:
+    def __enter__(self) -> LocalWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -317,7 +317,7 @@ class LocalEngine:
             writer.shutdown()  # what is edited is written, however the run ends
 
 
-def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[argparse.Namespace], Engine]) -> None:
+def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[argparse.Namespace], Workers]) -> None:
     """Do what is missing of the table; RunError where jobs failed."""
     began = time.perf_counter()
     folder = Path(args.output)

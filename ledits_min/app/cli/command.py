@@ -42,13 +42,13 @@ def main(argv: list[str] | None = None) -> int:
                 with suppress(OSError, ValueError):
                     traceback.print_exc()
             # A signal that arrives inside a library's compiled part may come out of it as that library's own failure.
-            code, line = explain(heard[0]() if heard else error)
+            code, line = exit_and_line(heard[0]() if heard else error)
             say(f"error: {line}")
             return code
     return 0
 
 
-def explain(error: BaseException) -> tuple[int, str]:
+def exit_and_line(error: BaseException) -> tuple[int, str]:
     """Exit code and the line for a person."""
     if isinstance(error, InputError):
         return 2, str(error)

@@ -215,14 +215,14 @@ def run_batch(args: argparse.Namespace) -> None:
     check_model(args, texts_of(args))
     for text in left_out(Path(args.jobs)):
         notice(args, text)
-    from ledits_min.app.batch.run import LocalEngine, run
+    from ledits_min.app.batch.run import LocalWorkers, run
 
     if args.engine == "ray":
-        from ledits_min.app.batch.ray_engine import RayEngine
+        from ledits_min.app.batch.ray_engine import RayWorkers
 
-        run(jobs, args, RayEngine)
+        run(jobs, args, RayWorkers)
     else:
-        run(jobs, args, LocalEngine)
+        run(jobs, args, LocalWorkers)
 
 
 def run_demo(args: argparse.Namespace) -> None:

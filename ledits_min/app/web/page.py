@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ledits_min import InputError, Stopped
-from ledits_min.app.cli.command import explain
+from ledits_min.app.cli.command import exit_and_line
 from ledits_min.app.web import views
 from ledits_min.app.web.form import (
     ROWS,
@@ -141,7 +141,7 @@ class Page:
             except Stopped:
                 given, notices = None, ["Stopped; the picture is as it was."]
             except Exception as error:  # noqa: BLE001
-                _, line = explain(error)
+                _, line = exit_and_line(error)
                 return [views.said([line], failed=True), *_nothing(outputs)]
             said = gr.skip() if notices is None else views.said(notices)
             return [said, *(_nothing(outputs) if given is None else given)]

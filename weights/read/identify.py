@@ -16,7 +16,7 @@ from ledits_min.config import TextConfig, UNetConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import Header, TensorInfo
 from ledits_min.weights.names import ldm, legacy, openclip
-from ledits_min.weights.read.families import FAMILIES, Config
+from ledits_min.weights.read.published import FAMILIES, Config
 
 PARTS = ("unet", "vae", "text", "text_2")
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and XL checkpoints"

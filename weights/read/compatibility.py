@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ledits_min.config import TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError
-from ledits_min.weights.read.families import Config, family_of, parts_of
 from ledits_min.weights.read.folder import option
+from ledits_min.weights.read.published import Config, family_of, parts_of
 
 CLIP_VOCABULARY = 49408
 _SIZE_NUMBERS = 6  # height and width of the original, offset of the crop, height and width wanted
