@@ -69,7 +69,8 @@ TABLE: dict[str, set[str]] = {
     | {"engine.record", "engine.request", "engine.retry", "engine.runner"}
     | SETTINGS,
     # Where a checkpoint's tensors become networks on a device.
-    "engine.networks": {"config", "engine.cpu", "engine.memory", "errors", "weights.load", "weights.tokenizer"} | NETWORKS,
+    "engine.networks": {"config", "engine.cpu", "engine.memory", "errors", "weights.load", "weights.tokenizer"}
+    | NETWORKS,
     "kernels.*": {"kernels.*"},
     # What is read and written.
     "files.*": {"config", "errors", "files.*"},
@@ -92,7 +93,8 @@ TABLE: dict[str, set[str]] = {
     "weights.inspect": {"errors", "files.header", "weights.read.*"},
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
-    "pipeline": {"config", "errors", "p2p", "sega", "files.configs", "files.inversion", "files.opening", "files.picture"}
+    "pipeline": {"config", "errors", "p2p", "sega"}
+    | {"files.configs", "files.inversion", "files.opening", "files.picture"}
     | {"engine.networks", "engine.plain", "engine.progress", "engine.record", "engine.request", "engine.runner"}
     | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
@@ -280,8 +282,8 @@ def test_some_packages_stay_in_their_room(package: str) -> None:
 def test_nobody_imports_tests_or_bench() -> None:
     """Not even tests: a helper two of them need is a fixture in a conftest.py.
 
-    tests/robustness/fuzz is a program of its own, files that import each other; bench/ holds programs (`python -m bench.x`)
-    that share parts; tests/bench/ tests those parts.
+    tests/robustness/fuzz is a program of its own, files that import each other; bench/ holds programs
+    (`python -m bench.x`) that share parts; tests/bench/ tests those parts.
     """
     wrong = [
         f"{file}:{line} imports {name}"

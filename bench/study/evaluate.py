@@ -1,11 +1,14 @@
 """What the exported model can do, measured on portraits that it never saw and judged by the attribute oracle.
 
-`Editor` runs LEdits over many portraits and counts its work, `score` judges what came out, one number a portrait, and
-`summary` turns that into means with intervals. The study in bench/ and the stage `evaluate` both stand on these.
+`Editor` runs LEdits over many portraits and counts its work, `score` judges what came out, one number per portrait,
+and `summary` turns that into means with intervals. As a program, what the parts of an exported model can do:
+
+    python -m bench.study.evaluate --out RUNDIR [--model FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -279,3 +282,11 @@ def evaluate(run: Path, model: Path) -> None:
     found = rounded(held_out(ledits, load_classifier(run), portraits=500, captions=50))
     write_json(run / "evaluation.json", found)
     print(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.study.evaluate")
+    parser.add_argument("--out", type=Path, required=True, help="the training run's folder")
+    parser.add_argument("--model", type=Path, default=TINY, help="the exported model")
+    arguments = parser.parse_args()
+    evaluate(arguments.out, arguments.model)

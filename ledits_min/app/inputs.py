@@ -91,8 +91,9 @@ def load_model(args: argparse.Namespace) -> LEdits:
     with waiting(f"loading {quoted(args.model, 60)}"):
         from ledits_min import LEdits
 
+        engine = "plain" if getattr(args, "plain", False) else "fast"
         ledits = LEdits.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, compile=args.compile, **parts(args)
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine, **parts(args)
         )  # fmt: skip
     for text in ledits.notes:
         notice(args, text)

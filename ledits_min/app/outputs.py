@@ -62,6 +62,7 @@ def planned_settings(
         "model": ledits.fingerprint,
         "dtype": str(ledits.dtype).removeprefix("torch."),
         "compiled": ledits.runner.compiled,
+        **({"engine": "plain"} if ledits.runner.name == "plain" else {}),
         "prediction_type": made.schedule.prediction_type,
         "size": list(size),
         "num_steps": made.num_steps,

@@ -20,7 +20,7 @@ TRAINERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ledits_min.weights.train_tiny", description=__doc__)
-    parser.add_argument("stage", choices=("data", *TRAINERS, "export", "evaluate"))
+    parser.add_argument("stage", choices=("data", *TRAINERS, "export"))
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, outside the repository")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train for another number of steps than the recipe's")
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--train-count", type=int, default=24_000, help="portraits to train on")
     parser.add_argument("--test-count", type=int, default=1_000, help="portraits held out")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw")
-    parser.add_argument("--model", type=Path, default=export.TINY, help="the folder to export to or to evaluate")
+    parser.add_argument("--model", type=Path, default=export.TINY, help="the folder to export to")
     arguments = parser.parse_args()
     run: Path = arguments.out
     run.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,6 @@ def main() -> None:
             portraits.render_split(run / "data", split, count, size, arguments.processes)
     elif arguments.stage == "export":
         export.export(run, arguments.seed, arguments.model)
-    elif arguments.stage == "evaluate":
-        from bench.study.evaluate import evaluate
-
-        evaluate(run, arguments.model)
     else:
         train, plan = TRAINERS[arguments.stage]
         plan = replace(

@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--report", type=parse_path, metavar="F.json", help="also write parameters, timings, mask numbers and a trace"
     )
     group.add_argument("--explain", action="store_true", help="only say what would be evaluated, and what it costs")
+    group.add_argument("--plain", action="store_true", help="run the audited loop itself, step by step")
     group.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     sweep = add_command(
