@@ -34,7 +34,7 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
         "seconds": {name: round(getattr(stats, name), 4) for name in ("min", "median", "max")},
         "rounds": stats.rounds,
         **benchmark.extra_info,
-        "conditions": beside("conditions").conditions(),
+        "conditions": beside("speed/conditions").conditions(),
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
@@ -42,7 +42,7 @@ def keep_results(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def beside(stem: str) -> ModuleType:
     """bench/<stem>.py by its path, since bench/ is not importable by name."""
-    name = f"ledits_min_bench_{stem}"
+    name = f"ledits_min_bench_{Path(stem).name}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
         assert spec is not None and spec.loader is not None
@@ -54,7 +54,7 @@ def beside(stem: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def inputs() -> ModuleType:
     """bench/kernels/inputs.py, the makers of random inputs that tests/kernels share."""
-    return beside("inputs")
+    return beside("kernels/inputs")
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +68,4 @@ def gpu(request: pytest.FixtureRequest) -> ModuleType:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.fail(f"not measured, because {test.name} fails:\n{done.stdout[-3000:]}")
-    return beside("gpu")
+    return beside("speed/gpu")

@@ -53,7 +53,7 @@ def inputs() -> ModuleType:
     """bench/kernels/inputs.py, the makers of random inputs that benchmarks and these tests share."""
     name = "ledits_min_bench_inputs"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "inputs.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / "kernels" / "inputs.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
