@@ -7,17 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ledits_min.config import ScheduleConfig
-from ledits_min.engine.ops import EditPlan, Level
-from ledits_min.schedule import make_schedule
+from ledits_min.config import SD15_SCHEDULE
+from ledits_min.engine.ops import EditSteps
+from ledits_min.schedule import Level, make_schedule
 from ledits_min.sega import ConceptTerm
 
 
 def levels(steps: int, eta: float = 1.0) -> list[Level]:
-    """(alpha_bar_t, alpha_bar_prev, sigma_t) of a whole run of `steps` steps on Stable Diffusion's schedule."""
-    schedule = make_schedule(ScheduleConfig(), steps)
-    columns = schedule.alpha_bar_t, schedule.alpha_bar_prev, schedule.sigmas(eta)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    """Those of a whole run of `steps` steps on Stable Diffusion's schedule."""
+    return make_schedule(SD15_SCHEDULE, steps).levels(eta)
 
 
 def term(text: str, **changes: float | bool | None) -> ConceptTerm:
@@ -31,16 +29,16 @@ def term(text: str, **changes: float | bool | None) -> ConceptTerm:
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit's plan and everything the network and the inversion would have brought."""
+    """One edit's steps and everything the network and the inversion would have brought."""
 
-    plan: EditPlan
+    steps: EditSteps
     x_t: Tensor
     residuals: Tensor
     branches: list[Tensor]
 
 
 def edit(
-    plan: EditPlan,
+    steps: EditSteps,
     size: tuple[int, int],
     batch: int = 1,
     channels: int = 4,
@@ -56,12 +54,12 @@ def edit(
         return torch.randn(*shape, batch, channels, *size, generator=generator)
 
     branches = []
-    for step in range(len(plan.levels)):
-        maps = (normal(1) + 0.1 * normal(len(plan.texts(step)))).to(device, dtype)
+    for step in range(len(steps.levels)):
+        maps = (normal(1) + 0.1 * normal(len(steps.settings.texts(step)))).to(device, dtype)
         if channels_last:
             maps = maps.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, maps.shape[:2])
         branches.append(maps)
-    return Edit(plan, normal().to(device), 0.1 * normal(len(plan.levels)).to(device), branches)
+    return Edit(steps, normal().to(device), 0.1 * normal(len(steps.levels)).to(device), branches)
 
 
 def norm(

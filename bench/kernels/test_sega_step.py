@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ledits_min.engine import ops
-from ledits_min.engine.ops import EditPlan
+from ledits_min.engine.ops import EditSteps
+from ledits_min.guidance import EditSettings
 
 STEPS = 500  # the kernel's own counter moves on with every call
 
@@ -26,10 +27,10 @@ def test_sega_step(
     gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int],
     concepts: int, batch: int,
 ) -> None:  # fmt: skip
-    terms = [inputs.term(f"c{i}", threshold=0.95 - 0.05 * i) for i in range(concepts)]
-    settings = {"terms": terms, "target": "target", "momentum_scale": 0.3}
-    plan = EditPlan(inputs.levels(STEPS), **settings)
-    case = inputs.edit(EditPlan(plan.levels[:1], **settings), size, batch, device="cuda")
+    terms = tuple(inputs.term(f"c{i}", threshold=0.95 - 0.05 * i) for i in range(concepts))
+    settings = EditSettings("target", concepts=terms, momentum_scale=0.3)
+    steps = EditSteps(inputs.levels(STEPS), settings)
+    case = inputs.edit(EditSteps(steps.levels[:1], settings), size, batch, device="cuda")
     maps = case.x_t.nbytes
     # Every branch, x_t and the residual once; x_t, momentum and the counts are read and written.
     moved = maps * (len(case.branches[0]) + 1 + 2 + 2 + 2 * concepts)
@@ -37,14 +38,14 @@ def test_sega_step(
     branches = [torch.randn_like(case.branches[0]) for _ in range(gpu.buffers(moved))]
 
     def calls(step: Any) -> list[Any]:
-        buffers = [(plan, ops.start(plan, case.x_t), maps, residuals, 0) for maps in branches]
+        buffers = [(steps, ops.start(steps, case.x_t), maps, residuals, 0) for maps in branches]
         return [lambda a=arguments: step(*a) for arguments in buffers]
 
     results = {}
     for side in ("triton", "torch"):
         with gpu.kernels(side):
-            results[side] = ops.start(plan, case.x_t)
-            ops.sega_step(plan, results[side], case.branches[0], residuals, 0)
+            results[side] = ops.start(steps, case.x_t)
+            ops.sega_step(steps, results[side], case.branches[0], residuals, 0)
     off = gpu.difference(results["triton"].x_t, results["torch"].x_t)
     assert off < 1e-5
     assert torch.equal(results["triton"].counts, results["torch"].counts)

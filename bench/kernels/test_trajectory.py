@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ledits_min.engine import ops
+from ledits_min.inversion import InversionSettings
 
 SIZES = {"512 px": (64, 64), "1024 px": (128, 128)}
 STEPS = 64  # the paper's 100 steps, 36 skipped
@@ -17,7 +18,7 @@ TOGETHER = 16  # residuals of one batch over t
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_noisy_copies(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]) -> None:
-    alpha_bar_t = torch.tensor([level[0] for level in inputs.levels(STEPS)], dtype=torch.float64)
+    alpha_bar_t = torch.tensor([level.alpha_bar_t for level in inputs.levels(STEPS)], dtype=torch.float64)
     x_0 = torch.randn(1, 4, *size, device="cuda")
     moved = x_0.nbytes * (1 + STEPS + STEPS + 1)
     noises = [torch.randn(STEPS, 1, 4, *size, device="cuda") for _ in range(gpu.buffers(moved))]
@@ -37,8 +38,7 @@ def test_residuals(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tu
             torch.randn(TOGETHER + 1, 1, 4, *size, device="cuda"),
             torch.randn(2, TOGETHER, 1, 4, *size, device="cuda"),
             levels,
-            "source",
-            3.5,
+            InversionSettings(source="source"),
         )
         for _ in range(gpu.buffers(moved))
     ]

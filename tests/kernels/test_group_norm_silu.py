@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ledits_min.config import SD15_UNET, SD15_VAE
 from ledits_min.engine import ops
+from ledits_min.engine.fast_networks import accelerate
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
 
@@ -128,7 +129,7 @@ def test_whole_networks_agree(on: Callable[[str], None], device: str) -> None:
         SD15_UNET, num_attention_heads=(2, 2), cross_attention_dim=24, **levels,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    unet, vae = UNet(config).to(device), VAE(dataclasses.replace(SD15_VAE, **levels)).to(device)
+    unet, vae = accelerate(UNet(config).to(device)), accelerate(VAE(dataclasses.replace(SD15_VAE, **levels)).to(device))
     x_t, t, context = torch.randn(1, 4, 5, 8), torch.tensor([981]), torch.randn(1, 7, 24)
     for network in (unet, vae):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

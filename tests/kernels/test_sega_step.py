@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ledits_min.config import ScheduleConfig
-from ledits_min.edit import edit, levels
+from ledits_min.edit import edit
 from ledits_min.engine import ops
-from ledits_min.engine.ops import EditPlan, EditState
-from ledits_min.schedule import make_schedule
+from ledits_min.engine.ops import EditState, EditSteps
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
 from ledits_min.sega import percentile_mask
 
 REGISTERS = 128  # with up to 16 warps; with 32, as for a 1024-pixel edit's maps, a multiprocessor has 64 each
@@ -40,13 +40,13 @@ def same(kernel: Tensor, plain: Tensor) -> bool:
 
 def run(case: Any) -> EditState:
     """All steps of a case. Whatever a step must not read is NaN: other steps' residuals and idle branches."""
-    state = ops.start(case.plan, case.x_t)
+    state = ops.start(case.steps, case.x_t)
     state.shares.fill_(math.nan)
     for step, branches in enumerate(case.branches):
         residuals = torch.full_like(case.residuals, math.nan)
         residuals[step] = case.residuals[step]
         idle = torch.full_like(branches[:1], math.nan)
-        ops.sega_step(case.plan, state, torch.cat([branches, idle]), residuals)
+        ops.sega_step(case.steps, state, torch.cat([branches, idle]), residuals)
     return state
 
 
@@ -71,9 +71,9 @@ def agree(kernel: EditState, plain: EditState) -> None:
 def test_a_step_is_the_equations(
     inputs: ModuleType, on: Callable[[str], None], device: str, size: tuple[int, int], concepts: int
 ) -> None:
-    terms = [inputs.term(f"c{i}", threshold=0.95 - 0.1 * i, reverse=i % 2 == 1) for i in range(concepts)]
-    plan = EditPlan(inputs.levels(2), terms, target="target", momentum_scale=0.3)
-    kernel, plain = both(inputs.edit(plan, size, channels=2, device=device), on)
+    terms = tuple(inputs.term(f"c{i}", threshold=0.95 - 0.1 * i, reverse=i % 2 == 1) for i in range(concepts))
+    steps = EditSteps(inputs.levels(2), EditSettings("target", concepts=terms, momentum_scale=0.3))
+    kernel, plain = both(inputs.edit(steps, size, channels=2, device=device), on)
     agree(kernel, plain)
     assert plain.momentum.abs().max() > 0
 
@@ -83,12 +83,12 @@ def test_a_step_is_the_equations(
 def test_half_precision_branches_in_both_layouts(
     inputs: ModuleType, on: Callable[[str], None], device: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    plan = EditPlan(inputs.levels(1), [inputs.term("c")], target="target")
-    case = inputs.edit(plan, (9, 6), batch=2, channels=3, dtype=dtype, device=device, channels_last=channels_last)
+    steps = EditSteps(inputs.levels(1), EditSettings("target", concepts=(inputs.term("c"),)))
+    case = inputs.edit(steps, (9, 6), batch=2, channels=3, dtype=dtype, device=device, channels_last=channels_last)
     agree(*both(case, on))
 
 
-PLANS: dict[str, dict[str, Any]] = {
+EDITS: dict[str, dict[str, Any]] = {
     "no concept": {"concepts": []},
     "nothing to guide": {"guidance_scale": 1.0},
     "scale 0": {"guidance_scale": 0.0},
@@ -104,18 +104,18 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS.keys())
+@pytest.mark.parametrize("changes", EDITS.values(), ids=EDITS.keys())
 def test_a_whole_edit_is_the_plain_loop(
     inputs: ModuleType, on: Callable[[str], None], device: str, changes: dict[str, Any]
 ) -> None:
     """`edit.edit` is the truth; `ops` must repeat it step by step on both sides, whatever the schedule of branches."""
     concepts = changes.get("concepts", [{}])
-    terms = [inputs.term(**({"text": "concept", "threshold": 0.5} | concept)) for concept in concepts]
-    settings = {"target": "target", "guidance_scale": 3.0, "terms": terms}
-    settings |= {key: value for key, value in changes.items() if key != "concepts"}
-    schedule = make_schedule(ScheduleConfig(), 4)
-    plan = EditPlan([levels(schedule, schedule.sigmas(1.0), i) for i in range(4)], **settings)
-    texts = {text for step in range(4) for text in plan.texts(step)} | {""}
+    terms = tuple(inputs.term(**({"text": "concept", "threshold": 0.5} | concept)) for concept in concepts)
+    settings = EditSettings(**({"target": "target", "guidance_scale": 3.0} | changes | {"concepts": terms}))
+    inversion = InversionSettings(num_steps=4, skip=0)
+    schedule = inversion.make_schedule()
+    steps = EditSteps(schedule.levels(1.0), settings)
+    texts = {text for step in range(4) for text in settings.texts(step)} | {""}
     generator = torch.Generator().manual_seed(0)
     contexts = {text: torch.randn(2, 3, 5, generator=generator).to(device) for text in sorted(texts)}
     x_t, *residuals = torch.randn(5, 1, 2, 3, 5, generator=generator).to(device)
@@ -123,24 +123,25 @@ def test_a_whole_edit_is_the_plain_loop(
     def eps_model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return torch.tanh(x) + 0.1 * context
 
-    truth = edit(eps_model, contexts, x_t, torch.stack(residuals), schedule, skip=0, **settings)
+    truth = edit(eps_model, contexts, x_t, torch.stack(residuals), inversion, settings)
     for side in ("torch", "triton"):
         on(side)
-        state = ops.start(plan, x_t, masks=False)
+        state = ops.start(steps, x_t, masks=False)
         for step in range(4):
             t = schedule.timesteps[step].expand(1)
-            branches = torch.stack([eps_model(state.x_t, t, contexts[text]) for text in plan.texts(step)])
-            ops.sega_step(plan, state, branches, torch.stack(residuals))
+            branches = torch.stack([eps_model(state.x_t, t, contexts[text]) for text in settings.texts(step)])
+            ops.sega_step(steps, state, branches, torch.stack(residuals))
         assert same(state.x_t, truth), side
 
 
 def masks(values: Tensor, threshold: float, inputs: ModuleType, on: Callable[[str], None]) -> tuple[Tensor, Tensor]:
     """(the kernel's mask, percentile_mask's) of the magnitudes of one row of values (n,)."""
-    plan = EditPlan(inputs.levels(1), [inputs.term("c", guidance_scale=1.0, threshold=threshold)])
+    term = inputs.term("c", guidance_scale=1.0, threshold=threshold)
+    steps = EditSteps(inputs.levels(1), EditSettings(concepts=(term,)))
     psi = values.reshape(1, 1, 1, -1)
-    state = ops.start(plan, torch.zeros_like(psi))
+    state = ops.start(steps, torch.zeros_like(psi))
     on("triton")
-    ops.sega_step(plan, state, torch.stack([torch.zeros_like(psi), psi]), torch.zeros_like(psi)[None])
+    ops.sega_step(steps, state, torch.stack([torch.zeros_like(psi), psi]), torch.zeros_like(psi)[None])
     assert state.counts is not None
     return state.counts[0].bool().flatten(), percentile_mask(psi, threshold).flatten()
 
@@ -195,8 +196,8 @@ def test_adversarial_magnitudes(
 def test_what_is_not_finite_reaches_the_latents(
     inputs: ModuleType, on: Callable[[str], None], device: str, bad: float
 ) -> None:
-    plan = EditPlan(inputs.levels(1), [inputs.term("c")], momentum_scale=0.3)
-    case = inputs.edit(plan, (5, 7), channels=2, device=device)
+    steps = EditSteps(inputs.levels(1), EditSettings(concepts=(inputs.term("c"),), momentum_scale=0.3))
+    case = inputs.edit(steps, (5, 7), channels=2, device=device)
     case.branches[0][-1, 0, 1, 2, 3] = bad  # the concept's prediction, second channel
     kernel, plain = both(case, on)
     agree(kernel, plain)
@@ -207,9 +208,9 @@ def test_what_is_not_finite_reaches_the_latents(
 def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> None:
     from ledits_min.kernels import sega_step as kernel
 
-    plan = EditPlan(inputs.levels(1), [inputs.term("c")])
-    case = inputs.edit(plan, (4, 6), device=device)
-    state = ops.start(plan, case.x_t)
+    steps = EditSteps(inputs.levels(1), EditSettings(concepts=(inputs.term("c"),)))
+    case = inputs.edit(steps, (4, 6), device=device)
+    state = ops.start(steps, case.x_t)
     arguments: dict[str, Any] = {
         "step": state.step, **state.tables, "branches": case.branches[0], "residuals": case.residuals,
         "x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None,
@@ -221,8 +222,8 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
 
 
 def test_maps_too_large_go_to_torch_and_say_so(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
-    plan = EditPlan(inputs.levels(1))
-    case = inputs.edit(plan, (129, 128), channels=1, device=device)
+    steps = EditSteps(inputs.levels(1), EditSettings())
+    case = inputs.edit(steps, (129, 128), channels=1, device=device)
     on("triton")
     with pytest.warns(UserWarning, match="too large for registers"):
         state = run(case)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ledits_min.config import ScheduleConfig
+from ledits_min.config import SD15_SCHEDULE
 from ledits_min.edit import invert
 from ledits_min.engine import ops
+from ledits_min.inversion import InversionSettings
 from ledits_min.schedule import make_schedule
 
 REGISTERS = 64
@@ -33,7 +34,7 @@ def test_all_noisy_copies(on: Callable[[str], None], device: str, size: tuple[in
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randn(2, 3, *size, generator=generator).to(device)
     noise = torch.randn(steps, 2, 3, *size, generator=generator).to(device)
-    alpha_bar_t = make_schedule(ScheduleConfig(), steps).alpha_bar_t
+    alpha_bar_t = make_schedule(SD15_SCHEDULE, steps).alpha_bar_t
     on("triton")
     kernel = ops.trajectory(x_0, noise, alpha_bar_t)
     on("torch")
@@ -56,39 +57,40 @@ def test_a_batch_of_residuals(
     if channels_last:
         branches = branches.contiguous(memory_format=torch.channels_last)
     branches = branches.unflatten(0, (count, steps, batch))
-    levels = inputs.levels(50, eta=0.5)[20:22]
+    levels, settings = inputs.levels(50, eta=0.5)[20:22], InversionSettings(source=source, source_guidance_scale=scale)
     on("triton")
-    kernel = ops.residuals(x, branches, levels, source, scale)
+    kernel = ops.residuals(x, branches, levels, settings)
     on("torch")
-    assert close(kernel, ops.residuals(x, branches, levels, source, scale))
+    assert close(kernel, ops.residuals(x, branches, levels, settings))
 
 
 @pytest.mark.parametrize("side", ["torch", "triton"])
 def test_batches_over_t_give_the_plain_loops_inversion(
     inputs: ModuleType, on: Callable[[str], None], device: str, side: str
 ) -> None:
-    schedule, skip, source, scale = make_schedule(ScheduleConfig(), 6), 2, "a face", 3.5
+    settings = InversionSettings(num_steps=6, skip=2, source="a face")
+    schedule = settings.make_schedule()
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randn(1, 2, 5, 7, generator=generator).to(device)
     noise = torch.randn(4, 1, 2, 5, 7, generator=generator).to(device)
-    contexts = {text: torch.randn(2, 5, 7, generator=generator).to(device) for text in ("", source)}
+    contexts = {text: torch.randn(2, 5, 7, generator=generator).to(device) for text in ("", "a face")}
 
     def eps_model(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return torch.tanh(x) + 0.1 * context
 
-    x_t, residuals = invert(eps_model, contexts, x_0, noise, schedule, skip, 1.0, source, scale)
+    x_t, residuals = invert(eps_model, contexts, x_0, noise, settings)
     on(side)
-    x = ops.trajectory(x_0, noise, schedule.alpha_bar_t[skip:])
-    branches = torch.stack([eps_model(x[:-1], schedule.timesteps[skip:], contexts[text]) for text in ("", source)])
+    x = ops.trajectory(x_0, noise, schedule.alpha_bar_t)
+    branches = torch.stack([eps_model(x[:-1], schedule.timesteps, contexts[text]) for text in ("", "a face")])
     assert close(x[0], x_t)
-    assert close(ops.residuals(x, branches, inputs.levels(6)[skip:], source, scale), residuals)
+    assert close(ops.residuals(x, branches, schedule.levels(1.0), settings), residuals)
 
 
 def test_nan_reaches_its_own_position_only(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
     x, branches = torch.zeros(2, 1, 1, 3, 5, device=device), torch.zeros(1, 1, 1, 1, 3, 5, device=device)
     branches[..., 1, 2] = math.nan
     on("triton")
-    kernel = ops.residuals(x, branches, inputs.levels(1), "", 3.5)
+    kernel = ops.residuals(x, branches, inputs.levels(1), InversionSettings())
     assert torch.equal(kernel.isnan(), branches[0].isnan())
 
 
