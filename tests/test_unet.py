@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ledits_min.config import SD15_UNET, UNetConfig
-from ledits_min.engine.fast_networks import accelerate
+from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.sega import percentile_mask
 from ledits_min.unet import UNet
 
@@ -178,9 +178,9 @@ def test_linear_layers_can_be_quantised(unet: UNet) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_compile_sees_one_graph(unet: UNet, dtype: torch.dtype) -> None:
     """As the engine calls it, without a break; the graph is run as it was traced, for a compiler takes minutes."""
-    accelerate(unet.to(dtype))
-    compiled = torch.compile(unet.forward, backend="eager", dynamic=False, fullgraph=True)
+    fast = cast(FastUNet, accelerate(unet.to(dtype)))
+    compiled = torch.compile(fast.forward, backend="eager", dynamic=False, fullgraph=True)
     x_t, t, context = inputs(2, 64, 32)
-    asked = x_t, unet.embed(t), unet.project(context)
-    plain = unet(*asked)
+    asked = x_t, fast.embed(t), fast.project(context)
+    plain = fast(*asked)
     assert (compiled(*asked) - plain).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * plain.norm()

@@ -12,7 +12,8 @@ import torch
 from ledits_min.config import ScheduleConfig
 from ledits_min.errors import InputError
 from ledits_min.files import inversion as archive
-from ledits_min.files.inversion import Inversion, InversionSettings
+from ledits_min.files.inversion import Inversion
+from ledits_min.inversion import InversionSettings
 
 
 def inversion(picture: tuple[int, int] = (20, 24), latents: tuple[int, int] = (5, 6)) -> Inversion:

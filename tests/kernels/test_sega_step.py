@@ -235,7 +235,7 @@ def test_residuals_and_branches_of_any_layout_are_taken(inputs: ModuleType, devi
     """Residuals that torch made behind a channels-last network, on whatever device, are not contiguous."""
     from ledits_min.kernels import sega_step as kernel
 
-    plan = EditPlan(inputs.levels(2), [inputs.term("c")], target="target")
+    plan = EditSteps(inputs.levels(2), EditSettings("target", concepts=(inputs.term("c"),)))
     case = inputs.edit(plan, (5, 7), batch=2, channels=3, device=device)
 
     def step(residuals: Tensor, branches: Tensor) -> EditState:
@@ -266,7 +266,7 @@ def test_no_launch_shape_changes_a_bit(
 ) -> None:
     from ledits_min.kernels._launch import forced_shape
 
-    plan = EditPlan(inputs.levels(1), [inputs.term("c", threshold=threshold)], target="target")
+    plan = EditSteps(inputs.levels(1), EditSettings("target", concepts=(inputs.term("c", threshold=threshold),)))
     case = inputs.edit(plan, (9, 21), channels=1, device=device)
     case.branches[0].round_(decimals=1)  # ties
     with forced_shape("sega_cut 256", {"probes": probes}), forced_shape("sega_combine", {"tile": 128}):
