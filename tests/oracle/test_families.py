@@ -25,6 +25,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip import CLIPTextModel
 
 from ledits_min.config import SDXL_UNET, TextConfig, UNetConfig, VAEConfig
+from ledits_min.engine.fast_networks import FastAttention
 from ledits_min.files.configs import config_json
 from ledits_min.pipeline import LEdits
 from ledits_min.text import TextEncoderPair, build_text_model
@@ -103,7 +104,8 @@ def test_unet_gives_the_same_answer(checkpoints: ModuleType, family: str, fill: 
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_attention_is_float32_where_the_config_asks(upcast: bool) -> None:
-    attention = Attention(8, 8, heads=2, upcast=upcast).half()
+    attention, fast = (kind(8, 8, heads=2, upcast=upcast).half() for kind in (Attention, FastAttention))
+    assert isinstance(fast, FastAttention)
     seen = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,8 +114,9 @@ def test_attention_is_float32_where_the_config_asks(upcast: bool) -> None:
 
     tokens = torch.randn(1, 6, 8).half()
     with torch.no_grad():
-        assert attention(tokens, tokens, tokens, attend).dtype == torch.float16
-    assert seen == [torch.float32 if upcast else torch.float16] * 3
+        assert attention(tokens, tokens, attend).dtype == torch.float16
+        assert fast.add_to(tokens, tokens, fast.project(tokens), attend).dtype == torch.float16
+    assert seen == [torch.float32 if upcast else torch.float16] * 6
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
