@@ -74,9 +74,9 @@ def test_the_wheel_holds_all_of_us_and_nothing_else(wheel: Path) -> None:
     ours = [name for name in names(wheel) if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in ours} == {"ledits_min"}  # neither kernels, weights, tests nor bench
     wanted = {"ledits_min/py.typed", "ledits_min/weights/bpe_simple_vocab_16e6.txt.gz"}
-    wanted |= {*sources("ledits_min", "*.py"), *sources("ledits_min", "app/*.py"), *sources("ledits_min", "app/*.css")}
-    wanted |= {f"ledits_min/{name}" for name in sources("kernels", "*.py") + sources("weights", "*.py")}
-    wanted |= {f"ledits_min/{name}" for name in sources("weights/train_tiny", "*.py") + sources("weights/tiny", "**/*")}
+    wanted |= {*sources("ledits_min", "**/*.py"), *sources("ledits_min", "app/**/*.css")}
+    wanted |= {f"ledits_min/{name}" for name in sources("kernels", "*.py") + sources("kernels", "*.json")}
+    wanted |= {f"ledits_min/{name}" for name in sources("weights", "**/*.py") + sources("weights/tiny", "**/*")}
     assert set(ours) == wanted
     assert len(ours) == len(set(ours))
 

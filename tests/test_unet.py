@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
