@@ -76,7 +76,8 @@ TABLE: dict[str, set[str]] = {
     "files.*": {"config", "errors", "files.*"},
     "files.inversion": {"config", "errors", "files.*", "inversion"},
     "weights.clip_bpe": set(),
-    "weights.tokenizer": {"config", "errors", "files.reader", "weights.clip_bpe"}
+    "weights.words": {"errors"},
+    "weights.tokenizer": {"config", "errors", "files.reader", "weights.clip_bpe", "weights.words"}
     | {"weights.read.folder", "weights.read.tokenizer_json"},
     "weights.names.*": {"config", "files.header", "weights.names.*", "weights.read.shapes"},
     "weights.read.published": {"config"},
@@ -103,7 +104,7 @@ TABLE: dict[str, set[str]] = {
     "app": set(),
     "app.terminal": {"errors"},
     "app.values": {"errors"},
-    "app.words": {"errors"},
+    "app.words": {"errors", "weights.words"},
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.inversion", "inversion", "p2p", "pipeline", "sega"},

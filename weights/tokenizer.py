@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ledits_min.files.reader import read_bounded
 from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
 from ledits_min.weights.read.folder import MAX_JSON_BYTES, read_json
 from ledits_min.weights.read.tokenizer_json import MAX_ADDED, MAX_TOKEN, checked_tokenizer
+from ledits_min.weights.words import refuse_unknown
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PRIVATE = 0xF0000  # a plane of characters that mean nothing: one stands for each vector of a new word
@@ -184,18 +184,8 @@ def check_words(tokenizer: Any, prompt: str, room: int) -> None:
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     unknown = tokenizer.unk_token_id
     if unknown in ids and unknown != tokenizer.eos_token_id:  # CLIP's own byte-level one knows every word
-        backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
-        plain = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
-        splits = backend.pre_tokenizer
-        words = [word for word, _ in splits.pre_tokenize_str(plain)] if splits else [plain]
-        strange = [word for word in words if word not in vocabulary]
-        known = sorted(word for word in vocabulary if word not in tokenizer.all_special_tokens)
-        near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
-        raise InputError(
-            f"prompt {quoted(prompt)}: this model does not know {quoted(', '.join(strange))}{hint}; "
-            f"it knows: {', '.join(known)}"
-        )
+        known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        refuse_unknown(prompt, tokenizer.backend_tokenizer, known)
     if len(ids) > room:
         dropped = short(tokenizer.decode(ids[room:]), 300)
         warn(f"the prompt is {len(ids)} tokens long and the model reads {room}; dropped: {dropped}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError
+from ledits_min.weights.words import refuse_unknown
 
 MAX_BYTES = 1_000_000  # a larger tokenizer is none of whole words; it is looked at when the model is loaded
 
@@ -33,19 +33,9 @@ def check_words(folder: Path | None, texts: Iterable[str]) -> None:
         for text in texts:
             if unknown not in tokenizer.encode(text, add_special_tokens=False).tokens:
                 continue
-            plain = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-            splits = tokenizer.pre_tokenizer
-            words = [word for word, _ in splits.pre_tokenize_str(plain)] if splits else [plain]
-            strange = [word for word in words if word not in vocabulary]
-            raise InputError(_refusal(text, strange, sorted(vocabulary - special - {unknown})))
+            refuse_unknown(text, tokenizer, vocabulary - special - {unknown})
     except InputError:
         raise
     except Exception:  # noqa: BLE001 - no sound tokenizer: loading the model says what is wrong with it
         return
 
-
-def _refusal(text: str, strange: list[str], known: list[str]) -> str:
-    near = [match for word in strange for match in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
-    hint = f" (did you mean {', '.join(near)}?)" if near else ""
-    words = quoted(", ".join(strange))
-    return f"prompt {quoted(text)}: this model does not know {words}{hint}; it knows: {', '.join(known)}"
