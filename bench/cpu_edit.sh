@@ -10,7 +10,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python3 -c 'from ledits_min.engine.cpu import computes_in_bfloat16 as does; assert does(), "this CPU does not"' || exit 1
 
 failed=0
-measure() { python3 -m "bench.$1" "${@:2}" || failed=1; }
+measure() { python3 -m "bench.speed.$1" "${@:2}" || failed=1; }
 measure peer_diffusers --rounds 2
 measure peer_diffusers --prompts
 measure peer_diffusers --peer-dtype fp32
