@@ -320,6 +320,8 @@ def test_it_can_be_used_without_a_mouse(web: ModuleType, visit: Any) -> None:
     page.get_by_role("radio", name="small thing").first.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => document.querySelector('.concept .scale input[type=number]').value == '3'")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('.concept .scale input[type=number]').value == '2'")
     page.get_by_role("button", name="Remove concept 1").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelector('#run').disabled")

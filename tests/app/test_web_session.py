@@ -269,9 +269,10 @@ def test_one_computation_at_a_time(models: Models) -> None:
     assert inside.is_set()
 
 
-def test_a_warning_reaches_the_visitor_it_concerns(session: Session) -> None:
+def test_a_warning_reaches_the_visitor_it_concerns_once(session: Session) -> None:
+    late = Concept("beard", warmup_steps=50)
     with warnings.catch_warnings(record=True) as elsewhere, warnings_to_visitors():
-        made = session.edit("tiny", BASIS, Change(3.5, (Concept("beard", warmup_steps=50),)))
+        made = session.edit("tiny", BASIS, Change(3.5, (late, late)))
         warnings.warn("nobody's", stacklevel=1)
     assert len(made.notices) == 1 and "never acts" in made.notices[0]
     assert [str(warning.message) for warning in elsewhere] == ["nobody's"]

@@ -155,6 +155,16 @@ CAN_EDIT = f"""(ready, target, count, ...texts) => {{
   const words = !ready ? '{NO_PICTURE}' : !asked ? '{NO_WORDS}' : '{READY}';
   return {{__type__: 'update', interactive: words === '{READY}', value: words}};
 }}"""
+# Gradio's radio buttons each have a name of their own, so that no browser sees that they belong together.
+ARROWS = """() => document.addEventListener('keydown', event => {
+  const by = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
+  if (!by || event.target.type !== 'radio' || event.altKey || event.ctrlKey || event.metaKey) return;
+  const group = [...event.target.closest('fieldset').querySelectorAll('input[type=radio]')];
+  const next = group[(group.indexOf(event.target) + by + group.length) % group.length];
+  event.preventDefault();
+  next.focus();
+  next.click();
+})"""
 ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
 # The browser's own storage: what this tab showed before it was loaded again, and the history.
 RECALL = """() => {

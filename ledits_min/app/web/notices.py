@@ -13,7 +13,7 @@ _ears: ContextVar[list[str] | None] = ContextVar("ears", default=None)
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """The warnings of this thread, while `warnings_to_visitors` runs."""
+    """The warnings of this thread, each once, while `warnings_to_visitors` runs."""
     said: list[str] = []
     token = _ears.set(said)
     try:
@@ -36,7 +36,7 @@ def warnings_to_visitors() -> Iterator[None]:
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             said = _ears.get()
             if said is not None and category is UserWarning:
-                said.append(str(message))
+                said.extend([str(message)] * (str(message) not in said))
             else:
                 before(message, category, *rest, **named)
 

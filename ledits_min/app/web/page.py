@@ -73,6 +73,7 @@ class Page:
         past = [parts.history, parts.forget, parts.kept]
         told = [parts.copy, parts.command, parts.python]
         everything = [*view, *past, *told, parts.model, *numbers, *rows]
+        self._count_of_everything = len(everything)
 
         arrived = self._on(
             blocks.load, self._arrive, [parts.kept, parts.visit], [parts.visit, *everything], AT_ONCE, js=RECALL
@@ -176,10 +177,6 @@ class Page:
         view = self._view(session) if session.picture else [gr.update(visible=True), *[gr.skip()] * 6]
         shown = [*view, *self._past(session)]
         return Answer([*visit, *shown, *[gr.skip()] * (self._count_of_everything - len(shown))])
-
-    @property
-    def _count_of_everything(self) -> int:
-        return 7 + 3 + 3 + 1 + 9 + 2 + ROWS * 8
 
     def _recall(self, session: Session, kept: str) -> None:
         for number, (named, basis, change) in enumerate(recall(kept, self.models.names, KEPT_EDITS)):

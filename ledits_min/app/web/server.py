@@ -109,7 +109,7 @@ def door(page: Page, host: str, port: int) -> Door:
     from fastapi import FastAPI
 
     from ledits_min.app.web.door import Door
-    from ledits_min.app.web.layout import HEAD, SAMPLES, STYLE
+    from ledits_min.app.web.layout import ARROWS, HEAD, SAMPLES, STYLE
 
     fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
@@ -125,7 +125,7 @@ def door(page: Page, host: str, port: int) -> Door:
     )  # fmt: skip
     settings: dict[str, Any] = {
         "show_error": False, "footer_links": [], "ssr_mode": False, "enable_monitoring": False, "pwa": False,
-        "mcp_server": False, "run_history": False, "theme": theme, "css_paths": STYLE, "head": HEAD,
+        "mcp_server": False, "run_history": False, "theme": theme, "css_paths": STYLE, "head": HEAD, "js": ARROWS,
     }  # fmt: skip
     page.blocks.state_session_capacity = page.visits.limits.visits
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page.blocks, "", host, port, **settings)

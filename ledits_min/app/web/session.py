@@ -235,34 +235,35 @@ class Session:
             result = ledits.edit(inversion, concepts=change.concepts, progress=False, callback=callback, **settings)
             seconds = time.perf_counter() - started
             values = outputs.settings(ledits, inversion, change.concepts, None, settings)
-        return self._store(model, picture, basis, change, result, outputs.metadata(values), inverted, seconds, notices)
+        number = self._made + 1
+        folder = self.folder / str(number)
+        masks = tuple(
+            Mask(folder / f"mask-{index}.png", float(mask[0].max())) for index, mask in enumerate(result.masks)
+        )
+        made = Edit(number, model, picture, basis, change, folder, masks, inverted, seconds, tuple(notices))
+        self._store(made, result, outputs.metadata(values))
+        return made
 
-    def _store(
-        self, model: str, picture: Picture, basis: Basis, change: Change, result: Any, metadata: Any,
-        inverted: float | None, seconds: float, notices: list[str],
-    ) -> Edit:  # fmt: skip
+    def _store(self, made: Edit, result: Any, metadata: Any) -> None:
+        """Its files, and its place in the history."""
         image = result.images[0]
         if not self.admit(0, 2 * _pixel_bytes(image)):
             raise InputError("the page's disk holds as many edits as it may; come back in a while")
         with self._files:
-            number, before, masks = self._made + 1, shown(picture.image), []
-            folder = self.folder / str(number)
-            folder.mkdir(exist_ok=True)
-            if not picture.shown.exists():  # the visitor has taken another meanwhile
-                before.save(picture.shown, compress_level=1)
-            for index, mask in enumerate(result.masks):
-                masks.append(Mask(folder / f"mask-{index}.png", float(mask[0].max())))
-                outputs.overlay(before, mask[0]).save(masks[-1].file, compress_level=1)
-            made = Edit(number, model, picture, basis, change, folder, tuple(masks), inverted, seconds, tuple(notices))
+            before = shown(made.picture.image)
+            made.folder.mkdir(exist_ok=True)
+            if not made.picture.shown.exists():  # the visitor has taken another meanwhile
+                before.save(made.picture.shown, compress_level=1)
+            for each, mask in zip(made.masks, result.masks, strict=True):
+                outputs.overlay(before, mask[0]).save(each.file, compress_level=1)
             thumbnail = image.copy()
             thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             thumbnail.save(made.thumbnail, quality=80)
             shown(image).save(made.shown, compress_level=1)
             save_image(image, made.file, metadata)
-            self._made = number
+            self._made = made.number
             self.history.append(made)
             self._forget_what_is_over()
-            return made
 
     def restore(self, made: Edit) -> None:
         """Go back to an edit of the history: its picture is the one to edit again."""
