@@ -1,7 +1,8 @@
 """The newcomer's path through `ledits web`, in a real browser: from the command to the first edit of one's own.
 
 `python bench/web.py` prints the seconds; with --results it writes bench/results/web.json and the picture of the page,
-web.png. `--soak 200 --results` visits it without a browser and writes web_soak.json, what the server holds meanwhile.
+web.png. `--soak 200 --results` visits it without a browser, one after the other and then 80 at once, and writes
+web_soak.json: what the server holds meanwhile, who is served, and how soon.
 The page's tests start it, the browser and visitors without one with what is here.
 """
 
@@ -20,8 +21,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait1.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 60_000  # milliseconds that a step in the browser may take
+CROWDED = 600.0  # seconds that a visitor among many may wait
 
 
 def chromium() -> str | None:
@@ -272,6 +277,49 @@ def soak(visits: int, side: int = 1500, every: int = 10) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def crowd(clients: int, num_steps: int = 5) -> dict[str, Any]:
+    """How many of so many visitors at once get their edit and how soon; the others are told why not, in a line.
+
+    Each holds its heartbeat, as a browser does. Seconds are from the first request to the answer, for all of them.
+    """
+    with tempfile.TemporaryDirectory() as folder, served(temporary=Path(folder)) as (address, process):
+        everybody = threading.Barrier(clients)
+        with ThreadPoolExecutor(clients) as threads:
+            answers = list(threads.map(lambda _: one_of_many(address, num_steps, everybody), range(clients)))
+        resident = memory_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        left = [path.name for path in Path(folder).rglob("*") if path.is_file()]
+    seconds = sorted(taken for said, taken in answers if said.startswith("+ sunglasses"))
+    refused = Counter(said for said, _ in answers if not said.startswith("+ sunglasses"))
+    return {
+        "clients": clients, "steps": num_steps, "edited": len(seconds), "refused": dict(refused),
+        "first_s": round(seconds[0], 2), "median_s": round(median(seconds), 2), "last_s": round(seconds[-1], 2),
+        "resident_mb": resident, "lines_at_the_terminal": len(errors.splitlines()) - 1, "files_left": left,
+    }  # fmt: skip
+
+
+def one_of_many(address: str, num_steps: int, everybody: threading.Barrier) -> tuple[str, float]:
+    """What a visitor is told at last, and after how many seconds; the page stays open until all have been told."""
+    import httpx
+
+    everybody.wait()
+    started, name = time.perf_counter(), secrets.token_hex(5)
+    with httpx.Client(base_url=address, timeout=CROWDED) as client:
+        client.get("/")
+        with client.stream("GET", f"/gradio_api/heartbeat/{name}"):
+            visitor = Visitor(client, name)
+            if not visitor.said:
+                visitor.open_sample(0)
+                visitor.values["steps"], visitor.values["skip"] = num_steps, 1
+                told = visitor.edit("sunglasses").strip()
+            else:
+                told = visitor.said
+            taken = time.perf_counter() - started
+            everybody.wait()
+    return told, taken
+
+
 def memory_of(process: int) -> float:
     """MB resident."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -316,9 +364,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", action="store_true", help="write bench/results/web.json and web.png")
     parser.add_argument("--soak", type=int, metavar="N", help="N visits instead; with --results web_soak.json")
+    parser.add_argument("--at-once", type=int, default=80, metavar="N", help="with --soak: N more at the same time")
     args = parser.parse_args()
     if args.soak:
-        held = soak(args.soak)
+        held = {"one_after_the_other": soak(args.soak), "at_once": crowd(args.at_once)}
         print(json.dumps(held, indent=2))
         if args.results:
             held["conditions"] = beside("conditions").conditions()

@@ -20,17 +20,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, SD15_UNET, SD15_VAE, EditDefaults
-from ledits_min.edit import levels
-from ledits_min.engine.loop import Network
-from ledits_min.engine.ops import EditPlan
+from ledits_min.engine.evaluate import Network
+from ledits_min.engine.plan import Phase
+from ledits_min.engine.progress import Reporting
 from ledits_min.engine.request import Start
-from ledits_min.engine.runner import Runner
+from ledits_min.engine.runner import Contexts, Runner
 from ledits_min.files.configs import config_json
 from ledits_min.files.opening import open_image
 from ledits_min.files.picture import to_tensor
-from ledits_min.inversion import draw_noise
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.schedule import Schedule, make_schedule
-from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.sega import Concept
 from ledits_min.text import Context
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
@@ -46,18 +47,17 @@ QUICK_VAE = replace(SD15_VAE, block_out_channels=(32, 32, 64, 64), norm_num_grou
 
 @dataclass(frozen=True)
 class Job:
-    """One edit; `contexts` holds those of the empty prompt, of source and target (which may be "") and of the terms."""
+    """One edit; `contexts` holds those of the empty prompt, of source and target (which may be "") and of the concepts.
+
+    schedule, noise  of all steps, those too that are skipped
+    """
 
     schedule: Schedule
-    skip: int
+    inversion: InversionSettings
+    edit: EditSettings
     image: Tensor
     noise: Tensor
     contexts: dict[str, Context]
-    source: str
-    target: str
-    terms: list[ConceptTerm]
-    source_guidance_scale: float = 3.5
-    guidance_scale: float = 7.5
 
 
 @dataclass
@@ -87,6 +87,7 @@ def synchronize() -> None:
 
 
 def build_ours(quick: bool, device: torch.device) -> tuple[UNet, VAE]:
+    """The plain networks; the runner puts the speed on."""
     with torch.device("meta"):
         unet, vae = UNet(QUICK_UNET if quick else SD15_UNET), VAE(QUICK_VAE if quick else SD15_VAE)
     fill((unet, vae), device)
@@ -129,9 +130,12 @@ def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device
     }
     image = to_tensor([open_image(SAMPLE)], (args.size, args.size)).to(device).repeat(args.images, 1, 1, 1)
     latents = (4, args.size // 8, args.size // 8)
+    terms = tuple(Concept(name).resolve(EditDefaults()) for name in names)
     return Job(
-        make_schedule(SD15_SCHEDULE, steps), skip, image, draw_noise(range(args.images), steps, latents).to(device),
-        contexts, source, target, [Concept(name).resolve(EditDefaults()) for name in names],
+        make_schedule(SD15_SCHEDULE, steps),
+        InversionSettings(num_steps=steps, skip=skip, source=source),
+        EditSettings(target, guidance_scale=7.5, concepts=terms),
+        image, draw_noise(range(args.images), steps, latents).to(device), contexts,
     )  # fmt: skip
 
 
@@ -141,50 +145,51 @@ def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device
 class TimedRunner(Runner):
     """It keeps the time spent in the network's calls, whether those are graphs or not."""
 
-    unet_seconds = 0.0
+    def __init__(self, *networks: Any) -> None:
+        super().__init__(*networks)
+        self.spans: list[Callable[[], float]] = []
 
-    def run(self, loop: Callable[[Network, Any], T], *more: Any, **options: Any) -> T:
-        spans: list[Callable[[], float]] = []
-
-        def timed_loop(network: Network, advance: Any) -> T:
-            def timed(x_t: Tensor, *numbers: Tensor) -> Tensor:
-                if x_t.device.type == "cuda":
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    eps = network(x_t, *numbers)
-                    end.record()
-                    spans.append(lambda: start.elapsed_time(end) / 1000.0)
-                    return eps
-                started = time.perf_counter()
-                eps = network(x_t, *numbers)
-                seconds = time.perf_counter() - started
-                spans.append(lambda: seconds)
-                return eps
-
-            return loop(timed, advance)
-
-        result = super().run(timed_loop, *more, **options)
+    @property
+    def unet_seconds(self) -> float:
         synchronize()
-        self.unet_seconds += sum(span() for span in spans)
-        return result
+        return sum(span() for span in self.spans)
+
+    def network(
+        self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
+    ) -> Network:
+        network = super().network(phase, contexts, inversion, device)
+
+        def timed(x_t: Tensor, *call: Any) -> Tensor:
+            if x_t.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                eps = network(x_t, *call)
+                end.record()
+                self.spans.append(lambda: start.elapsed_time(end) / 1000.0)
+                return eps
+            started = time.perf_counter()
+            eps = network(x_t, *call)
+            seconds = time.perf_counter() - started
+            self.spans.append(lambda: seconds)
+            return eps
+
+        return timed
 
 
 def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:
-    runner, side = TimedRunner(*networks, "epsilon", TOKENS), Side()
-    sigmas = job.schedule.sigmas(1.0)
-    table = [levels(job.schedule, sigmas, step) for step in range(job.skip, job.schedule.num_steps)]
-    plan = EditPlan(table, job.terms, job.target, job.guidance_scale)
+    runner, side, quiet = TimedRunner(*networks, "epsilon", TOKENS), Side(), Reporting(progress=False)
+    runner.compiled = networks[0]._compiled_call_impl is not None  # as `LEdits.from_pretrained(compile=True)` says it
     x_0 = side.timed("encode", lambda: runner.encode(job.image))
-    x_T, residuals, (side.latents, _, _) = side.timed("invert and edit", lambda: runner.invert_and_edit(
-        job.contexts, plan, x_0, job.noise[job.skip :], job.schedule, job.skip, 1.0, job.source,
-        job.source_guidance_scale, progress=False, trace=False,
+    x_T, residuals, edited = side.timed("invert and edit", lambda: runner.invert_and_edit(
+        job.contexts, x_0, job.noise[job.inversion.skip :], job.inversion, job.edit, quiet
     ))  # fmt: skip
-    side.picture = side.timed("decode", lambda: runner.decode(side.latents))
+    side.latents = edited.latents
+    side.picture = side.timed("decode", lambda: runner.decode(edited.latents))
     side.evaluations = sum(runner.evaluations.values())
     side.unet_seconds = runner.unet_seconds
     side.preparing = runner.overhead.take()
-    start = Start(x_T, residuals, job.schedule, job.skip, 1.0)
-    side.again = lambda: runner.edit("editing", job.contexts, plan, start, progress=False, trace=False)
+    start = Start(x_T, residuals, job.inversion)
+    side.again = lambda: runner.edit("editing", job.contexts, start, job.edit, quiet)
     return side
 
 
@@ -248,17 +253,18 @@ def invert_one_by_one(predict: Predict, job: Job, x_0: Tensor) -> tuple[Tensor, 
     xs.append(x_0)
     residuals = []
     for step in range(schedule.num_steps):
-        eps = predict(xs[step], step, ["", job.source] if job.source else [""])
-        guided = eps[:1] + job.source_guidance_scale * (eps[1:] - eps[:1]) if job.source else eps
+        eps = predict(xs[step], step, ["", job.inversion.source] if job.inversion.source else [""])
+        scale = job.inversion.source_guidance_scale
+        guided = eps[:1] + scale * (eps[1:] - eps[:1]) if job.inversion.source else eps
         residuals.append(xs[step + 1] - mean(schedule, step, xs[step], guided))
-    return xs[job.skip], residuals
+    return xs[job.inversion.skip], residuals
 
 
 def edit_one_by_one(predict: Predict, job: Job, x_t: Tensor, residuals: list[Tensor]) -> Tensor:
-    for i, step in enumerate(range(job.skip, job.schedule.num_steps)):
-        eps = predict(x_t, step, ["", job.target, *(term.text for term in job.terms)])
-        guided = eps[:1] + job.guidance_scale * (eps[1:2] - eps[:1])
-        for term, concept in zip(job.terms, eps[2:], strict=True):
+    for i, step in enumerate(range(job.inversion.skip, job.schedule.num_steps)):
+        eps = predict(x_t, step, ["", job.edit.target, *(term.text for term in job.edit.concepts)])
+        guided = eps[:1] + job.edit.guidance_scale * (eps[1:2] - eps[:1])
+        for term, concept in zip(job.edit.concepts, eps[2:], strict=True):
             if i >= term.warmup_steps:
                 guidance = (concept - eps[:1]) * (-term.guidance_scale if term.reverse else term.guidance_scale)
                 strength = guidance.abs().flatten(2)

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from ledits_min import Concept, LEdits
-from ledits_min.edit import levels
 from ledits_min.engine import ops
-from ledits_min.engine.ops import EditPlan
-from ledits_min.schedule import make_schedule
+from ledits_min.engine.ops import EditSteps
+from ledits_min.guidance import EditSettings
 
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
 TOLERANCE = {"float32": 1e-2, "float16": 0.3}  # a mask may move by a position, and the steps behind it amplify that
@@ -57,25 +56,24 @@ def test_edit_with_and_without_kernels(gpu: ModuleType, benchmark: Any, dtype: s
 def test_edit_through_the_step_kernel(gpu: ModuleType, inputs: ModuleType, benchmark: Any) -> None:
     """The whole loop on `ops.sega_step`: the network without kernels, so that only the step differs."""
     ledits = load("float32")
-    terms = [inputs.term("sunglasses", warmup_steps=1)]
+    asked = EditSettings(concepts=(inputs.term("sunglasses", warmup_steps=1),))
     with gpu.kernels("torch"), torch.no_grad():
         inversion = ledits.invert(SAMPLE, progress=False)
         contexts = {text: ledits.text.encode([text]).tokens for text in ("", "sunglasses")}
-    settings = inversion.settings
-    schedule = make_schedule(settings.schedule, settings.num_steps)
-    steps = range(settings.skip, settings.num_steps)
-    plan = EditPlan([levels(schedule, schedule.sigmas(settings.eta), step) for step in steps], terms)
+    schedule = inversion.settings.make_schedule()
+    steps = EditSteps(schedule.levels(inversion.settings.eta), asked)
     residuals = inversion.residuals.cuda().contiguous()
-    assert settings.schedule.prediction_type == "epsilon"
+    assert inversion.settings.schedule.prediction_type == "epsilon"
 
     def edit(side: str) -> torch.Tensor:
-        state = ops.start(plan, inversion.x_T.cuda())
-        for i, step in enumerate(steps):
+        state = ops.start(steps, inversion.x_T.cuda())
+        for i, t in enumerate(schedule.timesteps.cuda()):
             with gpu.kernels("torch"):
-                t = schedule.timesteps[step].cuda().expand(1)
-                branches = torch.stack([ledits.unet(state.x_t, t, contexts[text]) for text in plan.texts(i)])
+                branches = torch.stack([
+                    ledits.unet(state.x_t, t.expand(1), contexts[text]) for text in asked.texts(i)
+                ])  # fmt: skip
             with gpu.kernels(side):
-                ops.sega_step(plan, state, branches, residuals, i)
+                ops.sega_step(steps, state, branches, residuals, i)
         return state.x_t
 
     with torch.no_grad():

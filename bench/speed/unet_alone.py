@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import logging
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.speed.conditions import conditions, kind_of
 from bench.speed.sides import DTYPES, TOKENS, build_ours, build_theirs, synchronize
+from ledits_min.engine.fast_networks import FastUNet, accelerate
 
 RESULTS = Path(__file__).parents[1] / "results" / "unet_alone.json"
 AGREE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # relative to the float32 prediction
@@ -79,7 +80,8 @@ def main() -> None:
     args = options()
     logging.set_verbosity_error()
     device, dtype, side = torch.device(args.device), DTYPES[args.dtype], args.size // 8
-    ours, theirs = build_ours(args.quick, device)[0], build_theirs(args.quick, device)[0]
+    ours = cast(FastUNet, accelerate(build_ours(args.quick, device)[0]))
+    theirs = build_theirs(args.quick, device)[0]
     width = ours.config.cross_attention_dim
     batches = [int(batch) for batch in args.batches.split(",")]
     jobs = {batch: inputs(batch, side, width, device) for batch in batches}
