@@ -101,7 +101,7 @@ def words_asked(page: Page) -> Locator:
 
 
 def edit(page: Page, *words: str) -> str:
-    """Ask for concepts, one a row, and wait for the picture; what the page says of it."""
+    """Ask for concepts, one per row, and wait for the picture; what the page says of it."""
     for index, text in enumerate(words):
         if words_asked(page).count() <= index:
             page.locator("#more").click()
