@@ -22,7 +22,7 @@ from ledits_min.kernels._launch import cdiv, check_state, launch, launch_shape, 
 MAX_POSITIONS = 16384  # a map stays in one program's registers: 128 x 128 latents, a picture of 1024 x 1024
 
 # Columns of the tables; a Triton kernel reads a global number only as a constexpr.
-SLOTS = tl.constexpr(3)  # branch of eps_uncond, of the guidance's base, of its text; then one a concept; -1: none
+SLOTS = tl.constexpr(3)  # branch of eps_uncond, of the guidance's base, of its text; then one per concept; -1: none
 # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), sqrt(alpha_bar_prev), sqrt(1 - alpha_bar_prev - sigma_t^2)
 LEVELS = tl.constexpr(4)
 GUIDANCE = tl.constexpr(5)  # guidance_scale, momentum_scale, momentum_beta, 1 - momentum_beta, every concept is warm

@@ -34,7 +34,7 @@ BASE = {"steps": 10, "concepts": 2, "size": 256, "images": 1}
 DIALS = {
     "steps": ("steps, of which 30 % are skipped", (5, 10, 20, 40)),
     "concepts": ("concepts", (0, 1, 2, 4)),
-    "size": ("pixels a side", (128, 256, 384, 512)),
+    "size": ("pixels per side", (128, 256, 384, 512)),
     "images": ("pictures", (1, 2, 4)),
 }
 STYLES = {"ours": ("#0072B2", "o"), "peer": ("#D55E00", "^")}  # Okabe and Ito's colours
@@ -44,7 +44,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, default=BASE["size"], help="pixels a side where that is not the dial")
+    parser.add_argument("--size", type=int, default=BASE["size"], help="pixels per side where that is not the dial")
     parser.add_argument("--quick", action="store_true", help="small networks, the first two points: does it run?")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -89,7 +89,7 @@ def plot(found: dict[str, dict[str, list[dict[str, float]]]], out: Path) -> None
             axis.plot(x, y, marker=marker, color=color, label=line)
         axis.set(xlabel=label, ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("seconds an edit")
+    axes[0].set_ylabel("seconds per edit")
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=110)

@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--peer-dtype", choices=DTYPES, help="the peer's, if another")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side, a multiple of 64")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--skip", type=int, default=7)
     parser.add_argument("--concepts", type=int, default=2)

@@ -34,8 +34,8 @@ OPENVINO = 5.0  # times that for OpenVINO, which rounds inside its norms too
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64")
-    parser.add_argument("--batches", default="1,4", help="evaluations a call, several with commas between")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side, a multiple of 64")
+    parser.add_argument("--batches", default="1,4", help="evaluations per call, several with commas between")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="both once more through torch.compile")
     parser.add_argument("--openvino", action="store_true", help="OpenVINO too (pip install openvino; on a CPU)")

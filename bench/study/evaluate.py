@@ -172,7 +172,7 @@ def score(
     *,
     deep: bool = True,
 ) -> Scores:
-    """One number a portrait. Reconstructions are the pictures themselves: LEDITS returns them unless it is asked more.
+    """One number per portrait. Reconstructions are the pictures themselves: LEDITS returns them unless asked for more.
 
     success                     every asked attribute is seen as asked
     kept, kept_unedited         how many of the other attributes are seen as they were, in the edited and the original

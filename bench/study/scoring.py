@@ -1,6 +1,6 @@
 """What an edit is worth in numbers: fidelity where nothing was asked, nearness to the ideal, intervals, monotonicity.
 
-Pictures are uint8 (N, H, W, 3), regions bool (N, H, W); a score holds one number a picture, NaN where a picture has no
+Pictures are uint8 (N, H, W, 3), regions bool (N, H, W); a score holds one number per picture, NaN where one has no
 such place.
 """
 

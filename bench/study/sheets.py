@@ -39,7 +39,7 @@ def edited(editor: Editor, edit: Edit, pictures: Pixels) -> tuple[list[Image.Ima
 
 
 def by_portrait(editor: Editor, pictures: Pixels, edits: Sequence[Edit]) -> Image.Image:
-    """Two rows a portrait: the original and its edits, and below each edit where it acted."""
+    """Two rows per portrait: the original and its edits, and below each edit where it acted."""
     done = [(edit.name, *edited(editor, edit, pictures)) for edit in edits]
     rows: list[list[Cell]] = []
     for index, original in enumerate(as_images(pictures)):
@@ -49,7 +49,7 @@ def by_portrait(editor: Editor, pictures: Pixels, edits: Sequence[Edit]) -> Imag
 
 
 def by_edit(editor: Editor, edits: Sequence[Edit], count: int) -> Image.Image:
-    """Three rows an edit: originals, edits, and the ideal edits as the renderer draws them."""
+    """Three rows per edit: originals, edits, and the ideal edits as the renderer draws them."""
     rows, titles = [], []
     for edit in edits:
         portraits = pick("evaluation", edit.needs, count)

@@ -158,7 +158,7 @@ def report(
     device: str,
     evaluations: Mapping[str, Any],
 ) -> bytes:
-    """The report as strict JSON: settings, versions, seconds a phase, evaluations planned and made, masks, trace."""
+    """The report as strict JSON: settings, versions, seconds of each phase, evaluations planned and made, masks."""
     content = {
         "settings": values,
         "versions": versions(),

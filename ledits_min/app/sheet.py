@@ -76,7 +76,7 @@ def contact_sheet(
     lead: Cell | None = None,
     caption: Sequence[str] = (),
 ) -> Image.Image:
-    """Rows of pictures, each within `cell` pixels a side and over its label.
+    """Rows of pictures, each within `cell` pixels per side and over its label.
 
     titles   over each row, none where it is ""
     columns  headings over the columns, and `sides` at the left of the rows

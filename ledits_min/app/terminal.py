@@ -1,4 +1,4 @@
-"""What the command says: one line a message on stderr, results on stdout."""
+"""What the command says: one line per message on stderr, results on stdout."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
             f"{name} is {width} x {height}, more than {MAX_PIXELS / 1e6:.0f} megapixels; scale it down first"
         )
     if min(size) < MIN_SIDE:
-        raise InputError(f"{name} is {width} x {height}; at least {MIN_SIDE} pixels a side are wanted")
+        raise InputError(f"{name} is {width} x {height}; at least {MIN_SIDE} pixels per side are wanted")
     if max(size) > MAX_ASPECT * min(size):
         raise InputError(f"{name} is {width} x {height}, longer than {MAX_ASPECT}:1; crop it first")
 

@@ -39,7 +39,7 @@ def fit_size(picture: tuple[int, int], size: Size | None, native: int, factor: i
     scale = longer / max(picture)
     width, height = (max(1, round(side * scale / factor)) * factor for side in picture)
     if min(width, height) < least:
-        why = f"is too small for this model, which needs {least} pixels a side; pass a larger one"
+        why = f"is too small for this model, which needs {least} pixels per side; pass a larger one"
         raise InputError(f"size {width} x {height} {why}")
     return width, height
 

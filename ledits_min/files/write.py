@@ -51,7 +51,7 @@ def check_output_picture(path: str | Path, size: tuple[int, int]) -> None:
         raise InputError(f"{quoted(path)} does not end in a format we write; use {', '.join(OUTPUT_SIDES)}")
     if max(size) > OUTPUT_SIDES[suffix]:
         raise InputError(
-            f"{quoted(path)}: {suffix[1:].upper()} holds {OUTPUT_SIDES[suffix]} pixels a side, the picture "
+            f"{quoted(path)}: {suffix[1:].upper()} holds {OUTPUT_SIDES[suffix]} pixels per side, the picture "
             f"is {size[0]} x {size[1]}; use .png"
         )
 

@@ -53,7 +53,7 @@ def test_outputs_and_errors_are_those_of_the_local_engine(
     assert finished.returncode == 1, finished.stderr
     assert mark.exists()  # the killer did its work
     assert finished.stdout.startswith("wrote 10 pictures to ")
-    assert finished.stderr == f"ledits: error: 2 of 12 jobs failed; '{folder}/errors.jsonl' says why, a line each\n"
+    assert finished.stderr == f"ledits: error: 2 of 12 jobs failed; '{folder}/errors.jsonl' says why, one line each\n"
     assert contents(folder) == contents(tmp_path / "local")
     assert len(contents(folder)) == 12 - len(poisoned) + 1
     assert (folder / "002.png").stat().st_mtime_ns < mark.stat().st_mtime_ns  # not done twice

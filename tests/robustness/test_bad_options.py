@@ -145,7 +145,7 @@ def output_rows() -> list[Row]:
         bad("output: inversion ending", "edit p.png --save-inversion i.pt", r"must end in \.safetensors"),
         bad("output: invert ending", "invert p.png -o i.png", r"must end in \.safetensors"),
         bad("output: invert over a file", "invert p.png -o i.safetensors", "exists already", {"i.safetensors": b"x"}),
-        bad("output: too wide for webp", "edit w.png -o o.webp", "16383 pixels a side",
+        bad("output: too wide for webp", "edit w.png -o o.webp", "16383 pixels per side",
             make=lambda w: Image.new("RGB", (16_400, 2_100)).save(w.place / "w.png")),
     ]  # fmt: skip
 

@@ -344,4 +344,4 @@ def run(jobs: Sequence[Job], args: argparse.Namespace, make_engine: Callable[[ar
     tell(f"wrote {count(wrote, 'picture')} to {quoted(folder)} in {seconds:.1f} s{were}")
     if failures:
         jobs_failed = f"{len(failures)} of {count(len(jobs), 'job')} failed"
-        raise RunError(f"{jobs_failed}; {quoted(folder / ERRORS)} says why, a line each")
+        raise RunError(f"{jobs_failed}; {quoted(folder / ERRORS)} says why, one line each")
