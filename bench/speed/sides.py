@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -154,26 +154,24 @@ class TimedRunner(Runner):
         synchronize()
         return sum(span() for span in self.spans)
 
-    def network(
-        self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
-    ) -> Network:
+    def network(self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device) -> Network:
         network = super().network(phase, contexts, inversion, device)
 
-        def timed(x_t: Tensor, *call: Any) -> Tensor:
+        def timed(x_t: Tensor, inputs: Tensor, *call: Any) -> Tensor:
             if x_t.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                eps = network(x_t, *call)
+                eps = network(x_t, inputs, *call)
                 end.record()
                 self.spans.append(lambda: start.elapsed_time(end) / 1000.0)
                 return eps
             started = time.perf_counter()
-            eps = network(x_t, *call)
+            eps = network(x_t, inputs, *call)
             seconds = time.perf_counter() - started
             self.spans.append(lambda: seconds)
             return eps
 
-        return timed
+        return cast(Network, timed)
 
 
 def run_ours(networks: tuple[UNet, VAE], job: Job) -> Side:

@@ -99,7 +99,8 @@ class FastUpBlock(unet.UpBlock):
     def forward(self, hidden: Tensor, conditioning: Conditioning, skips: list[Tensor]) -> Tensor:
         assert isinstance(conditioning, FastConditioning)
         for resnet, attend in zip_longest(self.resnets, self.attentions):
-            hidden = resnet(torch.cat([hidden, conditioning.spread(skips.pop())], dim=1), conditioning)
+            both = [conditioning.spread(hidden), conditioning.spread(skips.pop())]
+            hidden = resnet(torch.cat(both, dim=1), conditioning)
             if attend is not None:
                 hidden = attend(hidden, conditioning)
         for upsample in self.upsamplers:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import peft
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ledits_min import unet, vae
-from ledits_min.config import SD15_UNET, SD15_VAE
+from ledits_min.config import SD15_UNET, SD15_VAE, UNetConfig
 from ledits_min.engine import cpu, ops, torch_private
 from ledits_min.engine.fast_networks import _FAST, FastAttention, FastConditioning, FastUNet, accelerate
 from ledits_min.p2p import AttentionControl, token_mapper
@@ -32,7 +33,11 @@ SDXL = replace(
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 1),
     addition_time_embed_dim=4, projection_class_embeddings_input_dim=10,
 )  # fmt: skip
-UNETS = {"SD 1": SD1, "SD 2": SD2, "SDXL": SDXL}
+SMALLER = replace(  # a distilled one: nothing in the middle, and other depths on the way up than on the way down
+    SDXL, mid_block_type="UNetMidBlock2D", transformer_layers_per_block=(1, (2,), (1,)),
+    reverse_transformer_layers_per_block=((1, 2), (1, 1), 1),
+)  # fmt: skip
+UNETS = {"SD 1": SD1, "SD 2": SD2, "SDXL": SDXL, "distilled": SMALLER}
 CODER = replace(SD15_VAE, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
 WIDE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of a whole network, relative to float32; most of it in every layer
 TEXT = 7  # tokens
@@ -45,13 +50,17 @@ def relative(found: Tensor, exact: Tensor) -> float:
 Call = Callable[[Any, tuple[Tensor, ...]], Tensor]
 
 
+def plainly(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    return block(*inputs)
+
+
 @dataclass(frozen=True)
 class Case:
     """A block, the shapes of what it is given, and how it is called with that; the fast one the same way."""
 
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
-    call: Call = lambda block, inputs: block(*inputs)
+    call: Call = plainly
 
     def block(self) -> nn.Module:
         torch.manual_seed(4)
@@ -93,21 +102,24 @@ def attend_and_add(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     return residual + block(tokens, context, nn.functional.scaled_dot_product_attention)
 
 
-def transformer(config: Any) -> unet.Transformer:
-    return unet.Transformer(BlockShape(32, 4, 2, False), config)
+def up_block(depth: int) -> unet.UpBlock:
+    return unet.UpBlock([64, 48], BlockShape(32, 4, (depth, depth), True), SD1)
 
 
 WHOLE = ((2, 4, 7, 9), (2, TEXT, 12))
 MAPS = ((2, 32, 5, 7), (2, 64), (2, TEXT, 12))
 UP = ((2, 32, 3, 4), (2, 64), (2, TEXT, 12), (2, 16, 5, 8), (2, 16, 3, 4), (2, 32, 3, 4))
 CASES = {
-    **{name: Case(lambda c=c: unet.UNet(c), WHOLE + ((2, 10),) * (c is SDXL), whole) for name, c in UNETS.items()},
-    "up block": Case(lambda: unet.UpBlock([64, 48], BlockShape(32, 4, 1, True), SD1), UP, with_skips),
-    "up block without attention": Case(lambda: unet.UpBlock([64, 48], BlockShape(32, 4, 0, True), SD1), UP, with_skips),
+    **{
+        name: Case(partial(unet.UNet, c), WHOLE + ((2, 10),) * bool(c.addition_time_embed_dim), whole)
+        for name, c in UNETS.items()
+    },
+    "up block": Case(lambda: up_block(1), UP, with_skips),
+    "up block without attention": Case(lambda: up_block(0), UP, with_skips),
     "resnet block": Case(lambda: unet.ResnetBlock(32, 32, SD1), MAPS, with_time),
     "resnet block that widens": Case(lambda: unet.ResnetBlock(32, 48, SD1), MAPS, with_time),
-    "transformer": Case(lambda: transformer(SD1), MAPS, with_time),
-    "transformer, linear, upcast": Case(lambda: transformer(SD2), MAPS, with_time),
+    "transformer": Case(lambda: unet.Transformer(32, 4, 2, SD1), MAPS, with_time),
+    "transformer, linear, upcast": Case(lambda: unet.Transformer(32, 4, 2, SD2), MAPS, with_time),
     "transformer block": Case(lambda: unet.TransformerBlock(32, 4, SD1), ((2, 35, 32), *MAPS[1:]), with_time),
     "transformer block, upcast": Case(lambda: unet.TransformerBlock(32, 4, SD2), ((2, 35, 32), *MAPS[1:]), with_time),
     "self-attention": Case(lambda: unet.Attention(32, 32, 4), ((2, 35, 32),) * 3, attend_and_add),
@@ -230,13 +242,17 @@ def test_gradients_are_the_plain_ones(case: Case, layout: torch.memory_format) -
 # --- what the fast UNet takes besides -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=UNETS.values(), ids=UNETS.keys())
+@pytest.fixture(params=[*UNETS])
 def pair(request: pytest.FixtureRequest) -> tuple[unet.UNet, FastUNet]:
-    block = Case(lambda: unet.UNet(request.param), ()).block()
+    return both(UNETS[request.param])
+
+
+def both(config: UNetConfig) -> tuple[unet.UNet, FastUNet]:
+    block = Case(partial(unet.UNet, config), ()).block()
     return cast(unet.UNet, block), cast(FastUNet, accelerated(block))
 
 
-def questions(config: Any, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def questions(config: UNetConfig, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x_t, t, context and what SDXL adds, for `rows` rows."""
     generator = torch.Generator().manual_seed(8)
     x_t, context = torch.randn(rows, 4, 9, 7, generator=generator), torch.randn(rows, TEXT, 12, generator=generator)
@@ -267,6 +283,20 @@ def test_rows_that_share_their_input(pair: tuple[unet.UNet, FastUNet], rows: lis
     text = fast.project(context) if projected else context
     found = fast(x_t, t[rows], text, each_added, rows=torch.tensor(rows))
     assert found.shape == wanted.shape and relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("ups", [("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), ("UpBlock2D",) * 3])
+@torch.no_grad()
+def test_rows_that_share_their_input_until_the_way_up(ups: tuple[str, ...]) -> None:
+    """Or to the end, where nothing looks at the text."""
+    config = replace(
+        SD1, mid_block_type="UNetMidBlock2D", down_block_types=("DownBlock2D",) * 3, up_block_types=ups
+    )  # fmt: skip
+    plain, fast = both(config)
+    x_t, t, _, _ = questions(config, 2)
+    rows, context = [0, 1, 1], questions(config, 3)[2]
+    found = fast(x_t, t[rows], context, rows=torch.tensor(rows))
+    assert relative(found, plain(x_t[rows], t[rows], context)) < 1e-5
 
 
 @torch.no_grad()
@@ -313,7 +343,8 @@ def honours(plain: nn.Module, fast: nn.Module, case: Case, before: Tensor, bound
 def test_a_hook_on_any_layer_is_honoured(case: Case, when: str) -> None:
     plain = in_layout(case.block(), torch.channels_last)
     fast = accelerated(plain)
-    before, wrong = case.call(plain, case.inputs(torch.channels_last)), {}
+    before = case.call(plain, case.inputs(torch.channels_last))
+    wrong: dict[str, str] = {}
     # One of each kind: of those whose names tell them apart by a number alone.
     kinds = {re.sub(r"\d+", "n", name): name for name, layer in plain.named_modules() if isinstance(layer, LAYERS)}
     looked_at = 0

@@ -46,7 +46,7 @@ def network(
     return eps if attention is None else -eps
 
 
-def numbers(size: int, step: int = 0) -> tuple[Tensor, ...]:
+def numbers(size: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """inputs, steps, texts and images of `size` evaluations."""
     return torch.arange(size), torch.full((size,), step), torch.arange(size), torch.arange(size) % 2
 
@@ -66,10 +66,10 @@ def test_sharing_inputs_is_part_of_a_size() -> None:
 def test_controlled_attention_is_never_recorded() -> None:
     """It differs from step to step, and a recording of its size must not answer for it."""
     tapes, control = Tapes(), AttentionControl(torch.tensor([0]), torch.tensor([1]), None, 0)
-    graphed, x_t = Graphed(network, Overhead(), tapes), torch.randn(2, 5)
+    graphed, call = Graphed(network, Overhead(), tapes), (torch.randn(2, 5), *numbers(2))
     for _ in range(3):
-        assert torch.equal(graphed(x_t, *numbers(2)), network(x_t, *numbers(2)))
-        assert torch.equal(graphed(x_t, *numbers(2), control), -network(x_t, *numbers(2)))
+        assert torch.equal(graphed(*call), network(*call))
+        assert torch.equal(graphed(*call, attention=control), -network(*call))
     assert (tapes.recorded, tapes.replayed) == (1, 2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import AttentionControl, Lending, lend_maps, token_mapper
 from ledits_min.sega import Concept
+from ledits_min.unet import Attend
 
 CONTEXTS = {"": 0.0, "a cat": 0.7, "a dog": -0.9, "blurry": 0.3, "hat": 1.3, "beard": -0.6, "smile": 2.1}
 SHAPE = (4, 6, 5)
@@ -52,7 +53,8 @@ def eps_model(x_t: Tensor, t: Tensor, context: Any, attention: AttentionControl 
     place = torch.linspace(0.0, 1.5, x_t[0].numel(), dtype=x_t.dtype).view(x_t[0].shape)
     words = torch.arange(1.0, 1.0 + TOKENS * SHAPE[0], dtype=x_t.dtype).view(TOKENS, SHAPE[0])
     pixels = x_t.flatten(2).transpose(1, 2)[:, None]  # one head
-    on_self, on_text = scaled_dot_product_attention, scaled_dot_product_attention
+    on_self: Attend = scaled_dot_product_attention
+    on_text: Attend = scaled_dot_product_attention
     if attention is not None:
         on_self, on_text = attention.self_attention, attention.cross_attention
     seen = on_self(2.0 * pixels, pixels.roll(1, 2), pixels)
@@ -264,12 +266,12 @@ def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def failing(network: Network, error: Exception, most: int) -> Network:
     """A network that has memory for `most` evaluations per call."""
 
-    def limited(x_t: Tensor, *call: Any) -> Tensor:
-        if len(call[0]) > most:
+    def limited(x_t: Tensor, inputs: Tensor, *call: Any, **more: Any) -> Tensor:
+        if len(inputs) > most:
             raise error
-        return network(x_t, *call)
+        return network(x_t, inputs, *call, **more)
 
-    return limited
+    return cast(Network, limited)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -305,7 +307,7 @@ def poisoned(network: Network, phase: Phase, row: Row, value: float) -> Network:
         eps[(steps == row.step) & (texts == phase.texts.index(row.text)), 0, 0, 0] = value
         return eps
 
-    return network_with_a_fault
+    return cast(Network, network_with_a_fault)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
