@@ -367,10 +367,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=80, metavar="N", help="with --soak: N more at the same time")
     args = parser.parse_args()
     if args.soak:
+        load = os.getloadavg()[0]
         held = {"one_after_the_other": soak(args.soak), "at_once": crowd(args.at_once)}
         print(json.dumps(held, indent=2))
         if args.results:
-            held["conditions"] = beside("conditions").conditions()
+            held["conditions"] = {**beside("conditions").conditions(), "load_average": round(load, 1)}
             (RESULTS / "web_soak.json").write_text(json.dumps(held, indent=2) + "\n")
         return
     load = os.getloadavg()[0]  # what else the machine was doing: a browser and a server do not share well
