@@ -1,7 +1,7 @@
 """LEDITS [2307.00522, Algorithm 1] as a plain loop over a callable: everything faster is tested against this file.
 
-`eps_model(x_t, t, context)` predicts the noise in x_t (B, C, h, w) at t int64 (B,), in x_t's dtype; what a context is
-only the model knows. Contexts are looked up by text, and "" is always the empty prompt.
+`eps_model(x_t, t, context)` predicts the noise in x_t (B, C, h, w) at t int64 (B,), in float32 or better; what a
+context is only the model knows. Contexts are looked up by text, and "" is always the empty prompt.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class EditSettings:
     target, guidance_scale  the target prompt and how strongly it pulls; "" is the empty prompt
     negative                the text of eps_uncond
     concepts                what to add or remove
-    momentum_scale, _beta   SEGA's momentum, 0 <= value < 1
+    momentum_scale, momentum_beta   SEGA's momentum, 0 <= value < 1
     """
 
     target: str = ""
@@ -31,7 +31,7 @@ class EditSettings:
 
     @property
     def terms(self) -> tuple[ConceptTerm, ...]:
-        """The concepts that are any: one whose text is that of eps_uncond points nowhere."""
+        """The concepts that can have an effect: one with the text of eps_uncond has no direction, and is dropped."""
         return tuple(term for term in self.concepts if term.text != self.negative)
 
     def texts(self, step: int) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def edited_eps(
     guided = guided_eps(eps, settings.negative, settings.target, settings.guidance_scale)
     if not settings.terms:
         return guided, None
-    uncond = eps.get(settings.negative, guided)  # absent where every concept is idle: nothing is subtracted from it
+    uncond = eps.get(settings.negative, guided)  # absent only where every concept is idle: then its shape alone is used
     concepts = [
         eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms
     ]

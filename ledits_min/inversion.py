@@ -39,7 +39,7 @@ class InversionSettings:
 
     @property
     def executed_steps(self) -> int:
-        """T, the length of the trajectory."""
+        """T, the number of steps that are run; the trajectory has T + 1 entries."""
         return self.num_steps - self.skip
 
     def make_schedule(self) -> Schedule:
@@ -47,8 +47,8 @@ class InversionSettings:
         return make_schedule(self.schedule, self.num_steps, self.skip)
 
 
-def draw_noise(seeds: Sequence[int], num_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """n_t for the last `num_steps` timesteps: float32 (num_steps, B, *shape), item 0 belongs to the noisiest one.
+def draw_noise(seeds: Sequence[int], executed_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """n_t for the last `executed_steps` timesteps: float32 (T, B, *shape), item 0 belongs to the noisiest one.
 
     Each image has its own CPU generator, drawn from the last timestep upward, so that another skip, another batch or
     another device sees the same noise.
@@ -56,7 +56,7 @@ def draw_noise(seeds: Sequence[int], num_steps: int, shape: tuple[int, ...]) -> 
     columns = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        drawn = [torch.randn(shape, generator=generator) for _ in range(num_steps)]
+        drawn = [torch.randn(shape, generator=generator) for _ in range(executed_steps)]
         columns.append(torch.stack(drawn[::-1]))
     return torch.stack(columns, dim=1)
 

@@ -38,14 +38,14 @@ Words = Sequence[tuple[int, ...]]  # a prompt as the token ids of each of its wo
 class PromptToPrompt:
     """Attention control for `LEdits.edit(..., attention=PromptToPrompt())`        [2208.01626, section 3.2]
 
-    cross   tau_x, 0 .. 1: the source's cross-attention maps act in the first cross * num_steps executed steps
-    self    tau_a, 0 .. 1: likewise its self-attention maps, where a map has at most a quarter of the latents' height
-            and width: the 16 x 16 tokens that the authors' code allows at Stable Diffusion's 64 x 64 latents
+    cross   tau_x, 0 .. 1: the source's cross-attention maps act in the first int(cross * (num_steps + 1)) steps
+    self    tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
+            quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
 
-    Steps count from the first executed one (after skip). Prompts with equally many words are edited by word swap
-    ("replace"), all others by prompt refinement ("refine"). The inversion must have been made with a source prompt, and
-    the edit needs a target. The defaults are those of LEDITS, Table 1.
-    InputError for a value out of range.
+    Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
+    64 that are executed. Prompts with equally many words are edited by word swap ("replace"), all others by prompt
+    refinement ("refine"). The inversion must have been made with a source prompt, and the edit needs a target. The
+    defaults are those of LEDITS, Table 1. InputError for a value out of range.
     """
 
     cross: float = 0.6
@@ -192,11 +192,11 @@ def mix_maps(source: Tensor, target: Tensor, mapper: TokenMapper) -> Tensor:
 class AttentionControl:
     """The attention of one call of the network: some of its rows lend their maps to others.
 
-    source, target  int64 (B,): the lending and the receiving rows of the batch, pair by pair
+    source, target  int64 (P,): the lending and the receiving rows of the batch, pair by pair
     mapper          for the cross-attentions; None leaves them alone
     self_tokens     self-attention maps over at most so many tokens are lent; 0 leaves all alone
 
-    Both methods take q (N, heads, n, d), k and v (N, heads, L, d) and return (N, heads, n, d).
+    Both methods take q (B, heads, N, d), k and v (B, heads, L, d) and return (B, heads, N, d).
     """
 
     source: Tensor
@@ -209,20 +209,18 @@ class AttentionControl:
             return F.scaled_dot_product_attention(q, k, v)
         source = attention_maps(q[self.source], k[self.source])
         target = attention_maps(q[self.target], k[self.target])
-        return self._with(source, mix_maps(source, target, self.mapper), q, k, v)
+        return self._lent(mix_maps(source, target, self.mapper), q, k, v)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] > self.self_tokens:
             return F.scaled_dot_product_attention(q, k, v)
         source = attention_maps(q[self.source], k[self.source])
-        return self._with(source, source, q, k, v)
+        return self._lent(source, q, k, v)
 
-    def _with(self, source: Tensor, target: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention by these maps in the rows of a pair, as ever in all others."""
+    def _lent(self, maps: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention by these maps in the rows that receive, as usual in all others."""
         attended = F.scaled_dot_product_attention(q, k, v)
-        for rows, maps in ((self.source, source), (self.target, target)):
-            attended = attended.index_copy(0, rows, maps.to(v.dtype) @ v[rows])
-        return attended
+        return attended.index_copy(0, self.target, maps.to(v.dtype) @ v[self.target])
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,7 @@ def step_source(
 
 
 class ControlledEpsModel(Protocol):
-    """An `edit.EpsModel` whose attention can be controlled; N contexts in a list share the batch out evenly."""
+    """An `edit.EpsModel` whose attention can be controlled; given a list of N contexts, the batch is N equal parts."""
 
     def __call__(
         self, x_t: Tensor, t: Tensor, context: Any, attention: AttentionControl | None = None, /

@@ -14,7 +14,7 @@ from ledits_min.errors import InputError
 
 Scalar = TypeVar("Scalar", float, Tensor)
 MARGIN = 1e-6  # nearer to 0 and 1 than this, 1 - alpha_bar_prev - sigma_t^2 is rounding error and may be negative
-SINGULAR = 1e-7  # below it nothing of a picture is left: pred_x0 divides by its root
+SINGULAR = 1e-7  # an alpha_bar below this is pure noise: pred_x0 divides by its square root
 
 
 class Level(NamedTuple):
@@ -32,7 +32,8 @@ class Schedule:
     timesteps      int64 (T,)    descending; item i is t of executed step i
     t_prev         int64 (T,)    the timestep that step i leads to; -1 after the last one
     alpha_bar_t    float64 (T,)  alphas_cumprod[t]
-    alpha_bar_prev float64 (T,)  alphas_cumprod[t_prev]; alphas_cumprod[0] after the last one, so its sigma is not 0
+    alpha_bar_prev float64 (T,)  alphas_cumprod[t_prev]; alphas_cumprod[0] after the last one (with
+                                 steps_offset 1 its sigma is therefore not 0)
     alphas_cumprod float64 (num_train_timesteps,)  prod (1 - betas)
     """
 
@@ -41,10 +42,6 @@ class Schedule:
     alpha_bar_t: Tensor
     alpha_bar_prev: Tensor
     alphas_cumprod: Tensor
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
 
     def sigmas(self, eta: float) -> Tensor:
         """sigma_t of every step, float64 (T,)."""
@@ -59,8 +56,9 @@ class Schedule:
 def make_schedule(config: ScheduleConfig, num_steps: int, skip: int = 0) -> Schedule:
     """The "leading" timesteps of DDIM for `num_steps` steps, without the `skip` noisiest.
 
-    t = i * (1000 // num_steps) + steps_offset, descending. num_steps is at least 1 and at most half the training
-    timesteps: a stride of one would run past the table or start far from pure noise. InputError outside that range.
+    t = i * (num_train_timesteps // num_steps) + steps_offset, descending. num_steps is at least 1 and at most half the
+    training timesteps: a stride of one would run past the table or start far from pure noise. InputError outside that
+    range, and where the first step would be pure noise (zero terminal SNR).
     """
     longest = config.num_train_timesteps // 2
     if not 1 <= num_steps <= longest:

@@ -141,7 +141,7 @@ def semantic_guidance(
 ) -> Guidance:
     """The guidance term of one step and the momentum it leaves behind.
 
-    raw_t    = sum over concepts not cooled down of  g_i mask_i psi_i
+    raw_t    = sum over concepts not cooled down of  g_i mask_i psi_i      those in warm-up only with momentum
     full_t   = raw_t + momentum_scale nu
     nu      <- momentum_beta nu + (1 - momentum_beta) full_t               also during warm-up
     gamma_t  = full_t                                                      once every concept is past its warm-up
@@ -155,16 +155,15 @@ def semantic_guidance(
     acting = torch.zeros_like(eps_uncond)
     masks: list[Tensor | None] = []
     for eps_concept, term in zip(eps_concepts, terms, strict=True):
-        masks.append(None)
         if eps_concept is None:
+            masks.append(None)
             continue
         psi = edit_direction(eps_concept, eps_uncond, term)
         mask = percentile_mask(psi, term.threshold)
         contribution = term.weight * psi * mask
         raw = raw + contribution
-        if term.acts(step):
-            acting = acting + contribution
-            masks[-1] = mask
+        acting = acting + contribution if term.acts(step) else acting
+        masks.append(mask if term.acts(step) else None)
     full = raw + momentum_scale * momentum
     gamma = full if all(term.is_warm(step) for term in terms) else acting
     return Guidance(gamma, momentum_beta * momentum + (1.0 - momentum_beta) * full, masks)

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: CLIP's tokenizer and text model, as transformers implements them, loaded without a network."""
+"""Prompts to embeddings: CLIP's tokenizer and text model, as transformers implements them, loaded offline."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Context:
     """What the UNet is given of N texts, float32.
 
     tokens  (N, L, D), what the cross-attentions read
-    added   (N, A), what is embedded beside the timestep; None where the family has no such thing. Of one text it may
-            have one row per image, where each has something of its own
+    added   (N, A), what is embedded beside the timestep; None where the family has no such thing. Of a single
+            text it may have one row per image (SDXL: the sizes of each picture)
     """
 
     tokens: Tensor
@@ -82,13 +82,13 @@ class TextEncoder:
         found = self.tokenizer(prompt, truncation=True, max_length=self.length)
         words: dict[int, list[int]] = {}
         for token, word in zip(found.input_ids, found.word_ids(), strict=True):
-            if word is not None:  # begin and end token
+            if word is not None:  # None: begin token, end token
                 words.setdefault(word, []).append(token)
         return [tuple(tokens) for tokens in words.values()]
 
     def check(self, prompt: str) -> None:
         """Warn of words that do not fit; InputError for words that a word-level tokenizer does not know."""
-        check_words(self.tokenizer, prompt, self.length - 2)  # begin and end tokens
+        check_words(self.tokenizer, prompt, self.length - 2)  # without the begin and the end token
 
 
 class TextEncoderPair:

@@ -112,7 +112,7 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         time: Tensor = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
         if self.add_embedding is not None:
-            assert added is not None, "this UNet is given more than the text's tokens"
+            assert added is not None, "this UNet needs `added`: the pooled text and the picture's sizes"
             time = time + self.add_embedding(added.to(dtype))
         return time
 
@@ -129,7 +129,7 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that runs and returns float32, whatever dtype its weights are kept in."""
+    """A convolution that runs in, and returns, float32, whatever dtype its weights are kept in."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -251,27 +251,27 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
-        self.linear = config.use_linear_projection
+        self.on_tokens = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if self.on_tokens else nn.Conv2d(width, width, 1)
         blocks = (TransformerBlock(width, heads, config) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if self.on_tokens else nn.Conv2d(width, width, 1)
 
     def forward(self, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         residual, size = hidden, hidden.shape[-2:]
         hidden = self.norm(hidden)
-        if not self.linear:
+        if not self.on_tokens:
             hidden = self.proj_in(hidden)
         tokens = hidden.flatten(2).transpose(1, 2)  # (B, h w, C)
-        if self.linear:
+        if self.on_tokens:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
-        if self.linear:
+        if self.on_tokens:
             tokens = self.proj_out(tokens)
         hidden = tokens.transpose(1, 2).unflatten(2, size)
-        return residual + (hidden if self.linear else self.proj_out(hidden))
+        return residual + (hidden if self.on_tokens else self.proj_out(hidden))
 
 
 class TransformerBlock(nn.Module):
@@ -325,7 +325,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen four times through a gated unit, then project back; the identity stands where dropout was."""
+    """Widen fourfold through a gated unit, then project back; the identity stands where dropout was."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

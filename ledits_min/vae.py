@@ -15,9 +15,9 @@ _EPS = 1e-6  # of every GroupNorm in this network
 
 
 class VAE(nn.Module):
-    """Images in [-1, 1] (B, 3, H, W) <-> scaled latents (B, 4, H / factor, W / factor).
+    """Images in [-1, 1] (B, 3, H, W) <-> scaled latents (B, C, H / factor, W / factor).
 
-    latents = scaling_factor * mean(image)
+    latents = scaling_factor * the posterior's mean
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -29,7 +29,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior, each (B, 4, h, w), unscaled, in the parameters' dtype."""
+        """Mean and log-variance of the posterior, each (B, C, h, w), unscaled, in the parameters' dtype."""
         hidden = self.encoder(image.to(self.quant_conv.weight.dtype))
         mean, logvar = self.quant_conv(hidden).chunk(2, dim=1)
         return mean, logvar

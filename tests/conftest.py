@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Files side by side have a core each, and so have the programs they start; torch's threads would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -22,6 +23,11 @@ import torch  # it reads that when it is imported
 # before any test file is read. Without a GPU there is nothing to compile for.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# No test depends on a quiet machine: an example may take as long as it takes.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")

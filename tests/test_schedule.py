@@ -10,7 +10,7 @@ from ledits_min.schedule import Level, make_schedule, sigma, sqrt
 
 def test_published_numbers() -> None:
     schedule = make_schedule(ScheduleConfig(), 50)
-    assert schedule.num_steps == 50
+    assert len(schedule.timesteps) == 50
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
     assert schedule.timesteps.dtype == torch.int64
     assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99914998, abs=3e-8)
@@ -75,7 +75,7 @@ def test_sigma_is_the_posterior_deviation_of_ddpm_at_eta_one() -> None:
 def test_what_is_skipped_is_not_there(skip: int) -> None:
     """The executed steps alone, each as it is without a skip."""
     whole, rest = make_schedule(ScheduleConfig(), 50), make_schedule(ScheduleConfig(), 50, skip)
-    assert rest.num_steps == 50 - skip
+    assert len(rest.timesteps) == 50 - skip
     for name in ("timesteps", "t_prev", "alpha_bar_t", "alpha_bar_prev"):
         assert torch.equal(getattr(rest, name), getattr(whole, name)[skip:]), name
     assert torch.equal(rest.alphas_cumprod, whole.alphas_cumprod)

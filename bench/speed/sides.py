@@ -250,7 +250,7 @@ def invert_one_by_one(predict: Predict, job: Job, x_0: Tensor) -> tuple[Tensor, 
     ]
     xs.append(x_0)
     residuals = []
-    for step in range(schedule.num_steps):
+    for step in range(len(schedule.timesteps)):
         eps = predict(xs[step], step, ["", job.inversion.source] if job.inversion.source else [""])
         scale = job.inversion.source_guidance_scale
         guided = eps[:1] + scale * (eps[1:] - eps[:1]) if job.inversion.source else eps
@@ -259,7 +259,7 @@ def invert_one_by_one(predict: Predict, job: Job, x_0: Tensor) -> tuple[Tensor, 
 
 
 def edit_one_by_one(predict: Predict, job: Job, x_t: Tensor, residuals: list[Tensor]) -> Tensor:
-    for i, step in enumerate(range(job.inversion.skip, job.schedule.num_steps)):
+    for i, step in enumerate(range(job.inversion.skip, len(job.schedule.timesteps))):
         eps = predict(x_t, step, ["", job.edit.target, *(term.text for term in job.edit.concepts)])
         guided = eps[:1] + job.edit.guidance_scale * (eps[1:2] - eps[:1])
         for term, concept in zip(job.edit.concepts, eps[2:], strict=True):

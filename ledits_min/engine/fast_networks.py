@@ -122,14 +122,14 @@ class FastTransformer(unet.Transformer):
         assert isinstance(conditioning, FastConditioning)
         residual, size = conditioning.spread(hidden), hidden.shape[-2:]
         hidden = group_norm_silu(hidden, self.norm, silu=False)
-        if not self.linear:
+        if not self.on_tokens:
             hidden = conv(hidden, cast(nn.Conv2d, self.proj_in))
         tokens = hidden.flatten(2).transpose(1, 2)
-        if self.linear:
+        if self.on_tokens:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
-        if self.linear:
+        if self.on_tokens:
             return residual + self.proj_out(tokens).transpose(1, 2).unflatten(2, size)
         return add_conv(residual, tokens.transpose(1, 2).unflatten(2, size), cast(nn.Conv2d, self.proj_out))
 

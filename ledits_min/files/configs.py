@@ -244,7 +244,7 @@ def _check_edit_defaults(config: EditDefaults) -> None:
 
 
 def _unet_json(config: UNetConfig) -> dict[str, Any]:
-    """The diffusers-style dictionary that `from_json` reads back."""
+    """The diffusers-style dictionary that `read_config` reads back."""
     values = _as_json(config)
     values["attention_head_dim"] = values.pop("num_attention_heads")
     if not config.transformer_layers_per_block:
@@ -261,14 +261,14 @@ def _unet_json(config: UNetConfig) -> dict[str, Any]:
 
 
 def _vae_json(config: VAEConfig) -> dict[str, Any]:
-    """The diffusers-style dictionary that `from_json` reads back."""
+    """The diffusers-style dictionary that `read_config` reads back."""
     levels = len(config.block_out_channels)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     return {"_class_name": "AutoencoderKL", **_as_json(config), **kinds}
 
 
 def _text_json(config: TextConfig) -> dict[str, Any]:
-    """The Hugging-Face-style dictionary that `from_json` reads back."""
+    """The Hugging-Face-style dictionary that `read_config` reads back."""
     values, kind = _as_json(config), "CLIPTextModel"
     if config.projection_dim:
         kind = "CLIPTextModelWithProjection"

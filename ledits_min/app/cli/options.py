@@ -265,7 +265,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--p2p where it does not set its own")
     for name in P2P_KEYS:
         group.add_argument(f"--{name}", action=Listed, type=parse_number, metavar="N",
-                           help=f"share of the steps that lend {name}-attention")  # fmt: skip
+                           help=f"share of --steps, skipped ones included, that lend {name}-attention")  # fmt: skip
 
 
 def add_inversion_options(parser: argparse.ArgumentParser, action: ValueAction = "store") -> None:
