@@ -142,12 +142,15 @@ def step_call(device: str, steps: int, concepts: int, size: tuple[int, ...]) -> 
     slots = torch.arange(2 + concepts, dtype=torch.int32)
     row = torch.cat([slots[[0, 0, 1]], slots[2:]]).to(device)
     branches = torch.randn(1, *size, device=device) + 0.1 * torch.randn(2 + concepts, *size, device=device)
-    arguments: dict[str, Any] = {
-        "step": torch.zeros(size[:2], dtype=torch.int32, device=device),
+    tables = {
         "slots": row.expand(steps, -1).contiguous(),
         "levels": torch.tensor([0.8, 0.6, 0.81, 0.58], device=device).expand(steps, -1).contiguous(),
         "guidance": torch.tensor([3.0, 0.3, 0.6, 0.4, 1.0], device=device).expand(steps, -1).contiguous(),
         "terms": torch.tensor([7.0, 0.95, 1.0, 1.0], device=device).expand(steps, concepts, -1).contiguous(),
+    }
+    arguments: dict[str, Any] = {
+        "step": torch.zeros(size[:2], dtype=torch.int32, device=device),
+        "tables": tables,
         "branches": branches,
         "residuals": 0.1 * torch.randn(1, *size, device=device).expand(steps, *size),
         "x_t": torch.randn(size, device=device),

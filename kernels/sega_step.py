@@ -12,6 +12,8 @@ names. One captured graph therefore serves every step and every schedule of conc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -254,10 +256,7 @@ def fits(x_t: Tensor) -> bool:
 
 def sega_step(
     step: Tensor,
-    slots: Tensor,
-    levels: Tensor,
-    guidance: Tensor,
-    terms: Tensor,
+    tables: Mapping[str, Tensor],
     branches: Tensor,
     residuals: Tensor,
     x_t: Tensor,
@@ -277,11 +276,11 @@ def sega_step(
     ValueError for more than MAX_POSITIONS positions and for state that is not contiguous.
     """
     batch, channels, height, width = x_t.shape
+    slots, levels, guidance, terms = (tables[name].contiguous() for name in ("slots", "levels", "guidance", "terms"))
     maps, positions, concepts = batch * channels, height * width, terms.shape[1]
     if not fits(x_t):
         raise ValueError(f"a map of {height} x {width} positions does not fit in registers; at most {MAX_POSITIONS} do")
     check_state(step=step, x_t=x_t, momentum=momentum, shares=shares, counts=counts)
-    slots, levels, guidance, terms = (table.contiguous() for table in (slots, levels, guidance, terms))
     branches, residuals = walkable(branches), walkable(residuals)
     *strides, stride = map_strides(branches)
     rows = torch.empty(maps, dtype=torch.int32, device=x_t.device)

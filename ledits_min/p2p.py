@@ -235,8 +235,11 @@ class Lending:
     self_tokens: int
 
     def lends(self, step: int, settings: EditSettings) -> bool:
-        """Whether anything is lent at this step, to a target that is asked about."""
-        return step < max(self.cross_steps, self.self_steps) and settings.target in settings.texts(step)
+        """Whether anything is lent at this step, to a target that is asked about at some step."""
+        asked = settings.guidance_scale != 0.0 or any(
+            term.pulls and term.text == settings.target for term in settings.terms
+        )
+        return step < max(self.cross_steps, self.self_steps) and asked
 
     def control(self, step: int, source: Tensor, target: Tensor) -> AttentionControl:
         """What controls the attention of a step in which the rows `source` lend to the rows `target`."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,11 @@ from ledits_min.files.configs import config_json
 from ledits_min.files.header import read_header
 from ledits_min.weights import embedding as words
 from ledits_min.weights import merge
-from ledits_min.weights.embedding import EmbeddingSource
-from ledits_min.weights.lora import LoraSource
 from ledits_min.weights.read.identify import PARTS, Stored
 from ledits_min.weights.read.prediction import looks_like_v
 from ledits_min.weights.read.published import Config
 from ledits_min.weights.read.shapes import expected_shapes
-from ledits_min.weights.read.survey import Survey, settle, survey_whole, typed_configs
+from ledits_min.weights.read.survey import Parts, Survey, settle, survey_whole, typed_configs
 
 FINGERPRINT_BYTES = 65536
 TENSORS_PER_MAPPING = 16
@@ -78,28 +76,13 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    model: str | Path,
-    *,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    prediction_type: str | None = None,
-    lora: LoraSource | Sequence[LoraSource] = (),
-    ema: bool = False,
-    embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
-    clip_skip: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    model: str | Path, *, dtype: torch.dtype = torch.float32, **parts: Unpack[Parts]
 ) -> Checkpoint:
     """Load a checkpoint: "tiny", a single .safetensors file, a diffusers folder, or an org/name in the local cache.
 
-    The options are those of `survey_whole`; weights that a LoRA changes come in `dtype`. Raises InputError for whatever
-    does not fit, before any tensor is read.
+    Weights that a LoRA changes come in `dtype`. Raises InputError for whatever does not fit, before any tensor is read.
     """
-    survey = survey_whole(
-        model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-        lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip,
-    )  # fmt: skip
-    return fetch(survey, dtype)
+    return fetch(survey_whole(model, **parts), dtype)
 
 
 def fetch(survey: Survey, dtype: torch.dtype = torch.float32) -> Checkpoint:

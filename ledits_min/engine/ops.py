@@ -263,7 +263,7 @@ def sega_step(
 
         if kernel.fits(state.x_t):
             kernel.sega_step(
-                state.step, **state.tables, branches=branches, residuals=residuals, x_t=state.x_t,
+                state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t,
                 momentum=state.momentum, shares=state.shares, counts=state.counts,
             )  # fmt: skip
             return

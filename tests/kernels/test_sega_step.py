@@ -212,7 +212,7 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
     case = inputs.edit(steps, (4, 6), device=device)
     state = ops.start(steps, case.x_t)
     arguments: dict[str, Any] = {
-        "step": state.step, **state.tables, "branches": case.branches[0], "residuals": case.residuals,
+        "step": state.step, "tables": state.tables, "branches": case.branches[0], "residuals": case.residuals,
         "x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None,
     }  # fmt: skip
     with pytest.raises(ValueError, match="momentum .* must be contiguous"):
@@ -241,7 +241,7 @@ def test_residuals_and_branches_of_any_layout_are_taken(inputs: ModuleType, devi
     def step(residuals: Tensor, branches: Tensor) -> EditState:
         state = ops.start(plan, case.x_t)
         kernel.sega_step(
-            state.step, **state.tables, branches=branches, residuals=residuals, x_t=state.x_t, momentum=state.momentum,
+            state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t, momentum=state.momentum,
             shares=state.shares, counts=state.counts,
         )  # fmt: skip
         return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, check_whole, quoted
@@ -72,37 +72,44 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-def survey_whole(
-    model: str | Path,
-    *,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    prediction_type: str | None = None,
-    lora: LoraSource | Sequence[LoraSource] = (),
-    ema: bool = False,
-    embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
-    clip_skip: int | None = None,
-) -> Survey:
-    """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError.
+class Parts(TypedDict, total=False):
+    """What may be passed beside a checkpoint; it travels whole.
 
-    `vae` and `text_encoder` (a file, a folder or a cached Hugging Face id) replace or supply a part, `tokenizer` is a
-    folder, `prediction_type` is "epsilon" or "v_prediction" (or eps, v), `lora` holds paths, cached ids or
-    (path, scale) pairs, `ema` takes the averaged UNet weights of an LDM file that has both, `embedding` holds textual
-    inversions, each as a path, a cached id or a (path, word) pair, `clip_skip` counts layers from the last, which is 1.
+    vae, text_encoder  a file, a folder or a cached Hugging Face id, which replaces or supplies the part
+    tokenizer          a folder
+    prediction_type    "epsilon" or "v_prediction" (or eps, v)
+    lora               paths, cached ids or (path, scale) pairs
+    ema                take the averaged UNet weights of an LDM file that has both
+    embedding          textual inversions, each a path, a cached id or a (path, word) pair
+    clip_skip          the text encoder's layer to read, counted from the last, which is 1
     """
-    supplied = supplied_parts(vae, text_encoder)
-    survey = survey_checkpoint(model, supplied, ema)
+
+    vae: str | Path | None
+    text_encoder: str | Path | None
+    tokenizer: str | Path | None
+    prediction_type: str | None
+    lora: LoraSource | Sequence[LoraSource]
+    ema: bool
+    embedding: EmbeddingSource | Sequence[EmbeddingSource]
+    clip_skip: int | None
+
+
+def survey_whole(model: str | Path, **parts: Unpack[Parts]) -> Survey:
+    """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError."""
+    if unknown := parts.keys() - Parts.__annotations__.keys():
+        raise TypeError(f"a checkpoint has no {', '.join(sorted(unknown))}")
+    supplied = supplied_parts(parts.get("vae"), parts.get("text_encoder"))
+    survey = survey_checkpoint(model, supplied, parts.get("ema", False))
     for part, path in supplied.items():
         take_part(survey, part, path)
-    if tokenizer is not None:
+    if (tokenizer := parts.get("tokenizer")) is not None:
         survey.tokenizer = tokenizer_folder(Path(tokenizer))
-    if prediction_type is not None:
+    if (prediction_type := parts.get("prediction_type")) is not None:
         settle(survey, prediction_type_named(prediction_type))
     check_complete(survey)
-    take_loras(survey, lora)
-    take_words(survey, embedding)
-    if clip_skip is not None:
+    take_loras(survey, parts.get("lora", ()))
+    take_words(survey, parts.get("embedding", ()))
+    if (clip_skip := parts.get("clip_skip")) is not None:
         skip_layers(survey, clip_skip)
     return survey
 
