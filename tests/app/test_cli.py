@@ -306,8 +306,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "function", "signal", "code"),
     [
-        ("unet", "UNet.forward", "SIGTERM", 143),
-        ("unet", "UNet.forward", "SIGINT", 130),
+        ("engine.fast_networks", "FastUNet.forward", "SIGTERM", 143),
+        ("engine.fast_networks", "FastUNet.forward", "SIGINT", 130),
         ("vae", "VAE.decode", "SIGINT", 130),
         ("files.write", "os.replace", "SIGTERM", 143),
     ],
@@ -322,15 +322,15 @@ def test_a_stopped_process_leaves_nothing(place: Path, module: str, function: st
 
 
 def test_a_signal_that_a_library_takes_for_its_own_failure_is_still_named(place: Path) -> None:
-    text = STOPPED.format(module="unet", function="UNet.forward", signal="SIGTERM").replace(
-        "module.UNet.forward = stopped",
+    text = STOPPED.format(module="engine.fast_networks", function="FastUNet.forward", signal="SIGTERM").replace(
+        "module.FastUNet.forward = stopped",
         """
 def translated(*arguments, **named):
     try:
         return stopped(*arguments, **named)
     except BaseException:
         raise SystemError("returned a result with an exception set") from None
-module.UNet.forward = translated""",
+module.FastUNet.forward = translated""",
     )
     assert "translated" in text
     run = ["edit", "p.png", "--add", "hat", *FAST, "--save-inversion", "i.safetensors"]

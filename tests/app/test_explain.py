@@ -31,7 +31,7 @@ def test_it_tells_and_does_not_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ledits_min.unet.UNet.forward", None)
+    monkeypatch.setattr("ledits_min.engine.fast_networks.FastUNet.forward", None)
     assert main([*EDIT, "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("inverting and editing: 14 evaluations in 4 calls of at most 8") for line in lines)
