@@ -175,7 +175,7 @@ def edits_text(edits: Json) -> list[str]:
 
 def claims_text(study: Json) -> list[str]:
     lines = ["## The paper's other claims", ""]
-    lines += ["**T3, monotone in scale.** Spearman of the oracle's log probability with the concept's scale.", ""]
+    lines += ["**Monotone in scale.** Spearman of the oracle's log probability with the concept's scale.", ""]
     swept = {**{n: c["monotone"] for n, c in study["curves"].items()}, **study["reverse"]}
     lines += table(
         ["edit", "up to the setting's scale", "p to three digits", "up to twice the scale", "mean p over the sweep"],
@@ -190,12 +190,12 @@ def claims_text(study: Json) -> list[str]:
             for name, m in swept.items()
         ],
     )
-    lines += ["**T4, concepts keep the target prompt's edit.** Success of the target's edit.", ""]
+    lines += ["**Concepts keep the target prompt's edit.** Success of the target's edit.", ""]
     lines += table(
         ["target under concept", "without the concept", "with it"],
         [[name, rate(found["without"]), rate(found["with"])] for name, found in study["target"].items()],
     )
-    lines += ["**T5, two edits do not disturb each other.** Success of each, on the same portraits.", ""]
+    lines += ["**Two edits do not disturb each other.** Success of each, on the same portraits.", ""]
     lines += table(
         ["edits", "alone", "beside the other", "both", "both, to the product"],
         [
@@ -209,7 +209,7 @@ def claims_text(study: Json) -> list[str]:
             for name, found in study["pairs"].items()
         ],
     )
-    lines += ["**T6, fidelity under each dial.** PSNR outside the region against the original (success).", ""]
+    lines += ["**Fidelity under each dial.** PSNR outside the region against the original (success).", ""]
     lines += table(
         ["dial", "values", "outside, dB (success)", "Spearman"],
         [
@@ -222,12 +222,12 @@ def claims_text(study: Json) -> list[str]:
             for name, found in study["sweeps"].items()
         ],
     )
-    lines += ["**T8, cost of one edit of one picture**, inversion, encoding and decoding included.", ""]
+    lines += ["**Cost of one edit of one picture**, inversion, encoding and decoding included.", ""]
     lines += table(
         ["method", "UNet evaluations", "seconds"],
         [[name, str(cost["evaluations"]), f"{cost['seconds']:.2f}"] for name, cost in study["cost"].items()],
     )
-    lines += ["**T9, seeds.** RMS difference, in levels of 255, between seeds, where edits change the picture.", ""]
+    lines += ["**Seeds.** RMS difference, in levels of 255, between seeds, where edits change the picture.", ""]
     header = ["edit", "seeds x portraits", "edits", "reconstructions", "worst reconstruction", "worst latent error"]
     return lines + table(
         header,

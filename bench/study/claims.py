@@ -63,11 +63,11 @@ def measure_sega(study: Study, item: str) -> dict[str, Any]:
     return {item: {**rate(np.concatenate(success)), **found, "psnr_db": mean(np.concatenate(likeness))}}
 
 
-# --- T4, T5: edits beside each other ----------------------------------------------------------------------------------
+# --- edits beside each other ----------------------------------------------------------------------------------
 
 
 def measure_target(study: Study, item: str) -> dict[str, Any]:
-    """T4: does a target prompt's edit survive a concept on top of it?"""
+    """Does a target prompt's edit survive a concept on top of it?"""
     target, concept = map(named, item.split(" under "))
     setting = study.setting(concept)
     pictures = draw_all(pick(SPLIT, both(target, concept).needs, study.counts.pair), study.size)
@@ -79,7 +79,7 @@ def measure_target(study: Study, item: str) -> dict[str, Any]:
 
 
 def measure_pair(study: Study, item: str) -> dict[str, Any]:
-    """T5: each edit alone and both at once, on the same portraits."""
+    """Each edit alone and both at once, on the same portraits."""
     first, second = next(pair for pair in PAIRS if both(*pair).name == item)
     union = both(first, second)
     setting = study.setting(union)
@@ -107,7 +107,7 @@ def measure_pair(study: Study, item: str) -> dict[str, Any]:
     }
 
 
-# --- T6: fidelity under each dial -------------------------------------------------------------------------------------
+# --- fidelity under each dial -------------------------------------------------------------------------------------
 
 
 def measure_sweep(study: Study, item: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def turned(base: Setting, dial: str, value: float) -> Setting:
     return replace(base, **changes[dial])
 
 
-# --- T8, T9: cost and seeds -------------------------------------------------------------------------------------------
+# --- cost and seeds -------------------------------------------------------------------------------------------
 
 
 def measure_cost(study: Study, item: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def measure_cost(study: Study, item: str) -> dict[str, Any]:
 
 
 def measure_seeds(study: Study, item: str) -> dict[str, Any]:
-    """T9: the same portrait under several seeds. Spread is the RMS difference of two of its edits where it changes."""
+    """The same portrait under several seeds. Spread is the RMS difference of two of its edits where it changes."""
     edit = named(item)
     setting, seeds = study.setting(edit), study.counts.seeds
     rebuilt, spread, still, worst = [], [], [], []

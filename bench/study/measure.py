@@ -104,7 +104,7 @@ def measure_model(study: Study, item: str) -> dict[str, Any]:
     return held_out(study.editor.ledits, study.oracle, counts.model_portraits, counts.model_captions)
 
 
-# --- T7: every edit by concepts alone, on many portraits --------------------------------------------------------------
+# --- every edit by concepts alone, on many portraits --------------------------------------------------------------
 
 
 def by_needs() -> dict[str, list[Edit]]:
@@ -130,7 +130,7 @@ def measure_edits(study: Study, item: str) -> dict[str, Any]:
     return found
 
 
-# --- Figure 5 and T3: fidelity against compliance, method by method ---------------------------------------------------
+# --- Figure 5: fidelity against compliance, method by method ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def monotony(scores: Numbers) -> dict[str, Any]:
 
 
 def measure_reverse(study: Study, item: str) -> dict[str, Any]:
-    """T3 downwards: the further the scale goes in reverse, the surer the oracle that the thing is gone."""
+    """The further the scale goes in reverse, the surer the oracle that the thing is gone."""
     edit = named(item)
     setting = study.setting(edit)
     pictures = draw_all(pick(SPLIT, edit.needs, study.counts.sweep), study.size)

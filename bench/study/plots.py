@@ -69,7 +69,7 @@ def plot_tradeoff(curves: dict[str, Any], compliance: str, label: str, out: Path
 
 
 def plot_monotony(swept: dict[str, Any], out: Path) -> None:
-    """T3: the oracle's mean probability over the scale, adding and removing."""
+    """The oracle's mean probability over the scale, adding and removing."""
     figure, axes = axes_of(2, 2)
     shades = plt.get_cmap("cividis")
     for axis, title, names in zip(
@@ -91,7 +91,7 @@ def plot_monotony(swept: dict[str, Any], out: Path) -> None:
 
 
 def plot_dials(sweeps: dict[str, Any], out: Path) -> None:
-    """T6: fidelity and success under each dial."""
+    """Fidelity and success under each dial."""
     dials = list(dict.fromkeys(name.split(" by ")[1] for name in sweeps))
     figure, axes = axes_of(len(dials))
     for axis, dial in zip(axes, dials, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.terminal import notice, quiet_stderr, waiting
 from ledits_min.app.words import check_words
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError, quoted, warn
 from ledits_min.files.header import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -144,10 +143,7 @@ def _inversion_options(args: argparse.Namespace, ledits: LEdits) -> dict[str, An
     size = args.size
     longer = max(size) if isinstance(size, tuple) else size or 0
     if longer > 1.5 * ledits.native_size:
-        warnings.warn(
-            f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes",
-            stacklevel=3,
-        )
+        warn(f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes")
     return {
         "source": args.source or "",
         "source_guidance_scale": args.source_guidance_scale,

@@ -7,12 +7,11 @@ import io
 import os
 import secrets
 import stat
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ledits_min.errors import InputError, quoted
+from ledits_min.errors import InputError, quoted, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,7 +133,4 @@ def _write_in_place(path: Path, content: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     with open(handle, "wb") as file:
         file.write(content)
-    warnings.warn(
-        f"{quoted(path)}: this file system cannot rename; the file was written in place, which a power cut may break",
-        stacklevel=4,
-    )
+    warn(f"{quoted(path)}: this file system cannot rename; the file was written in place, which a power cut may break")

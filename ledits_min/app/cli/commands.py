@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from ledits_min.app.inputs import (
 )
 from ledits_min.app.places import PICTURES, check_outputs
 from ledits_min.app.terminal import Clock, notice, tell, tell_written
-from ledits_min.errors import InputError, check_whole, quoted
+from ledits_min.errors import InputError, check_whole, quoted, warn
 from ledits_min.files.header import read_header
 from ledits_min.files.write import atomic_write, check_output_picture, save_image
 
@@ -258,15 +257,15 @@ def run_inspect(args: argparse.Namespace) -> None:
 def _warn_of_doubtful(args: argparse.Namespace, concepts: Sequence[Concept]) -> None:
     """Say what is allowed and hardly meant."""
     if not concepts and not args.target:
-        warnings.warn("nothing to change is asked for; the picture is only reconstructed", stacklevel=2)
+        warn("nothing to change is asked for; the picture is only reconstructed")
     directions: dict[str, list[bool]] = {}
     for concept in concepts:
         directions.setdefault(concept.text, []).append(concept.reverse)
     for text, reversed_ in directions.items():
         if len(set(reversed_)) > 1:
-            warnings.warn(f"{quoted(text, 60)} is both added and removed", stacklevel=2)
+            warn(f"{quoted(text, 60)} is both added and removed")
         elif len(reversed_) > 1:
-            warnings.warn(f"{quoted(text, 60)} is given {len(reversed_)} times; each counts", stacklevel=2)
+            warn(f"{quoted(text, 60)} is given {len(reversed_)} times; each counts")
 
 
 COMMANDS = {
