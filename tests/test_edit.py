@@ -69,7 +69,7 @@ def largest(difference: Tensor) -> float:
 
 
 class TestReconstruction:
-    """T1: without concepts, and with eps equal to eps_source, the picture comes back."""
+    """Without concepts, and with eps equal to eps_source, the picture comes back."""
 
     @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
     @pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])
@@ -115,7 +115,7 @@ class TestReconstruction:
         assert run(x_0, 5, 1, seeds=(0,), concepts=terms(HAT), momentum_scale=0.3).shape == x_0.shape
 
     def test_another_seed_reconstructs_as_well_and_edits_otherwise(self) -> None:
-        """T9 and fault 8."""
+        """Another seed: another edit, whatever else is the same."""
         x_0 = picture()
         assert largest(run(x_0, seeds=(7, 8)) - x_0) <= 1e-10
         edited = [run(x_0, seeds=seeds, concepts=terms(HAT)) for seeds in ((0, 1), (7, 8))]
@@ -123,7 +123,7 @@ class TestReconstruction:
 
 
 class TestPureDDPMEdit:
-    """T2: without concepts, LEDITS is the edit of [2304.06140]."""
+    """Without concepts, LEDITS is the edit of [2304.06140]."""
 
     @pytest.mark.parametrize("eta", [0.4, 1.0])
     @pytest.mark.parametrize("negative", ["", "blurry"])
@@ -286,7 +286,7 @@ class TestConcepts:
 
     @pytest.mark.parametrize("negative", ["", "blurry"])
     def test_an_empty_concept_changes_no_bit(self, negative: str) -> None:
-        """T11, with momentum: a no-op must not hold the others' momentum back either, however late its warm-up."""
+        """A no-op must not hold the others' momentum back either, however late its warm-up."""
         settings: dict[str, Any] = {"negative": negative, "target": "a dog", "momentum_scale": 0.4}
         without = run(picture(), concepts=terms(HAT, BEARD), **settings)
         soon = {"warmup_steps": BEARD.warmup_steps}  # what has a direction but no strength must not be the last one

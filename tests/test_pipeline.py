@@ -40,7 +40,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize(("num_steps", "skip"), [(1, 0), (13, 0), (50, 18), (100, 36)])
 def test_reconstruction_is_exact_in_float32(ledits: LEdits, eta: float, num_steps: int, skip: int) -> None:
-    """T1: both prompts empty, no concepts."""
+    """Both prompts empty, no concepts."""
     inverted = ledits.invert(SAMPLES[1], num_steps=num_steps, skip=skip, eta=eta, progress=False)
     result = ledits.edit(inverted, progress=False)
     assert (result.latents - inverted.latents).abs().max() <= 1e-4
@@ -97,7 +97,7 @@ def test_a_concept_that_never_acts_is_said_to(ledits: LEdits, inversion: Inversi
 
 
 def test_same_seed_same_bytes_other_seed_other_edit(ledits: LEdits) -> None:
-    """T12 and T9: the seed changes the edit and never the reconstruction."""
+    """The seed changes the edit and never the reconstruction."""
     edits = []
     for seed in (0, 0, 1):
         inverted = ledits.invert(SAMPLES[0], seed=seed, **QUICK)

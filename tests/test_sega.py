@@ -265,7 +265,7 @@ class TestGuidance:
 
     @pytest.mark.parametrize("momentum_scale", [0.0, 0.4])
     def test_the_order_of_concepts_does_not_matter(self, momentum_scale: float) -> None:
-        """T10, beyond rounding."""
+        """The order of concepts matters to rounding alone."""
         terms = [HAT, BEARD, SMILE]
         wanted = run(terms, 8, momentum_scale)
         for order in permutations(range(3)):
