@@ -57,7 +57,7 @@ class TestNoise:
         assert torch.equal(state, torch.get_rng_state())
 
     def test_the_seed_has_an_effect_and_timesteps_are_independent(self) -> None:
-        """Fault 8: a seed control that does nothing."""
+        """A fault of others: a seed control that does nothing."""
         noise = draw_noise([0, 1], 400, SHAPE).flatten(2)
         assert noise.dtype == torch.float32
         assert abs(float(noise.mean())) < 0.01

@@ -86,7 +86,7 @@ def test_rows_about_one_input_share_what_comes_before_the_text(
 
 @pytest.mark.parametrize("size", [(16, 16), (65, 33), (7, 13), (1, 1), (2, 9)])
 def test_the_prediction_has_the_size_of_the_latents(unet: UNet, size: tuple[int, int]) -> None:
-    """Fault 9: sizes that do not halve evenly."""
+    """A fault of others: sizes that do not halve evenly."""
     x_t, t, context = inputs(2, *size)
     eps = unet(x_t, t, context)
     assert eps.shape == x_t.shape
@@ -103,7 +103,7 @@ def test_samples_of_a_batch_do_not_mix(unet: UNet) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_returns_float32_from_any_input_dtype(unet: UNet, dtype: torch.dtype) -> None:
-    """Fault 13: torch has no quantile in half precision."""
+    """A fault of others: torch has no quantile in half precision."""
     x_t, t, context = inputs(2)
     eps = unet.to(dtype)(x_t, t, context)
     assert eps.dtype == torch.float32

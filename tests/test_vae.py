@@ -61,7 +61,7 @@ def test_encoding_is_the_scaled_mode_of_the_posterior() -> None:
 
 
 def test_the_scaling_factor_comes_from_the_config() -> None:
-    """Fault 9: 0.18215 written into the code. Twice the factor: twice the latents, the same picture back."""
+    """A fault of others: 0.18215 written into the code. Twice the factor: twice the latents, the same picture back."""
     vae, other, image = make(), make(replace(CONFIG, scaling_factor=2 * 0.18215)), picture()
     torch.testing.assert_close(other.encode(image), 2.0 * vae.encode(image))
     torch.testing.assert_close(other.decode(other.encode(image)), vae.decode(vae.encode(image)))

@@ -132,7 +132,7 @@ def test_a_step_with_noise(config: ScheduleConfig, eta: float) -> None:
 
 
 def test_eta_where_eta_squared_belongs_is_caught_at_one_half_and_hidden_at_zero_and_one() -> None:
-    """Fault 1 of the two original repositories: sqrt(1 - alpha_bar_prev - eta variance)."""
+    """A fault of the two original repositories: sqrt(1 - alpha_bar_prev - eta variance)."""
     x_t, eps, noise = random_states(3)
     theirs, ours = their_scheduler(ScheduleConfig(), 50), make_schedule(ScheduleConfig(), 50)
     i, differences = 10, {}
