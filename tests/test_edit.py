@@ -98,7 +98,7 @@ class TestReconstruction:
         assert largest(run(x_0, **changed) - x_0) > 1e-2
 
     def test_a_network_in_half_precision_reconstructs_too(self) -> None:
-        """A fault of others: only the network may be rounded. Its input differs in the last float32 bit on the way back, which
+        """Only the network may be rounded. Its input differs in the last float32 bit on the way back, which
         moves a float16 network's output now and then."""
 
         def in_half(x_t: Tensor, t: Tensor, context: float) -> Tensor:
@@ -109,7 +109,7 @@ class TestReconstruction:
 
     @pytest.mark.parametrize("shape", [(4, 65, 33), (4, 7, 13), (6, 1, 1)])
     def test_any_shape_of_latents(self, shape: tuple[int, ...]) -> None:
-        """A fault of others: sizes written into the code."""
+        """Sizes written into the code."""
         x_0 = picture(1, shape)
         assert largest(run(x_0, 5, 1, seeds=(0,)) - x_0) <= 1e-10
         assert run(x_0, 5, 1, seeds=(0,), concepts=terms(HAT), momentum_scale=0.3).shape == x_0.shape
@@ -172,7 +172,7 @@ class TestPureDDPMEdit:
 
 class TestSkip:
     def test_residuals_belong_to_their_timestep(self) -> None:
-        """A fault of others: the skip index applied twice. The steps that are run do not depend on how many were skipped."""
+        """The skip index applied twice. The steps that are run do not depend on how many were skipped."""
         x_0, noise = picture(), draw_noise((0, 1), 12, SHAPE)
         settings = InversionSettings(num_steps=12, skip=0, eta=0.5)
         _, everything = invert(eps_model, CONTEXTS, x_0, noise, settings)
@@ -196,7 +196,7 @@ class TestSkip:
 
 
 class TestCalls:
-    """A fault of others: one call per distinct live text and step, never more."""
+    """One call per distinct live text and step, never more."""
 
     def calls(self, **settings: Any) -> list[Counter[str]]:
         """Texts asked for at each of the ten steps of an edit."""
@@ -269,7 +269,7 @@ class TestCalls:
 class TestConcepts:
     @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
     def test_they_work_at_any_guidance_scale(self, scale: float) -> None:
-        """A fault of others: a guidance scale of 1 or less switched SEGA and the negative prompt off."""
+        """a guidance scale of 1 or less switched SEGA and the negative prompt off."""
         x_0 = picture()
         plain = run(x_0, guidance_scale=scale)
         assert largest(run(x_0, guidance_scale=scale, concepts=terms(HAT)) - plain) > 1e-2

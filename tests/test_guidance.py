@@ -36,7 +36,7 @@ def test_classifier_free_guidance() -> None:
     ("base", "text", "scale", "wanted"),
     [
         ("", "a cat", 7.5, ("", "a cat")),
-        ("", "a cat", 0.5, ("", "a cat")),  # fault 6: public code guides only where the scale is above 1
+        ("", "a cat", 0.5, ("", "a cat")),  # public code guides only where the scale is above 1
         ("", "a cat", 1.0, ("a cat",)),
         ("", "a cat", 0.0, ("",)),
         ("", "", 7.5, ("",)),
@@ -82,7 +82,7 @@ def test_texts_of_a_step(
 
 
 def test_an_idle_concept_costs_nothing() -> None:
-    """Fault 7."""
+    """An idle concept costs no evaluation."""
     early = ConceptTerm("hat", 5.0, 0.9, 0, 2, 1.0, False)
     late = ConceptTerm("beard", 5.0, 0.9, 4, 6, 1.0, False)
     calls = [EditSettings(concepts=(early, late)).texts(step) for step in range(8)]

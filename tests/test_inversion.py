@@ -57,7 +57,7 @@ class TestNoise:
         assert torch.equal(state, torch.get_rng_state())
 
     def test_the_seed_has_an_effect_and_timesteps_are_independent(self) -> None:
-        """A fault of others: a seed control that does nothing."""
+        """a seed control that does nothing."""
         noise = draw_noise([0, 1], 400, SHAPE).flatten(2)
         assert noise.dtype == torch.float32
         assert abs(float(noise.mean())) < 0.01
@@ -112,7 +112,7 @@ class TestReverseStep:
     @settings(max_examples=60, deadline=None)
     @given(ALPHA_BARS)
     def test_v_and_eps_are_the_same_prediction(self, alpha_bar_t: float) -> None:
-        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0; fault 10 takes v for eps."""
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0; public code took v for eps."""
         x_0, eps = latents(), draw_noise([0, 1], 1, SHAPE)[0].double()
         x_t = noisy_latents(x_0, eps, alpha_bar_t)
         v = alpha_bar_t**0.5 * eps - (1.0 - alpha_bar_t) ** 0.5 * x_0
@@ -144,7 +144,7 @@ class TestResiduals:
         assert self.reconstruct(lambda residuals: residuals) < 1e-12
 
     def test_the_last_one_zeroed_loses_the_last_step(self) -> None:
-        """Fault 2."""
+        """The last residual is kept: zeroed, the reconstruction would lose its last step."""
 
         def zero_the_last(residuals: Tensor) -> Tensor:
             return torch.cat([residuals[:-1], torch.zeros_like(residuals[-1:])])
@@ -152,13 +152,13 @@ class TestResiduals:
         assert self.reconstruct(zero_the_last) > 1e-2
 
     def test_they_exist_where_sigma_is_zero(self) -> None:
-        """eta = 0 would divide by zero, were z_t stored."""
+        """Eta = 0 would divide by zero, were z_t stored."""
         assert self.reconstruct(lambda residuals: residuals, eta=0.0) < 1e-12
         assert self.schedule.sigmas(0.0).max() == 0.0
 
     @pytest.mark.parametrize("eta", [0.3, 0.5])
     def test_eta_where_eta_squared_belongs_hides_behind_a_round_trip(self, eta: float) -> None:
-        """Fault 1 reconstructs as well as the truth, which is why tests/oracle/test_schedule.py looks at the step."""
+        """Eta in place of eta^2 reconstructs as well as the truth, which is why tests/oracle/test_schedule.py looks at the step."""
         i = 5
         alpha_bar_t, alpha_bar_prev, sigma_t = self.schedule.levels(eta)[i]
         x_t, x_prev = latents(), latents().flip(0)

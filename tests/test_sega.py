@@ -78,7 +78,7 @@ class TestMask:
         torch.testing.assert_close(kept, torch.full((2, 4), 0.05), rtol=0.0, atol=1.0 / (size[0] * size[1]))
 
     def test_per_sample_and_per_channel(self) -> None:
-        """A fault of others: one quantile for all channels leaves nothing of a weak one, and too much of a strong one."""
+        """One quantile for all channels leaves nothing of a weak one, and too much of a strong one."""
         generator = torch.Generator().manual_seed(0)
         loudness = torch.tensor([0.01, 1.0, 2.0, 4.0]).view(1, 4, 1, 1) * torch.tensor([1.0, 9.0]).view(2, 1, 1, 1)
         psi = loudness * torch.randn(2, 4, 10, 10, generator=generator)
@@ -238,7 +238,7 @@ class TestGuidance:
         assert torch.equal(mask, contribution(BEARD) != 0.0)
 
     def test_an_early_concept_keeps_its_strength_when_another_joins(self) -> None:
-        """A fault of others: weights renormalised to sum 1 among the warm concepts, raw once all are warm."""
+        """Weights renormalised to sum 1 among the warm concepts, raw once all are warm."""
         early, late = replace(HAT, weight=0.5), replace(SMILE, weight=2.0, warmup_steps=3)
         only_early = contribution(late) == 0.0
         before, after = (run([early, late], 5)[step].gamma[only_early] for step in (2, 3))
@@ -254,7 +254,7 @@ class TestGuidance:
         torch.testing.assert_close(renormalised(2), 2.0 * before)
 
     def test_nothing_acts_and_nothing_is_divided_by_zero(self) -> None:
-        """A fault of others: the only warm concept has cooled down while another one is not warm yet: weights 0 / 0."""
+        """The only warm concept has cooled down while another one is not warm yet: weights 0 / 0."""
         terms = [replace(HAT, cooldown_steps=2), replace(SMILE, warmup_steps=5)]
         for scale in (0.0, 0.5):
             guidance = run(terms, 4, momentum_scale=scale)[3]
