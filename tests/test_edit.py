@@ -269,7 +269,7 @@ class TestCalls:
 class TestConcepts:
     @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
     def test_they_work_at_any_guidance_scale(self, scale: float) -> None:
-        """a guidance scale of 1 or less switched SEGA and the negative prompt off."""
+        """A guidance scale of 1 or less switched SEGA and the negative prompt off."""
         x_0 = picture()
         plain = run(x_0, guidance_scale=scale)
         assert largest(run(x_0, guidance_scale=scale, concepts=terms(HAT)) - plain) > 1e-2

@@ -57,7 +57,7 @@ class TestNoise:
         assert torch.equal(state, torch.get_rng_state())
 
     def test_the_seed_has_an_effect_and_timesteps_are_independent(self) -> None:
-        """a seed control that does nothing."""
+        """A seed control that does nothing."""
         noise = draw_noise([0, 1], 400, SHAPE).flatten(2)
         assert noise.dtype == torch.float32
         assert abs(float(noise.mean())) < 0.01
@@ -152,13 +152,13 @@ class TestResiduals:
         assert self.reconstruct(zero_the_last) > 1e-2
 
     def test_they_exist_where_sigma_is_zero(self) -> None:
-        """Eta = 0 would divide by zero, were z_t stored."""
+        """With eta 0 it would divide by zero, were z_t stored."""
         assert self.reconstruct(lambda residuals: residuals, eta=0.0) < 1e-12
         assert self.schedule.sigmas(0.0).max() == 0.0
 
     @pytest.mark.parametrize("eta", [0.3, 0.5])
     def test_eta_where_eta_squared_belongs_hides_behind_a_round_trip(self, eta: float) -> None:
-        """Eta in place of eta^2 reconstructs as well as the truth, which is why tests/oracle/test_schedule.py looks at the step."""
+        """With eta for eta^2 it reconstructs as well, which is why tests/oracle/test_schedule.py looks at the step."""
         i = 5
         alpha_bar_t, alpha_bar_prev, sigma_t = self.schedule.levels(eta)[i]
         x_t, x_prev = latents(), latents().flip(0)
