@@ -78,7 +78,7 @@ def check_model(args: argparse.Namespace, texts: Iterable[str] = ()) -> None:
     from ledits_min.weights.read.survey import survey_whole
 
     survey = survey_whole(args.model, **parts(args))
-    check_words(survey.tokenizer, texts)
+    check_words(survey.tokenizer, texts, [embedding.word for embedding in survey.words])
 
 
 def texts_of(args: argparse.Namespace) -> list[str]:

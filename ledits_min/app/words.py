@@ -12,10 +12,11 @@ from ledits_min.weights.words import refuse_unknown
 MAX_BYTES = 1_000_000  # a larger tokenizer is none of whole words; it is looked at when the model is loaded
 
 
-def check_words(folder: Path | None, texts: Iterable[str]) -> None:
+def check_words(folder: Path | None, texts: Iterable[str], new: Iterable[str] = ()) -> None:
     """InputError, with the words that are known, as `TextEncoder.check` would say it after loading.
 
     folder  that of the tokenizer; None, or one of word pieces, knows every word
+    new     words that textual inversions bring
     """
     file = None if folder is None else folder / "tokenizer.json"
     if file is None or not file.is_file() or file.stat().st_size > MAX_BYTES:
@@ -31,6 +32,8 @@ def check_words(folder: Path | None, texts: Iterable[str]) -> None:
         tokenizer = Tokenizer.from_str(content)
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         for text in texts:
+            for word in new:
+                text = text.replace(word, " ")
             if unknown not in tokenizer.encode(text, add_special_tokens=False).tokens:
                 continue
             refuse_unknown(text, tokenizer, vocabulary - special - {unknown})

@@ -96,7 +96,7 @@ def test_prompt_to_prompt_is_told_and_counted(tmp_path: Path, capsys: pytest.Cap
     [
         (["--add", "zebra"], "does not know 'zebra'"),
         (["--steps", "1000"], "--steps"),
-        (["--p2p"], "target prompt is empty"),
+        (["--p2p"], "pass --target, the new picture"),
     ],
 )
 def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

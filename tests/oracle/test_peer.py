@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_quick_run() -> None:
     """Five steps of which two are skipped, a source and a target prompt, two concepts; evaluations of either side."""
-    command = [sys.executable, "-m", "bench.speed.peer_diffusers", "--quick", "--prompts"]
+    command = [sys.executable, "-m", "bench.speed.peer_diffusers", "--quick", "--prompts", "--dtype", "fp32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout[done.stdout.index("{") :])

@@ -45,7 +45,7 @@ BAD = [
     bad("--add hat --momentum-beta 0,0.5", "has no effect without --momentum-scale"),
     bad("--add hat --cross 0,1", "--cross has no effect: there is no --p2p"),
     bad("--source hat --target beard --p2p cross=1 --cross 0,1", "--p2p sets its own"),
-    bad("--target beard --p2p --cross 0,1", "the source prompt is empty"),
+    bad("--target beard --p2p --cross 0,1", "pass --source, the picture as it is"),
     bad(f"--add hat --seed {','.join(map(str, range(51)))} --scale 1,2", "102 cells are asked for.* holds 100"),
     bad("--add zeppelin --scale 1,2", "does not know 'zeppelin'"),
     bad("--add hat --scale 1,2 -o s.gif", "must end in"),
