@@ -278,7 +278,7 @@ class TestConcepts:
 
     @pytest.mark.parametrize("momentum_scale", [0.0, 0.3])
     def test_order_does_not_matter(self, momentum_scale: float) -> None:
-        """T10."""
+        """In whatever order concepts are given, the edit is the same beyond rounding."""
         wanted = run(picture(), concepts=terms(HAT, BEARD, SMILE), momentum_scale=momentum_scale)
         for order in permutations((HAT, BEARD, SMILE)):
             found = run(picture(), concepts=terms(*order), momentum_scale=momentum_scale)
@@ -316,7 +316,7 @@ class TestConcepts:
         assert all(step.masks[2] is None and "smile" not in step.eps for step in seen)
 
     def test_same_seed_same_bytes(self) -> None:
-        """T12; a picture's result does not depend on its neighbours in the batch."""
+        """A picture's result does not depend on its neighbours in the batch."""
         settings: dict[str, Any] = {"concepts": terms(HAT, BEARD, SMILE), "target": "a dog", "momentum_scale": 0.4}
         together = run(picture(), **settings)
         assert torch.equal(together, run(picture(), **settings))
