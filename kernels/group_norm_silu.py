@@ -14,7 +14,8 @@ until the end of the walk, when means and spreads are merged (Chan, Golub, LeVeq
 
 from __future__ import annotations
 
-from math import isqrt
+from dataclasses import dataclass
+from math import gcd, isqrt
 from typing import Any
 
 import torch
@@ -272,6 +273,72 @@ def add_group_norm_silu(
     return total, _norm(x, norm, add, silu, skip, residual, total)
 
 
+def add_maps(x: Tensor, residual: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """x + add + residual, channels-last, in x's dtype, for a sum that no norm stands behind.
+
+    As `add_group_norm_silu`. It is the first of its launches, whose statistics then nobody reads.
+    """
+    x = channels_last(x)
+    total, width = torch.empty_like(x), gcd(x.shape[1], CHANNELS)
+    _sum_up(x, x, _Walk.over(x, x.shape[1], x.shape[1] // width), add, residual, total)
+    return total
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How both launches of a norm go over a map."""
+
+    grid: tuple[int, int, int]
+    positions: int
+    rows: int
+    sizes: tuple[int, ...]  # what both kernels take from `own` to `together`
+    constants: dict[str, Any]
+    groups: int
+
+    @classmethod
+    def over(cls, x: Tensor, channels: int, groups: int) -> _Walk:
+        """x (B, own, h, w), with the skip's channels behind its own."""
+        batch, own, height, width = x.shape
+        group = channels // groups
+        together, block = block_of_groups(groups, group)
+        shape = launch_shape(f"group_norm_silu {block}", SHAPE | {"warps": warps(block)}, x.device)
+        blocks = cdiv(groups, together)
+        rows = rows_per_part(height * width, group, blocks * batch, shape)
+        vector = aligned(own, channels, together * group)
+        sizes = own // vector, channels // vector, together * group // vector, groups, group, together
+        constants: dict[str, Any] = {
+            "VECTOR": vector, "ROWS": shape["rows"], "BLOCK": block, "MEMBERS": MEMBERS, "STAGES": shape["stages"],
+            "num_warps": shape["warps"], "fuse": True,
+        }  # fmt: skip
+        return cls((cdiv(height * width, rows), blocks, batch), height * width, rows, sizes, constants, groups)
+
+    def registers(self, kernel: str) -> int | None:
+        return register_limit(kernel, self.constants["VECTOR"], self.constants["BLOCK"])
+
+
+def _rows_of(add: Tensor | None, own: int) -> tuple[Tensor | None, int]:
+    """`add` as rows, and their stride: 0 where one row is for all samples."""
+    rows = None if add is None else add.reshape(-1, own).contiguous()
+    return rows, 0 if rows is None or len(rows) == 1 else own
+
+
+def _sum_up(
+    x: Tensor, skip: Tensor, walk: _Walk, add: Tensor | None, residual: Tensor | None, total: Tensor | None
+) -> Tensor:
+    """The first launch: the statistics of every part, and the sum in `total` where there is one."""
+    parts, _, batch = walk.grid
+    statistics = torch.empty(batch, parts, walk.groups, 2, dtype=torch.float32, device=x.device)
+    added, stride = _rows_of(add, x.shape[1])
+    launch(
+        _statistics, walk.grid,
+        x, skip, x if residual is None else channels_last(residual), x if added is None else added,
+        x if total is None else total, statistics, walk.positions, walk.rows, stride, *walk.sizes,
+        int(residual is not None), int(add is not None), SUM=total is not None,
+        registers=walk.registers("_statistics"), **walk.constants,
+    )  # fmt: skip
+    return statistics
+
+
 def _norm(
     x: Tensor,
     norm: nn.GroupNorm,
@@ -282,41 +349,19 @@ def _norm(
     total: Tensor | None = None,
 ) -> Tensor:
     batch, own, height, width = x.shape
-    positions, channels = height * width, norm.num_channels
+    channels = norm.num_channels
     assert channels == own + (0 if skip is None else skip.shape[1]), "the norm's channels are those of x and skip"
     skip = x if skip is None else channels_last(skip)  # any pointer where there is none: it is not read
-    add = None if add is None else add.reshape(-1, own).contiguous()
-    group = channels // norm.num_groups
-    together, block = block_of_groups(norm.num_groups, group)
-    shape = launch_shape(f"group_norm_silu {block}", SHAPE | {"warps": warps(block)}, x.device)
-    blocks = cdiv(norm.num_groups, together)
-    rows = rows_per_part(positions, group, blocks * batch, shape)
-    parts = cdiv(positions, rows)
-    vector = aligned(own, channels, together * group)
-    sizes = (
-        0 if add is None or len(add) == 1 else own, own // vector, channels // vector, together * group // vector,
-        norm.num_groups, group, together,
-    )  # fmt: skip
-    constants: dict[str, Any] = {
-        "VECTOR": vector, "ROWS": shape["rows"], "BLOCK": block, "MEMBERS": MEMBERS, "STAGES": shape["stages"],
-        "num_warps": shape["warps"], "fuse": True,
-    }  # fmt: skip
-    statistics = torch.empty(batch, parts, norm.num_groups, 2, dtype=torch.float32, device=x.device)
-    out = torch.empty(batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid = (parts, blocks, batch)
-    launch(
-        _statistics, grid,
-        x, skip, x if residual is None else channels_last(residual), x if add is None else add,
-        x if total is None else total, statistics, positions, rows, *sizes,
-        int(residual is not None), int(add is not None), SUM=total is not None,
-        registers=register_limit("_statistics", vector, block), **constants,
-    )  # fmt: skip
+    walk = _Walk.over(x, channels, norm.num_groups)
+    statistics = _sum_up(x, skip, walk, add, residual, total)
     if total is not None:
         x, add = total, None
+    added, stride = _rows_of(add, own)
+    out = torch.empty(batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     launch(
-        _normalise, grid,
-        x, skip, x if add is None else add, statistics, norm.weight, norm.bias, out, positions, rows, parts,
-        float(norm.eps), *sizes, int(add is not None), int(silu), CHUNK=CHUNK,
-        registers=register_limit("_normalise", vector, block), **constants,
+        _normalise, walk.grid,
+        x, skip, x if added is None else added, statistics, norm.weight, norm.bias, out, walk.positions, walk.rows,
+        walk.grid[0], float(norm.eps), stride, *walk.sizes, int(added is not None), int(silu), CHUNK=CHUNK,
+        registers=walk.registers("_normalise"), **walk.constants,
     )  # fmt: skip
     return out

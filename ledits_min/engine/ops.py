@@ -65,10 +65,28 @@ def _for_cpu(x: Tensor, *layers: nn.Module) -> bool:
 # --- the network's layers -------------------------------------------------------------------------------------------
 
 
-def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, silu: bool = True) -> Tensor:
-    """silu(norm(hidden + add)): hidden (B, C, h, w), add (B, C) at every position; without `silu` the norm alone.
+def defers_sums(hidden: Tensor, *layers: nn.Module) -> bool:
+    """Whether what is added in front of a norm (a bias, a residual) is left to the norm.
 
-    With `add`, hidden may be written over.
+    For `hidden` and what these layers make of it: where kernels run, on a channels-last map or on tokens, and where
+    nothing is put on the layers.
+    """
+    weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
+    if not is_untouched(*layers) or any(weight.dtype != hidden.dtype for weight in weights):
+        return False
+    if not use_triton(hidden, *weights):
+        return False
+    from ledits_min.kernels import group_norm_silu, layer_norm
+
+    return group_norm_silu.fits(hidden) if hidden.dim() == 4 else layer_norm.fits(hidden)
+
+
+def group_norm_silu(
+    hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = None, silu: bool = True, skip: Tensor | None = None
+) -> Tensor:
+    """silu(norm([hidden + add, skip])): hidden (B, C, h, w), add (B, C) or (C,) at every position, skip (B, S, h, w).
+
+    Without `silu` the norm alone. With `add`, hidden may be written over.
 
     The kernel is for channels-last memory. NCHW stays with torch, whose own kernel is made for it: by this rule under
     `auto`, with a warning where LEDITS_KERNELS=triton asked for a kernel.
@@ -77,13 +95,50 @@ def group_norm_silu(hidden: Tensor, norm: nn.GroupNorm, add: Tensor | None = Non
         from ledits_min.kernels import group_norm_silu as kernel
 
         if kernel.fits(hidden):
-            return kernel.group_norm_silu(hidden, norm, add, silu)
+            return kernel.group_norm_silu(hidden, norm, add, silu, skip)
         if os.environ.get("LEDITS_KERNELS") == "triton":
             warn("group_norm_silu: torch takes over, because a map is not channels-last")
     if add is not None:
-        hidden = hidden.add_(add[:, :, None, None])
-    normed: Tensor = norm(hidden)
+        hidden = hidden.add_(add.unflatten(-1, (-1, 1, 1)))
+    normed: Tensor = norm(hidden if skip is None else torch.cat([hidden, skip], dim=1))
     return F.silu(normed, inplace=True) if silu else normed  # the norm's own result: nobody else has it
+
+
+def add_group_norm_silu(
+    hidden: Tensor,
+    norm: nn.GroupNorm,
+    residual: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = True,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(total, silu(norm([total, skip]))) with total = hidden + add + residual; the rest as in `group_norm_silu`."""
+    if use_triton(hidden, norm.weight):
+        from ledits_min.kernels import group_norm_silu as kernel
+
+        return kernel.add_group_norm_silu(hidden, norm, residual, add, silu, skip)
+    total = add_maps(hidden, residual, add)
+    return total, group_norm_silu(total, norm, silu=silu, skip=skip)
+
+
+def add_maps(hidden: Tensor, residual: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """hidden + add + residual, (B, C, h, w) and add (C,)."""
+    if use_triton(hidden):
+        from ledits_min.kernels import group_norm_silu as kernel
+
+        return kernel.add_maps(hidden, residual, add)
+    total = hidden if add is None else hidden + add.unflatten(-1, (-1, 1, 1))
+    return total if residual is None else total + residual
+
+
+def add_layer_norm(tokens: Tensor, norm: nn.LayerNorm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(total, norm(total)) with total = tokens + residual, (..., C)."""
+    if use_triton(tokens, norm.weight):
+        from ledits_min.kernels import layer_norm as kernel
+
+        return kernel.add_layer_norm(tokens, norm, residual)
+    total = tokens if residual is None else tokens + residual
+    return total, norm(total)
 
 
 def geglu(projected: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What float32 means to CUDA's libraries: all of it, or rounded to TF32 (10 bits) in front of products.
 
 Torch keeps that in flags of the whole process, and by its default convolutions round and products of matrices do not.
-So a network's every call sets them, and puts them back behind it. Threads take turns, or one would put back what another
-has set; a turn lasts as long as a call is launched, not as long as the device works.
+So a network's every call sets them, and puts them back behind it. Threads take turns, or one would put back what
+another has set; a turn lasts as long as a call is launched, not as long as the device works.
 """
 
 from __future__ import annotations

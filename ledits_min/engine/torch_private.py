@@ -63,6 +63,12 @@ def is_untouched(*layers: nn.Module) -> bool:
     )
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling a module is calling its class's `forward` and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
 def watch_compiler(start: Callable[..., None], end: Callable[..., None]) -> Callable[[], None]:
     """Calls `start` and `end` around every compilation by torch.compile, until what it returns is called."""
     try:

@@ -14,10 +14,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ledits_min import unet, vae
 from ledits_min.config import SD15_UNET, SD15_VAE, UNetConfig
-from ledits_min.engine import cpu, ops, torch_private
+from ledits_min.engine import cpu, fast_networks, ops, torch_private
 from ledits_min.engine.fast_networks import _FAST, FastAttention, FastConditioning, FastUNet, accelerate
 from ledits_min.p2p import AttentionControl, token_mapper
 from ledits_min.unet import BlockShape, Conditioning
@@ -95,6 +96,15 @@ def with_skips(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     return block(hidden, conditioning(block, time, context), list(skips))
 
 
+def with_new_skips(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """All that a block leaves behind, side by side."""
+    hidden, time, context = inputs
+    skips: list[Tensor] = []
+    result = block(hidden, conditioning(block, time, context), skips)
+    assert all(isinstance(skip, Tensor) for skip in skips) and torch.equal(skips[-1], result)
+    return torch.cat([each.flatten() for each in skips])
+
+
 def attend_and_add(block: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     residual, tokens, context = inputs
     if isinstance(block, FastAttention):
@@ -108,12 +118,16 @@ def up_block(depth: int) -> unet.UpBlock:
 
 WHOLE = ((2, 4, 7, 9), (2, TEXT, 12))
 MAPS = ((2, 32, 5, 7), (2, 64), (2, TEXT, 12))
+DOWN = ((2, 16, 5, 8), (2, 64), (2, TEXT, 12))
 UP = ((2, 32, 3, 4), (2, 64), (2, TEXT, 12), (2, 16, 5, 8), (2, 16, 3, 4), (2, 32, 3, 4))
 CASES = {
     **{
         name: Case(partial(unet.UNet, c), WHOLE + ((2, 10),) * bool(c.addition_time_embed_dim), whole)
         for name, c in UNETS.items()
     },
+    "down block": Case(lambda: unet.DownBlock([16, 32], BlockShape(32, 4, (1, 1), True), SD1), DOWN, with_new_skips),
+    "mid block": Case(lambda: unet.MidBlock(BlockShape(32, 4, (1,), False), SD1), MAPS, with_time),
+    "downsampling": Case(lambda: unet.Downsample(32), ((2, 32, 5, 7),)),
     "up block": Case(lambda: up_block(1), UP, with_skips),
     "up block without attention": Case(lambda: up_block(0), UP, with_skips),
     "resnet block": Case(lambda: unet.ResnetBlock(32, 32, SD1), MAPS, with_time),
@@ -177,6 +191,158 @@ def test_in_float32(case: Case, layout: torch.memory_format) -> None:
     assert all(map(torch.equal, inputs, kept)), "an input was written over"
 
 
+@pytest.fixture
+def deferring(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """As where kernels run: sums wait for norms, which torch computes here. Notes whether any did."""
+    waited: list[bool] = []
+
+    def defers_sums(hidden: Tensor, *layers: nn.Module) -> bool:
+        weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
+        fits = hidden.dim() == 3 or hidden.is_contiguous(memory_format=torch.channels_last)
+        alike = all(weight.dtype == hidden.dtype for weight in weights)
+        waited.append(
+            torch_private.is_untouched(*layers) and alike and fits and not cpu._is_recorded(hidden, *weights)
+        )
+        return waited[-1]
+
+    monkeypatch.setattr(fast_networks, "defers_sums", defers_sums)
+    return waited
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@torch.no_grad()
+def test_with_sums_that_wait_for_norms(case: Case, dtype: torch.dtype, deferring: list[bool]) -> None:
+    block = in_layout(case.block().to(dtype), torch.channels_last)
+    inputs = tuple(x.to(dtype) for x in case.inputs(torch.channels_last))
+    kept = [x.clone() for x in inputs]
+    exact = case.call(copy.deepcopy(block).float(), tuple(x.float() for x in inputs))
+    plain, fast = case.call(block, inputs), case.call(accelerated(block), inputs)
+    assert fast.shape == plain.shape and fast.dtype == plain.dtype
+    if dtype == torch.float32:
+        assert relative(fast, plain) < 1e-5
+    else:
+        assert relative(fast, exact) <= 2.0 * relative(plain, exact) < WIDE[dtype]
+    assert all(map(torch.equal, inputs, kept)), "an input was written over"
+    known = (unet.Attention, unet.Upsample, vae.Attention, vae.Upsample)
+    assert any(deferring) or isinstance(block, known)
+
+
+class Counting(TorchDispatchMode):
+    """What torch is asked to do outside the operations that a kernel does as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased = self.joined = self.sums_of_maps = self.sums_of_tokens = self.products = 0
+        self.kernels: dict[str, int] = {}
+        self.inside = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside:
+            name = function.overloadpacket.__name__
+            self.biased += name == "convolution" and args[2] is not None
+            self.joined += name == "cat"
+            self.products += name in ("mm", "addmm", "addmm_", "linear")
+            if name in ("add", "add_"):
+                self.sums_of_maps += args[0].dim() == 4
+                self.sums_of_tokens += args[0].dim() == 3
+        return function(*args, **kwargs or {})
+
+    def as_one(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **more: Any) -> Any:
+            if self.inside:
+                return operation(*args, **more)
+            self.kernels[name] = self.kernels.get(name, 0) + 1
+            self.inside = True
+            try:
+                return operation(*args, **more)
+            finally:
+                self.inside = False
+
+        return counted
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("deferring")
+def test_no_launch_only_adds_a_bias_or_joins_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a convolution add its own: cuDNN launches that apart. The last one is the exception, in float32."""
+    plain, fast = both(SD1)
+    in_layout(fast, torch.channels_last)
+    counting = Counting()
+    for name in ("group_norm_silu", "add_group_norm_silu", "add_maps", "add_layer_norm"):
+        operation = counting.as_one(name, getattr(ops, name))
+        monkeypatch.setattr(ops, name, operation)
+        if hasattr(fast_networks, name):
+            monkeypatch.setattr(fast_networks, name, operation)
+    x_t, t, context, _ = questions(SD1, 3)
+    time, text = fast.embed(t), fast.project(context)
+    wanted = plain(x_t, t, context)
+    fast(x_t, time, text)  # once, what is made once is made
+    counting.kernels.clear()
+    with counting:
+        found = fast(x_t, time, text)
+    assert relative(found, wanted) < 1e-5
+    resnets = sum(isinstance(module, unet.ResnetBlock) for module in plain.modules())
+    transformers = [module for module in plain.modules() if isinstance(module, unet.Transformer)]
+    resized = 2 * (len(SD1.block_out_channels) - 1)
+    assert (counting.biased, counting.joined, counting.sums_of_maps) == (1, 0, 0)
+    assert counting.sums_of_tokens == len(transformers)  # in front of each one's way out, which has no norm
+    assert counting.kernels["add_layer_norm"] == 3 * len(transformers)
+    norms = counting.kernels["group_norm_silu"] + counting.kernels["add_group_norm_silu"]
+    assert norms == 2 * resnets + len(transformers) + 1
+    # A map is added up apart only where it is resized, which has no norm in front.
+    assert counting.kernels["add_maps"] <= resized
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("deferring")
+def test_what_is_folded_follows_the_weights() -> None:
+    """Biases changed in place, replaced, loaded, narrowed; and weights that were moved to lie behind one another."""
+    for change in (
+        lambda network: [weight.mul_(1.5) for weight in network.parameters()],
+        lambda network: [setattr(weight, "data", 0.5 * weight.data) for weight in network.parameters()],
+        lambda network: network.load_state_dict({k: 0.7 * v for k, v in network.state_dict().items()}),
+        lambda network: network.load_state_dict({k: 0.7 * v for k, v in network.state_dict().items()}, assign=True),
+        lambda network: network.double().float(),
+    ):
+        plain, fast = both(SD1)
+        for network in (plain, fast):
+            in_layout(network, torch.channels_last)
+        x_t, t, context, _ = questions(SD1, 2)
+        before = fast(x_t, t, context)
+        for network in (plain, fast):
+            change(network)  # type: ignore[no-untyped-call]
+        wanted = plain(x_t, t, context)
+        assert relative(fast(x_t, t, context), wanted) < 1e-5
+        assert [*fast.state_dict()] == [*plain.state_dict()]
+        assert torch.isfinite(before).all()
+
+
+@pytest.mark.parametrize("name", ["down_blocks.1", "mid_block", "up_blocks.1", "down_blocks.0.resnets.0",
+                                  "up_blocks.1.attentions.1", "mid_block.attentions.0.transformer_blocks.0",
+                                  "up_blocks.0.resnets.1", "down_blocks.0.downsamplers.0"])  # fmt: skip
+@pytest.mark.parametrize("when", ["before", "behind"])
+@torch.no_grad()
+@pytest.mark.usefixtures("deferring")
+def test_a_hook_on_a_block_sees_maps(name: str, when: str) -> None:
+    """And what it changes is honoured, as the plain network does."""
+    plain, fast = both(SD1)
+    case = CASES["SD 1"]
+    for network in (plain, fast):
+        in_layout(network, torch.channels_last)
+    before = case.call(plain, case.inputs(torch.channels_last))
+
+    def change(module: nn.Module, inputs: Any, *result: Tensor) -> Any:
+        hidden = result[0] if result else inputs[0]
+        assert isinstance(hidden, Tensor)
+        return -1.3 * hidden + 0.1 if result else (-1.3 * hidden + 0.1, *inputs[1:])
+
+    register = "register_forward_pre_hook" if when == "before" else "register_forward_hook"
+    for network in (plain, fast):
+        getattr(network.get_submodule(name), register)(change)
+    assert honours(plain, fast, case, before) is None
+
+
 @each
 @torch.no_grad()
 def test_in_slices_and_fused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +359,7 @@ def test_in_slices_and_fused(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * 32)
     block, inputs = in_layout(case.block(), torch.channels_last), case.inputs(torch.channels_last)
     assert relative(case.call(accelerated(block), inputs), case.call(block, inputs)) < 1e-5
-    assert any(fused) or isinstance(block, vae.Attention)
+    assert any(fused) or isinstance(block, vae.Attention | unet.Downsample)
 
 
 @each
@@ -318,9 +484,12 @@ LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 NETWORKS = {name: case for name, case in CASES.items() if name in (*UNETS, "VAE, encoding", "VAE, decoding")}
 
 
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that takes every shortcut there is, so that a layer is called only where it must be."""
+@pytest.fixture(params=["products", "sums"])
+def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes every shortcut there is, so that a layer is called only where it must be."""
+    if request.param == "sums":
+        request.getfixturevalue("deferring")
+        return
     monkeypatch.setattr(cpu, "FEED_FORWARD", 4 * 32)
     if torch_private.has_fused_products():
         monkeypatch.setattr(cpu, "fuses", lambda *tensors: not cpu._is_recorded(*tensors))

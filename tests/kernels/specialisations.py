@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from ledits_min.config import SD15_UNET, SD15_VAE
 from ledits_min.kernels.geglu import geglu
-from ledits_min.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
+from ledits_min.kernels.group_norm_silu import add_group_norm_silu, add_maps, group_norm_silu
 from ledits_min.kernels.layer_norm import add_layer_norm
 from ledits_min.kernels.sega_step import sega_step
 from ledits_min.kernels.trajectory import residuals, trajectory
@@ -81,6 +81,7 @@ def every_launch() -> None:
                 group_norm_silu(x, layer, add, silu)
             for residual in (None, x):
                 add_group_norm_silu(x, layer, residual, row, silu)
+                add_maps(x, residual, row)
         left, right = (part.contiguous(memory_format=torch.channels_last) for part in x.split([width // 2] * 2, 1))
         group_norm_silu(left, layer, skip=right)
         add_group_norm_silu(left, layer, left, row[: width // 2], skip=right)

@@ -187,7 +187,7 @@ def test_the_sum_is_written_once_and_normed(
     with_residual: bool, with_add: bool,
 ) -> None:  # fmt: skip
     """In half precision what is normed is the rounded sum, which is the residual of the layers to come."""
-    from ledits_min.kernels.group_norm_silu import add_group_norm_silu
+    from ledits_min.kernels.group_norm_silu import add_group_norm_silu, add_maps
 
     x, norm = inputs.feature_map(shape, torch.float16, device), inputs.norm(shape[1], groups, torch.float16, device)
     residual = inputs.feature_map(shape, torch.float16, device, seed=1) if with_residual else None
@@ -199,6 +199,7 @@ def test_the_sum_is_written_once_and_normed(
     expected = (expected + (0.0 if residual is None else residual.float())).half()
     assert torch.equal(total, expected)
     assert error(result, truth(total, norm, None, True)) < TOLERANCE[torch.float16]
+    assert torch.equal(add_maps(x, residual, add), expected), "nor does a sum that no norm stands behind differ"
     assert torch.equal(x, before)
 
 
