@@ -5,18 +5,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from ledits_min.config import UNetConfig, VAEConfig
 from ledits_min.engine.cost import Cost, unet_cost, vae_costs
 from ledits_min.engine.memory import total_memory
-from ledits_min.engine.plan import Phase, ranges
+from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase, ranges
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
 
 # Above so many evaluations per call nothing gets faster; on a CPU, above so many bytes, which come from main memory.
 MOST = 64
 CPU_ROOM = 2**28
+
+# (TFLOP of a call of the UNet, its milliseconds): an H100 in float16, calls recorded as graphs (bench/results/h100),
+# and two cores with AMX in bfloat16. The shape matters: what a call costs by itself, and where that stops to show.
+CALLS = {
+    "cuda": ((0.8, 5.3), (2.4, 9.79), (3.2, 11.2), (6.4, 20.4), (25.6, 79.0), (51.2, 154.0)),
+    "cpu": ((0.8, 1900.0), (3.2, 4600.0)),
+}
+FRUGAL = 1.04  # so many times longer a phase may take whose calls need less memory
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,46 @@ def batch_limit(costs: Costs, device: torch.device) -> int:
     """Evaluations a call of the network may hold on this device; the same on every run, whatever else is running."""
     room = total_memory(device) // 2 - costs.weights
     return capacity(costs, min(room, CPU_ROOM) if device.type == "cpu" else room)
+
+
+def seconds(phase: Phase, costs: Costs, device: torch.device) -> float:
+    """About what a phase takes on a machine like the one in CALLS."""
+    points = CALLS.get(device.type, CALLS["cpu"])
+
+    def of_call(evaluations: int) -> float:
+        work = evaluations * costs.unet.flop / 1e12
+        ends = list(pairwise(points))
+        (x, y), (x_next, y_next) = next((ends for ends in ends if work <= ends[1][0]), ends[-1])
+        return y + (work - x) * (y_next - y) / (x_next - x)
+
+    return sum(of_call(size) for sizes in phase.batches for size in sizes) / 1e3
+
+
+def inverting(settings: InversionSettings, images: int, costs: Costs, device: torch.device) -> Phase:
+    """`inversion_phase` in calls that are as large as it pays, on a device."""
+    limit = batch_limit(costs, device)
+    sizes = [2**n for n in range(limit.bit_length()) if 2**n < limit]
+    return _frugal([inversion_phase(settings, images, size) for size in [*sizes, limit]], costs, device)
+
+
+def inverting_and_editing(
+    inversion: InversionSettings, settings: EditSettings, images: int, costs: Costs, device: torch.device
+) -> Phase:
+    """`one_pass_phase` in calls that are as large as it pays, on a device.
+
+    Mostly the inversion's row of a step rides in the call that the edit makes at that step, and all calls are alike.
+    """
+    limit = batch_limit(costs, device)
+    rows = max(map(len, editing_phase("", inversion, settings, images, limit).groups))
+    sizes = [images * (rows + ahead) for ahead in (0, 1, 2, 4, 8, 16, 32) if images * (rows + ahead) < limit]
+    phases = [one_pass_phase(inversion, settings, images, size) for size in [*sizes, limit]]
+    return _frugal(phases, costs, device)
+
+
+def _frugal(phases: Sequence[Phase], costs: Costs, device: torch.device) -> Phase:
+    """Of phases with growing calls the first that is nearly as fast as the fastest."""
+    times = [seconds(phase, costs, device) for phase in phases]
+    return next(phase for phase, time in zip(phases, times, strict=True) if time <= FRUGAL * min(times))
 
 
 # --- the same for people and for reports ----------------------------------------------------------------------------

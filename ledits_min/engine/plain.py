@@ -36,9 +36,6 @@ class PlainRunner(Runner):
     def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
         return unet, vae
 
-    def batch_limit(self, latents: Tensor) -> int:
-        return len(latents)
-
     def invert(
         self, contexts: Contexts, x_0: Tensor, noise: Tensor, settings: InversionSettings, reporting: Reporting
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine import coding, loop
-from ledits_min.engine.budget import Costs, Model, batch_limit, size
+from ledits_min.engine.budget import Costs, Model, batch_limit, inverting, inverting_and_editing, size
 from ledits_min.engine.cpu import transforms_weights
 from ledits_min.engine.denoiser import Denoiser
 from ledits_min.engine.evaluate import Network
@@ -18,7 +18,7 @@ from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.engine.graphs import Graphed, use_graphs
 from ledits_min.engine.memory import free_memory, is_out_of_memory
 from ledits_min.engine.overhead import Overhead
-from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.plan import Phase, editing_phase
 from ledits_min.engine.precision import float32_products
 from ledits_min.engine.progress import Callback, Progress, Reporting, progress_bar, tell
 from ledits_min.engine.record import Edited, mean_masks, observer
@@ -69,9 +69,9 @@ class Runner:
         """Of latents (h, w) on a device, which need not be the one that the networks are on."""
         return self.model.costs(latents, device.type == "cpu" and transforms_weights(self.unet.conv_in.weight.dtype))
 
-    def batch_limit(self, latents: Tensor) -> int:
+    def costs_of(self, latents: Tensor) -> Costs:
         height, width = latents.shape[-2:]
-        return batch_limit(self.costs((height, width), latents.device), latents.device)
+        return self.costs((height, width), latents.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """`VAE.encode`; RunError where it cannot be done."""
@@ -87,7 +87,7 @@ class Runner:
         self, contexts: Contexts, x_0: Tensor, noise: Tensor, settings: InversionSettings, reporting: Reporting
     ) -> tuple[Tensor, Tensor]:
         """`edit.invert`, in batches over t; the callback hears of every call of the network."""
-        phase = inversion_phase(settings, len(x_0), self.batch_limit(x_0))
+        phase = inverting(settings, len(x_0), self.costs_of(x_0), x_0.device)
         for attempt in self.attempts(phase, x_0, reporting, reporting.callback):
             with attempt as advance:
                 network = self.network(phase, contexts, settings, x_0.device)
@@ -100,7 +100,8 @@ class Runner:
     ) -> Edited:  # fmt: skip
         """`edit.edit`, as a phase called `name`; with `lending` Prompt-to-Prompt."""
         x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
-        phase = editing_phase(name, inversion, settings, len(x_T), self.batch_limit(x_T), lending)
+        limit = batch_limit(self.costs_of(x_T), x_T.device)
+        phase = editing_phase(name, inversion, settings, len(x_T), limit, lending)
         for attempt in self.attempts(phase, x_T, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_T.device)
@@ -114,7 +115,7 @@ class Runner:
         reporting: Reporting,
     ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
         """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
-        phase = one_pass_phase(inversion, settings, len(x_0), self.batch_limit(x_0))
+        phase = inverting_and_editing(inversion, settings, len(x_0), self.costs_of(x_0), x_0.device)
         for attempt in self.attempts(phase, x_0, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_0.device)

@@ -34,7 +34,7 @@ def test_it_tells_and_does_not_run(
     monkeypatch.setattr("ledits_min.engine.fast_networks.FastUNet.forward", None)
     assert main([*EDIT, "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("inverting and editing: 14 evaluations in 4 calls of at most 8") for line in lines)
+    assert any(line.startswith("inverting and editing: 14 evaluations in 4 calls of at most 4") for line in lines)
     assert '  inverting, steps 0 to 3: 2 branches, "", "a portrait"' in lines
     assert '  editing, steps 1 to 3: 2 branches, "", "hat"' in lines
     assert main([*EDIT, "--explain", "--save-inversion", "x.safetensors"]) == 0

@@ -9,15 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ledits_min import LEdits
 from ledits_min.app.cli.explain import plan_edit, without_weights
-from ledits_min.config import SD15_UNET, SD15_VAE, EditDefaults
-from ledits_min.engine.budget import Model, Plan, capacity
+from ledits_min.config import SD15_UNET, SD15_VAE, SDXL_UNET, EditDefaults
+from ledits_min.engine import budget
+from ledits_min.engine.budget import (
+    FRUGAL,
+    Model,
+    Plan,
+    batch_limit,
+    capacity,
+    inverting,
+    inverting_and_editing,
+    seconds,
+)
 from ledits_min.engine.cost import unet_cost, vae_costs
 from ledits_min.engine.cpu import computes_in_bfloat16
 from ledits_min.engine.fast_networks import accelerate
-from ledits_min.engine.plan import SOURCE, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.plan import INVERSION, SOURCE, editing_phase, inversion_phase, one_pass_phase
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import Lending, token_mapper
@@ -147,3 +159,78 @@ def test_a_plan_of_prompt_to_prompt_in_words() -> None:
         '  source, steps 0 to 2: 2 branches, "a cat", ""',
     ]
     assert {part: len(rows) for part, rows in phase.parts.items()} == {"editing": 18, SOURCE: 6}
+
+
+# --- how large a call is worth --------------------------------------------------------------------------------------
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100's memory, on any device."""
+    monkeypatch.setattr(budget, "total_memory", lambda device: 80 * 10**9)
+
+
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_in_one_pass_nearly_all_calls_are_alike(device: torch.device) -> None:
+    """The paper's edit: the inversion's row of a step rides in the edit's call of that step."""
+    inversion = InversionSettings(num_steps=100, skip=36)
+    edit = EditSettings(concepts=terms(Concept("sunglasses"), Concept("smile")))
+    costs = Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((64, 64))
+    phase = inverting_and_editing(inversion, edit, 1, costs, device)
+    assert phase.evaluations == 252
+    assert phase.batches == ((4,),) * 60 + ((3,),) * 4
+    asked = [max(row.step for row in group if row.reads == INVERSION) for group in phase.groups[:60]]
+    assert all(step <= last <= step + 4 for step, last in enumerate(asked)), "the inversion runs far ahead"
+    as_large_as_can_be = one_pass_phase(inversion, edit, 1, 64)
+    assert as_large_as_can_be.evaluations == 252 and as_large_as_can_be.largest_batch == 64
+    assert seconds(phase, costs, device) <= 1.0001 * seconds(as_large_as_can_be, costs, device)
+    plans = [Plan((one,), costs, 1, 1) for one in (phase, as_large_as_can_be)]
+    assert plans[0].memory < plans[1].memory - 40 * costs.width * costs.unet.values
+
+
+@pytest.mark.usefixtures("roomy")
+def test_an_h100_is_as_fast_as_measured() -> None:
+    """On that machine: 0.71 s instead of 0.77."""
+    inversion = InversionSettings(num_steps=100, skip=36)
+    edit = EditSettings(concepts=terms(Concept("sunglasses"), Concept("smile")))
+    costs = Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((64, 64))
+    even, large = inverting_and_editing(inversion, edit, 1, costs, CUDA), one_pass_phase(inversion, edit, 1, 64)
+    assert seconds(even, costs, CUDA) == pytest.approx(0.711, rel=0.01)
+    assert seconds(large, costs, CUDA) == pytest.approx(0.767, rel=0.02)
+
+
+@pytest.mark.usefixtures("roomy")
+def test_an_inversion_alone_takes_calls_that_saturate() -> None:
+    inversion = InversionSettings(num_steps=100, skip=36)
+    for images in (1, 3):
+        costs = Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((64, 64))
+        assert inverting(inversion, images, costs, CUDA).batches == ((16,) * 4 * images,)
+    # A larger network is busy with fewer, and a small one never.
+    large = Model(SDXL_UNET, SD15_VAE, 77, 2, 2).costs((128, 128))
+    assert inverting(inversion, 1, large, CUDA).largest_batch == 8
+    small = Model(replace(SD15_UNET, block_out_channels=(64, 64, 64, 64)), SD15_VAE, 77, 2, 2).costs((16, 16))
+    assert inverting(inversion, 1, small, CUDA).batches == ((64,),)
+
+
+@pytest.mark.usefixtures("roomy")
+@given(
+    steps=st.integers(1, 12), images=st.integers(1, 9), concepts=st.integers(0, 3), cuda=st.booleans(),
+    prompt=st.sampled_from(["", "a dog"]), side=st.sampled_from([8, 64, 128]),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_whatever_the_calls_are_the_evaluations_are_the_same(
+    steps: int, images: int, concepts: int, prompt: str, cuda: bool, side: int
+) -> None:
+    device, inversion = CUDA if cuda else CPU, InversionSettings(num_steps=steps, skip=0)
+    wanted = EditSettings(prompt, concepts=terms(*(Concept(f"word {n}", warmup_steps=n) for n in range(concepts))))
+    costs = Model(SD15_UNET, SD15_VAE, 77, 2, 2).costs((side, side))
+    limit = batch_limit(costs, device)
+    found = inverting(inversion, images, costs, device), inverting_and_editing(inversion, wanted, images, costs, device)
+    largest = inversion_phase(inversion, images, limit), one_pass_phase(inversion, wanted, images, limit)
+    for phase, other in zip(found, largest, strict=True):
+        assert sorted(phase.rows) == sorted(other.rows)
+        assert phase.largest_batch <= limit
+        assert seconds(phase, costs, device) <= FRUGAL * seconds(other, costs, device) + 1e-9

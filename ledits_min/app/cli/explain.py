@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ledits_min.engine.budget import Plan, batch_limit
-from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.budget import Plan, batch_limit, inverting, inverting_and_editing
+from ledits_min.engine.plan import Phase, editing_phase
 from ledits_min.engine.request import edit_settings
 from ledits_min.files.picture import fit_size
 
@@ -72,9 +72,9 @@ def plan_edit(
             lending = ledits.lending(attention, inversion, settings, torch.empty(1, 4, *latents, device=ledits.device))
         phases = (editing_phase("editing", inversion, settings, 1, limit, lending),)
         if not inverted:
-            phases = (inversion_phase(inversion, 1, limit), *phases)
+            phases = (inverting(inversion, 1, costs, device), *phases)
     else:
-        phases = (one_pass_phase(inversion, settings, 1, limit),)
+        phases = (inverting_and_editing(inversion, settings, 1, costs, device),)
     # The change is laid over the original: the inverted picture is decoded as well. The embedded model looks once more.
     decodes = 1 + (edit["output_size"] == "input") + (ledits.embedded and not inverted)
     return Plan(phases, costs, 0 if inverted else 1, decodes, ledits.text.weights)
