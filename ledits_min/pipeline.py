@@ -30,6 +30,7 @@ from ledits_min.engine.request import (
     warn_of_idle,
 )
 from ledits_min.engine.runner import Runner
+from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
@@ -156,6 +157,10 @@ class LEdits:
         )
 
     @property
+    def usage(self) -> Usage:
+        return self.runner.usage
+
+    @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
@@ -166,24 +171,32 @@ class LEdits:
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LEdits:
         """Move the networks; `dtype` as in `from_pretrained`, None: as it is. What a narrower one rounds stays rounded.
 
-        Returns itself. InputError where there is no such device.
+        Returns itself. InputError where there is no such device, and during a run.
         """
-        self._check_open()
-        place = resolve_device(device)
-        before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
-        # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
-        own = next(self.vae.parameters()).dtype
-        self.unet.to(place, after)
-        self.vae.to(place, after if own == before else own)
-        self.text.to(place, after)
+        with self.usage.alone():
+            place = resolve_device(device)
+            before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
+            # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
+            own = next(self.vae.parameters()).dtype
+            self.unet.to(place, after)
+            self.vae.to(place, after if own == before else own)
+            self.text.to(place, after)
         return self
 
     def close(self) -> None:
-        """Free the networks' memory, whoever still refers to them; the editor cannot be used any more."""
-        for network in (self.unet, self.vae, self.text):
-            network.to(torch.device("meta"))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Free the networks' memory, whoever still refers to them; the editor cannot be used any more.
+
+        A run under way, in another thread or the one whose callback calls this, ends with Stopped at its next
+        evaluation, and the memory is freed then.
+        """
+
+        def free() -> None:
+            for network in (self.unet, self.vae, self.text):
+                network.to(torch.device("meta"))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+        self.usage.close(free)
 
     def __enter__(self) -> LEdits:
         return self
@@ -191,15 +204,12 @@ class LEdits:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self.device.type == "meta":
-            raise InputError("this LEdits is closed; make another with LEdits.from_pretrained")
-
     @property
     def native_size(self) -> int:
         """The longer side, in pixels, that the model was trained at."""
         return self.unet.config.sample_size * self.vae.config.factor
 
+    @running
     @torch.no_grad()
     def invert(
         self,
@@ -226,7 +236,6 @@ class LEdits:
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
         """
         check_call(callback=callback)
-        self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
@@ -254,6 +263,7 @@ class LEdits:
         check_inversion_settings(settings, "invert")
         return settings
 
+    @running
     @torch.no_grad()
     def edit(
         self,
@@ -280,7 +290,6 @@ class LEdits:
         attention     Prompt-to-Prompt: the attention maps of the inversion's source prompt, lent to the target
         callback      called with a `Progress` after every step; Stopped where it returns true
         """
-        self._check_open()
         check_call(concepts, callback)
         check_inversion(inversion, self.unet.config.in_channels)
         if inversion.settings.fingerprint != self.fingerprint:
@@ -299,6 +308,7 @@ class LEdits:
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
         return self._result(edited, inversion, settings, output_size)
 
+    @running
     @torch.no_grad()
     def invert_and_edit(
         self,
@@ -346,7 +356,6 @@ class LEdits:
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
                 progress, trace, output_size, attention, callback,
             )  # fmt: skip
-        self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
@@ -361,6 +370,7 @@ class LEdits:
         inversion = _inversion(pictures, x_0, x_T, residuals, inverting)
         return inversion, self._result(edited, inversion, settings, output_size)
 
+    @running
     @torch.no_grad()
     def generate(
         self,
@@ -385,7 +395,6 @@ class LEdits:
         instead of found by inversion (eta = 0, DDIM, has none). One picture per seed; `size` as in `invert`, square by
         default.
         """
-        self._check_open()
         check_call(concepts, callback)
         settings = edit_settings(
             self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta

@@ -47,6 +47,7 @@ TABLE: dict[str, set[str]] = {
     "engine.overhead": {"engine.torch_private"},
     "engine.progress": {"errors"},
     "engine.retry": {"errors"},
+    "engine.usage": {"engine.progress", "errors"},
     "engine.cost": {"config", "engine.winograd"},
     "engine.plan": {"p2p"} | SETTINGS,
     "engine.budget": {"config", "engine.cost", "engine.memory", "engine.plan"},
@@ -62,7 +63,7 @@ TABLE: dict[str, set[str]] = {
     "engine.record": {"edit", "engine.progress"} | SETTINGS,
     "engine.runner": {"errors", "p2p", "engine.budget", "engine.coding", "engine.cpu", "engine.denoiser"}
     | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.memory", "engine.overhead"}
-    | {"engine.plan", "engine.progress", "engine.record", "engine.request", "engine.retry"}
+    | {"engine.plan", "engine.progress", "engine.record", "engine.request", "engine.retry", "engine.usage"}
     | SETTINGS
     | NETWORKS,
     "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.plan", "engine.progress"}
@@ -97,7 +98,7 @@ TABLE: dict[str, set[str]] = {
     "pipeline": {"config", "errors", "p2p", "sega"}
     | {"files.configs", "files.inversion", "files.opening", "files.picture"}
     | {"engine.networks", "engine.plain", "engine.progress", "engine.record", "engine.request", "engine.runner"}
-    | {"weights.embedding", "weights.load", "weights.lora"}
+    | {"engine.usage", "weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
     | NETWORKS,
     # What people touch: what several commands share, then each command in a room of its own.
