@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -290,6 +291,14 @@ def test_every_bad_input_is_of_some_kind() -> None:
     strays = [name for name in rows() if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     assert not strays
     assert len(CATALOGUE) == 108 and sum(not kind.proofs for kind in CATALOGUE.values()) == 1
+
+
+def test_every_test_that_the_readme_names_is_there() -> None:
+    text = (HERE / "README.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 40
+    assert [f"{file}::{test}" for file, test in named if test not in places(file)] == []
+    assert all(rows_like(pattern) for pattern in re.findall(r"rows `([^`]+)`", text))
 
 
 def main() -> None:
