@@ -105,7 +105,7 @@ TABLE: dict[str, set[str]] = {
     "app": set(),
     "app.terminal": {"errors"},
     "app.values": {"errors"},
-    "app.words": {"errors", "weights.words"},
+    "app.words": {"errors", "weights.read.tokenizer_json", "weights.words"},
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.inversion", "inversion", "p2p", "pipeline", "sega"},
