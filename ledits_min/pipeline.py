@@ -33,13 +33,14 @@ from ledits_min.engine.runner import Runner
 from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
+from ledits_min.files.display import Figure, figures, overlay
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, PromptToPrompt, check_prompts
-from ledits_min.sega import Concept
+from ledits_min.sega import Concept, ConceptTerm
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
 from ledits_min.vae import VAE
@@ -61,12 +62,27 @@ class Result:
              concept acted, that its mask covered; zero for a concept that never acted
     trace    with trace=True one dict per step: t, alpha_bar, sigma, eps_rms {branch: value}, mask_fraction [K],
              gamma_rms, x_rms
+    originals, concepts   B PIL images as they came in, none for a generated picture; the K concepts
     """
 
     images: list[Image.Image]
     latents: Tensor = field(repr=False)
     masks: list[Tensor] = field(repr=False)
     trace: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    originals: list[Image.Image] = field(default_factory=list, repr=False)
+    concepts: tuple[ConceptTerm, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        """Before, after, and where each concept acted, for a notebook."""
+        rows: list[list[Figure]] = []
+        for i, after in enumerate(self.images):
+            before = self.originals[i] if self.originals else after
+            where = [
+                (f"{'-' if concept.reverse else '+'} {concept.text}", overlay(before, mask[i]))
+                for concept, mask in zip(self.concepts, self.masks, strict=True)
+            ]
+            rows.append([*([("before", before)] if self.originals else []), ("after", after), *where])
+        return figures(rows)
 
 
 class LEdits:
@@ -498,13 +514,13 @@ class LEdits:
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
         masks = [nothing if term.text == settings.negative else next(found) for term in settings.concepts]
         after = self.runner.decode(edited.latents)
+        originals = [] if inversion is None else [Image.fromarray(original.numpy()) for original in inversion.originals]
         if inversion is None or output_size == "model":
             images = to_images(after)
         else:
             before = self.runner.decode(inversion.latents.to(self.device))
-            originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
             images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
-        return Result(images, edited.latents.cpu(), masks, edited.trace)
+        return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
 
 
 def _inversion(
