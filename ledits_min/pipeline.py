@@ -126,8 +126,9 @@ class LEdits:
         in the local Hugging Face cache. Never touches a network.
 
         device "auto" is CUDA where there is one; dtype "auto" is float16 there, bfloat16 on a CPU that computes in it,
-        else float32. `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is
-        "epsilon" ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
+        else float32; "tf32" is float32 whose products a CUDA device may round to 10 bits, several times as fast.
+        `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is "epsilon"
+        ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
         `ema` takes the averaged UNet of a single file that brings both. `embedding` holds textual inversions: paths or
         (path, word) pairs. `clip_skip` reads the text from an earlier layer, 1 being the last, as A1111 counts.
         `compile` runs the UNet through torch.compile: a minute or more for every batch size at first, faster then.
@@ -144,6 +145,7 @@ class LEdits:
             lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, dtype=chosen_dtype,
         )  # fmt: skip
         ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
+        ledits.runner.tf32 = dtype == "tf32"
         if compile:
             ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
             ledits.runner.compiled = True
@@ -184,6 +186,11 @@ class LEdits:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def precision(self) -> str:
+        """As `from_pretrained` calls it: float32, tf32, float16 or bfloat16."""
+        return "tf32" if self.runner.tf32 else str(self.dtype).removeprefix("torch.")
+
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LEdits:
         """Move the networks; `dtype` as in `from_pretrained`, None: as it is. What a narrower one rounds stays rounded.
 
@@ -197,6 +204,8 @@ class LEdits:
             self.unet.to(place, after)
             self.vae.to(place, after if own == before else own)
             self.text.to(place, after)
+            if dtype is not None:
+                self.runner.tf32 = dtype == "tf32"
         return self
 
     def close(self) -> None:
@@ -496,7 +505,8 @@ class LEdits:
         [2307.01952, section 2.2]; `sizes` (width, height) are those of the pictures' own pixels.
         """
         # One prompt per call: a prompt's embedding must not depend, to the last bit, on its neighbours.
-        contexts = {one: self.text.encode([one]) for one in dict.fromkeys(texts)}
+        with self.runner.precisely():
+            contexts = {one: self.text.encode([one]) for one in dict.fromkeys(texts)}
         waves = self.unet.config.addition_time_embed_dim
         if not waves:
             return contexts

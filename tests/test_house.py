@@ -42,6 +42,7 @@ TABLE: dict[str, set[str]] = {
     "engine": set(),
     "engine.memory": set(),
     "engine.tiling": set(),
+    "engine.precision": set(),
     "engine.torch_private": set(),
     "engine.winograd": set(),
     "engine.overhead": {"engine.torch_private"},
@@ -63,7 +64,8 @@ TABLE: dict[str, set[str]] = {
     "engine.record": {"edit", "engine.progress"} | SETTINGS,
     "engine.runner": {"errors", "p2p", "engine.budget", "engine.coding", "engine.cpu", "engine.denoiser"}
     | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.memory", "engine.overhead"}
-    | {"engine.plan", "engine.progress", "engine.record", "engine.request", "engine.retry", "engine.usage"}
+    | {"engine.plan", "engine.precision", "engine.progress", "engine.record", "engine.request", "engine.retry"}
+    | {"engine.usage"}
     | SETTINGS
     | NETWORKS,
     "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.plan", "engine.progress"}

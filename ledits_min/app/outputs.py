@@ -60,7 +60,7 @@ def planned_settings(
     return {
         "ledits_min": __version__,
         "model": ledits.fingerprint,
-        "dtype": str(ledits.dtype).removeprefix("torch."),
+        "dtype": ledits.precision,
         "compiled": ledits.runner.compiled,
         **({"engine": "plain"} if ledits.runner.name == "plain" else {}),
         "prediction_type": made.schedule.prediction_type,

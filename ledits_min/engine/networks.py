@@ -22,7 +22,7 @@ from ledits_min.weights.tokenizer import load_tokenizer
 Module = TypeVar("Module", bound=nn.Module)
 
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32,
+    "float32": torch.float32, "fp32": torch.float32, "tf32": torch.float32,
     "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
@@ -100,7 +100,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the networks; everything between them is float32."""
+    """The dtype of the networks; everything between them is float32. "tf32" is float32 with products that round."""
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
@@ -109,6 +109,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return torch.float16
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; the choices are auto, {', '.join(DTYPES)}")
+    if dtype == "tf32" and device.type != "cuda":
+        raise InputError(f"dtype 'tf32' is a CUDA device's, and this is {device.type}; use float32")
     return DTYPES[dtype]
 
 

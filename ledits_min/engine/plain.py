@@ -82,7 +82,8 @@ class PlainRunner(Runner):
         eps_model = plain_eps_model(self.unet, inversion.make_schedule(), self.prediction_type)
 
         def counted(x_t: Tensor, t: Tensor, context: Any, *attention: Any) -> Tensor:
-            prediction = eps_model(x_t, t, context, *attention)
+            with self.precisely():
+                prediction = eps_model(x_t, t, context, *attention)
             advance(len(x_t))
             return prediction
 

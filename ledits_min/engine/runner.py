@@ -19,6 +19,7 @@ from ledits_min.engine.graphs import Graphed, use_graphs
 from ledits_min.engine.memory import free_memory, is_out_of_memory
 from ledits_min.engine.overhead import Overhead
 from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.precision import float32_products
 from ledits_min.engine.progress import Callback, Progress, Reporting, progress_bar, tell
 from ledits_min.engine.record import Edited, mean_masks, observer
 from ledits_min.engine.request import Start
@@ -27,7 +28,7 @@ from ledits_min.engine.usage import Usage
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import Lending
+from ledits_min.p2p import AttentionControl, Lending
 from ledits_min.text import Context
 from ledits_min.unet import UNet
 from ledits_min.vae import VAE
@@ -40,8 +41,8 @@ class Runner:
     """`edit.invert` and `edit.edit` over a UNet and a VAE, batched; `plain.PlainRunner` has the same methods.
 
     `tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated,
-    `overhead` gathers what compiling and recording took. `compiled`: torch.compile runs the UNet. `usage` counts the
-    runs that use the networks.
+    `overhead` gathers what compiling and recording took. `compiled`: torch.compile runs the UNet. `tf32`: products of
+    float32 may round on a CUDA device. `usage` counts the runs that use the networks.
     """
 
     name = "fast"
@@ -49,13 +50,17 @@ class Runner:
     def __init__(self, unet: UNet, vae: VAE, prediction_type: str, tokens: int) -> None:
         self.unet, self.vae = self.networks(unet, vae)
         self.prediction_type, self.tokens = prediction_type, tokens
-        self.compiled = False
+        self.compiled = self.tf32 = False
         self.evaluations: dict[str, int] = {}
         self.overhead = Overhead()
         self.usage = Usage()
 
     def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
         return accelerate(unet), accelerate(vae)
+
+    def precisely(self) -> AbstractContextManager[None]:
+        """What every call of a network stands in."""
+        return float32_products(self.unet.conv_in.weight.device, self.tf32)
 
     @property
     def model(self) -> Model:
@@ -72,12 +77,12 @@ class Runner:
 
     def encode(self, image: Tensor) -> Tensor:
         """`VAE.encode`; RunError where it cannot be done."""
-        with self.memory_named("encoding", image, factor=1):
+        with self.precisely(), self.memory_named("encoding", image, factor=1):
             return coding.encode(self.vae, image)
 
     def decode(self, latents: Tensor) -> Tensor:
         """`VAE.decode`, likewise."""
-        with self.memory_named("decoding", latents):
+        with self.precisely(), self.memory_named("decoding", latents):
             return coding.decode(self.vae, latents)
 
     def invert(
@@ -126,8 +131,18 @@ class Runner:
         """The UNet as `loop` asks it, in CUDA graphs where there are any."""
         texts = [contexts[text] for text in phase.texts]
         schedule = inversion.make_schedule()
-        denoiser = Denoiser(cast(FastUNet, self.unet), texts, schedule, self.prediction_type, self.compiled)
-        return Graphed(denoiser, self.overhead) if use_graphs(device) else denoiser
+        with self.precisely():
+            denoiser = Denoiser(cast(FastUNet, self.unet), texts, schedule, self.prediction_type, self.compiled)
+        network: Network = Graphed(denoiser, self.overhead) if use_graphs(device) else denoiser
+
+        def precise(
+            x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
+            attention: AttentionControl | None = None,
+        ) -> Tensor:  # fmt: skip
+            with self.precisely():
+                return network(x_t, inputs, steps, texts, images, attention)
+
+        return precise
 
     def attempts(
         self, phase: Phase, latents: Tensor, reporting: Reporting, on_evaluations: Callback | None = None

@@ -72,7 +72,9 @@ class RayWorkers:
             self.device = "cuda" if gpus else "cpu" if args.device == "auto" else args.device
             # One precision for all, whatever each finds where it runs; the driver needs no GPU of its own.
             dtype = "float16" if args.dtype == "auto" and gpus else args.dtype
-            self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
+            here = {"tf32": "float32"}.get(dtype, dtype) if gpus else dtype  # a name that is a GPU's alone
+            self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, here, **parts(args))
+            self.ledits.runner.tf32 = dtype == "tf32"
             self.ledits.runner.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:
             self._ended.close()
@@ -91,9 +93,8 @@ class RayWorkers:
         context.enable_progress_bars = False
         context.max_errored_blocks = -1  # a batch that kills every worker it meets ends alone
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        dtype = str(self.ledits.dtype).removeprefix("torch.")
-        model = {"model": self.args.model, "device": self.device, "dtype": dtype, "compile": self.args.compile}
-        model |= parts(self.args)
+        model = {"model": self.args.model, "device": self.device, "dtype": self.ledits.precision}
+        model |= {"compile": self.args.compile, **parts(self.args)}
         constructor = (_absolute(model), batches, folder.absolute(), attention, self.args.overwrite)
         waiting = list(range(len(batches)))
         while waiting:

@@ -44,7 +44,7 @@ _NUMBERS = {  # option -> its upper end; the lower one is 0
     "cross": 1.0,
     "self": 1.0,
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "tf32", "bfloat16", "float16")
 _EXPLAINED = {  # an option of another command, or one that belongs inside another option -> what to write instead
     **dict.fromkeys(
         ("--scale", "--threshold", "--warmup", "--cooldown", "--weight"),
@@ -299,7 +299,8 @@ def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> No
         "--device", default="auto", type=parse_device, metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
     group.add_argument("--dtype", default="auto", choices=DTYPES, metavar="D",
-                       help="auto, float32, bfloat16 or float16 (default: auto)")  # fmt: skip
+                       help="auto, float32, bfloat16, float16, or on CUDA tf32: float32 with products that round "
+                            "(default: auto)")  # fmt: skip
     group.add_argument(
         "--compile", action="store_true", help="run the UNet through torch.compile: minutes at first, then faster"
     )
