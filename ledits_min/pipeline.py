@@ -249,6 +249,7 @@ class LEdits:
         size: int | tuple[int, int] | None = None,
         progress: bool = True,
         callback: Callback | None = None,
+        solver_order: int | None = None,
     ) -> Inversion:
         """Find the noise maps that lead back to the picture: the first half of Algorithm 1.
 
@@ -259,11 +260,12 @@ class LEdits:
         noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
+        solver_order  1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, as LEDITS++ has it, with eta 1 alone
         """
         check_call(callback=callback)
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
-        settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         x_0 = self._encode(pictures, size)
         noise = self._noise(noise, settings, x_0)
         contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
@@ -278,12 +280,14 @@ class LEdits:
         skip: int | None = None,
         eta: float = 1.0,
         seeds: tuple[int, ...] = (),
+        solver_order: int | None = None,
     ) -> InversionSettings:
         """What `invert` would note down, every default resolved; it refuses what `invert` refuses."""
         num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
+        order = self.defaults.solver_order if solver_order is None else solver_order
         settings = InversionSettings(
-            self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds
+            self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds, order
         )
         check_inversion_settings(settings, "invert")
         return settings
@@ -358,6 +362,7 @@ class LEdits:
         output_size: str = "input",
         attention: PromptToPrompt | None = None,
         callback: Callback | None = None,
+        solver_order: int | None = None,
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
@@ -375,15 +380,16 @@ class LEdits:
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
             inversion = self.invert(
-                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback
-            )
+                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback,
+                solver_order,
+            )  # fmt: skip
             return inversion, self.edit(
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
                 progress, trace, output_size, attention, callback,
             )  # fmt: skip
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
-        inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
         x_0 = self._encode(pictures, size)
         noise = self._noise(noise, inverting, x_0)
@@ -516,9 +522,7 @@ class LEdits:
         features = sinusoids(torch.tensor(numbers, device=contexts[texts[0]].tokens.device), waves).flatten(1)
         return {one: context.with_features(features) for one, context in contexts.items()}
 
-    def _result(
-        self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str
-    ) -> Result:
+    def _result(self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str) -> Result:
         """Pictures, and a mask for concepts that are none too; without an inversion at the model's own size."""
         found = iter(edited.masks)
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()

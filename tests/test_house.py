@@ -113,8 +113,8 @@ TABLE: dict[str, set[str]] = {
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"}
     | {"inversion", "p2p", "pipeline", "sega"},
-    "app.inputs": {"", "app.outputs", "app.terminal", "app.words", "errors", "files.header", "files.opening"}
-    | {"inversion", "weights.read.survey"},
+    "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
+    | {"files.opening", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},
     "app.cli.__main__": {"app.cli"},
     "app.cli.options": {"", "app.values", "errors"},

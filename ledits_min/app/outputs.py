@@ -68,6 +68,7 @@ def planned_settings(
         "num_steps": made.num_steps,
         "skip": made.skip,
         "eta": made.eta,
+        "solver_order": made.solver_order,
         "seeds": list(made.seeds),
         "source": made.source,
         "source_guidance_scale": made.source_guidance_scale,
@@ -115,7 +116,9 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
         parts += [" ".join(["Prompt-to-Prompt", ", ".join(_told(control, cross="cross {:g}", self="self {:g}"))])]
     if values.get("momentum_scale") != 0.0:
         parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]
-    parts += [", ".join(_told(values, num_steps="{} steps", skip="skip {}", eta="eta {:g}"))]
+    second = "dpm++" if values.get("solver_order") == 2 else None
+    told = {**values, "second": second}
+    parts += [", ".join(_told(told, num_steps="{} steps", skip="skip {}", eta="eta {:g}", second="{}"))]
     if "seeds" in values:
         parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")

@@ -120,6 +120,9 @@ def check_inversion_settings(settings: InversionSettings, where: str) -> None:
     check_whole(f"{where}: num_steps", settings.num_steps, 1, settings.schedule.num_train_timesteps // 2)
     check_whole(f"{where}: skip", settings.skip, 0, settings.num_steps - 1)
     check_number(f"{where}: eta", settings.eta, 0.0, 1.0)
+    check_whole(f"{where}: solver_order", settings.solver_order, 1, 2)
+    if settings.solver_order == 2 and settings.eta != 1.0:
+        raise InputError(f"{where}: solver_order 2 (dpm++) is defined for eta 1 alone, and eta is {settings.eta:g}")
     check_number(f"{where}: source_guidance_scale", settings.source_guidance_scale, 0.0, 1000.0)
     for seed in settings.seeds:
         check_whole(f"{where}: seed", seed, 0, 2**63 - 1)

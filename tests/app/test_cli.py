@@ -143,8 +143,8 @@ def test_the_command_does_what_the_library_does(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=10", "--skip=3", "--seed=0", "--eta=1", "--source=man", "--source-guidance-scale=1",
-               "--size=64", "--save-inversion=j.safetensors"],
+    "option", ["--steps=10", "--skip=3", "--seed=0", "--eta=1", "--solver=ddpm", "--source=man",
+               "--source-guidance-scale=1", "--size=64", "--save-inversion=j.safetensors"],
 )  # fmt: skip
 def test_what_made_an_inversion_stays(place: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert main(["invert", "p.png", *FAST, "-o", "i.safetensors"]) == 0
