@@ -154,14 +154,14 @@ def step_call(device: str, steps: int, concepts: int, size: tuple[int, ...]) -> 
         "branches": branches,
         "residuals": 0.1 * torch.randn(1, *size, device=device).expand(steps, *size),
         "x_t": torch.randn(size, device=device),
-        "momentum": torch.zeros(size, device=device),
+        "carried": [torch.zeros(size, device=device)],
         "shares": torch.zeros(steps, concepts, *size[:2], device=device),
         "counts": torch.zeros(concepts, *size, dtype=torch.int32, device=device),
     }
 
     def call() -> Result:
         sega_step(**arguments)
-        return arguments["x_t"], arguments["momentum"], arguments["counts"]
+        return arguments["x_t"], arguments["carried"][0], arguments["counts"]
 
     return call
 

@@ -12,7 +12,7 @@ names. One captured graph therefore serves every step and every schedule of conc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -147,6 +147,8 @@ def _combine(  # type: ignore[no-untyped-def]
     x_ptr,  # float32 (maps, positions)        x_t, becomes x_{t-1}
     momentum_ptr,  # float32 (maps, positions) nu, becomes the next step's
     counts_ptr,  # int32 (K, maps, positions)  number of steps whose mask kept the position
+    weights_ptr,  # float32 (T,)               of the solver's second-order term
+    pred_x0_ptr,  # float32 (maps, positions)  of the step before, becomes this one's
     concepts,
     channels,
     positions,
@@ -160,6 +162,7 @@ def _combine(  # type: ignore[no-untyped-def]
     STRIDE: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
+    SECOND: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per map and tile of its positions. K is a power of two, at least the number of concepts.
@@ -223,6 +226,11 @@ def _combine(  # type: ignore[no-untyped-def]
     signal_prev, direction_prev = tl.load(level + 2), tl.load(level + 3)
     x_t = tl.load(x_ptr + here, inside, 0.0)
     pred_x0 = tl.div_rn(x_t - noise_t * eps, signal_t)
+    if SECOND:
+        change = pred_x0 - tl.load(pred_x0_ptr + here, inside, 0.0)
+        tl.store(pred_x0_ptr + here, pred_x0, inside)
+        eps = eps - tl.load(weights_ptr + row) * change
+        pred_x0 = tl.div_rn(x_t - noise_t * eps, signal_t)
     mu_t = signal_prev * pred_x0 + direction_prev * eps
     residual = residuals_ptr + row * residual_step_stride
     residual += (this // channels) * residual_sample_stride + (this % channels) * residual_channel_stride
@@ -260,17 +268,18 @@ def sega_step(
     branches: Tensor,
     residuals: Tensor,
     x_t: Tensor,
-    momentum: Tensor,
+    carried: Sequence[Tensor],
     shares: Tensor,
     counts: Tensor | None,
 ) -> None:
-    """Advance x_t, momentum and step in place, and write this step's row of `shares`; add to `counts` where given.
+    """Advance x_t, `carried` and step in place, and write this step's row of `shares`; add to `counts` where given.
 
-    tables     slots int32 (T, 3 + K), levels float32 (T, 4), guidance float32 (T, 5), terms float32 (T, K, 4)
+    tables     slots int32 (T, 3 + K), levels float32 (T, 4), guidance float32 (T, 5), terms float32 (T, K, 4);
+               second_order float32 (T,) for steps of second order
     branches   (N, B, C, h, w) in any float dtype and memory layout; NCHW and channels-last are not copied
     residuals  (T, B, C, h, w) in any float dtype and memory layout
-    state      step int32 (B, C); x_t, momentum float32 (B, C, h, w); shares float32 (T, K, B, C);
-               counts int32 (K, B, C, h, w)
+    state      step int32 (B, C); x_t float32 (B, C, h, w); shares float32 (T, K, B, C); counts int32 (K, B, C, h, w)
+    carried    momentum float32 (B, C, h, w), and pred_x0 of the step before where the step is of second order
 
     The columns of the tables stand at the top of this file. A branch that no slot of the row names is not read.
     ValueError for more than MAX_POSITIONS positions and for state that is not contiguous.
@@ -280,7 +289,9 @@ def sega_step(
     maps, positions, concepts = batch * channels, height * width, terms.shape[1]
     if not fits(x_t):
         raise ValueError(f"a map of {height} x {width} positions does not fit in registers; at most {MAX_POSITIONS} do")
-    check_state(step=step, x_t=x_t, momentum=momentum, shares=shares, counts=counts)
+    momentum, *second = carried
+    pred_x0 = second[0] if second else None
+    check_state(step=step, x_t=x_t, momentum=momentum, shares=shares, counts=counts, pred_x0=pred_x0)
     branches, residuals = walkable(branches), walkable(residuals)
     *strides, stride = map_strides(branches)
     rows = torch.empty(maps, dtype=torch.int32, device=x_t.device)
@@ -295,8 +306,9 @@ def sega_step(
     launch(
         _combine, (maps, cdiv(positions, shape["tile"])),
         rows, cuts, slots, levels, guidance, terms, branches, residuals, step, x_t, momentum,
-        step if counts is None else counts,  # any pointer: without COUNT it is not read
+        step if counts is None else counts,  # any pointer: without COUNT or SECOND it is not read
+        *((levels, levels) if pred_x0 is None else (tables["second_order"], pred_x0)),
         concepts, channels, positions, *strides, *map_strides(residuals),
-        STRIDE=stride, K=power_of_2(concepts, least=CONCEPTS), COUNT=counts is not None, TILE=shape["tile"],
-        num_warps=shape["warps"], fuse=False, registers=REGISTERS,
+        STRIDE=stride, K=power_of_2(concepts, least=CONCEPTS), COUNT=counts is not None, SECOND=pred_x0 is not None,
+        TILE=shape["tile"], num_warps=shape["warps"], fuse=False, registers=REGISTERS,
     )  # fmt: skip

@@ -131,6 +131,7 @@ class EditDefaults:
     concept_guidance_scale: float = 7.0
     threshold: float = 0.95
     warmup_steps: int = 1
+    solver_order: int = 1
 
 
 # --- the published families -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.guidance import EditSettings, edited_eps, guided_eps, guided_texts
-from ledits_min.inversion import InversionSettings, posterior_mean, trajectory
+from ledits_min.inversion import InversionSettings, Solver, trajectory
 
 EpsModel = Callable[[Tensor, Tensor, Any], Tensor]
 # (step, x_t, t) -> predictions by text that are made otherwise than by asking `eps_model` about one text at a time.
@@ -49,17 +49,17 @@ def invert(
     x_0 (B, C, h, w), noise (T, B, C, h, w) with T = num_steps - skip; returns (B, C, h, w) and (T, B, C, h, w).
     """
     schedule = settings.make_schedule()
-    source, scale = settings.source, settings.source_guidance_scale
+    source, scale, solver = settings.source, settings.source_guidance_scale, Solver(settings)
 
     # Independent noisy copies of x_0, one per timestep, and x_0 itself behind them.
     x = trajectory(x_0, noise, schedule.alpha_bar_t)
     residuals = torch.empty_like(x[1:])
 
-    # No iteration waits for another, since the copies are independent.
-    for i, level in enumerate(schedule.levels(settings.eta)):
-        t = schedule.timesteps[i].to(x.device).expand(len(x_0))
+    # No prediction waits for another, since the copies are independent.
+    for i, timestep in enumerate(schedule.timesteps):
+        t = timestep.to(x.device).expand(len(x_0))
         eps = {text: eps_model(x[i], t, contexts[text]) for text in guided_texts("", source, scale)}
-        mu_t = posterior_mean(x[i], guided_eps(eps, "", source, scale), *level)
+        mu_t = solver.mean(i, x[i], guided_eps(eps, "", source, scale))
         residuals[i] = x[i + 1] - mu_t  # the paper's sigma_t z_t, never divided by sigma_t
         on_step(i, eps)
     return x[0], residuals
@@ -81,10 +81,10 @@ def edit(
     is not asked of `eps_model` (Prompt-to-Prompt's prediction for the target, see `p2p.lend_maps`).
     """
     schedule = inversion.make_schedule()
-    x_t, momentum = x_T, torch.zeros_like(x_T)
+    x_t, momentum, solver = x_T, torch.zeros_like(x_T), Solver(inversion)
 
-    for i, level in enumerate(schedule.levels(inversion.eta)):
-        t = schedule.timesteps[i].to(x_t.device).expand(len(x_t))
+    for i, timestep in enumerate(schedule.timesteps):
+        t = timestep.to(x_t.device).expand(len(x_t))
 
         # Predict with each text once.
         eps = dict(predict(i, x_t, t))
@@ -96,7 +96,7 @@ def edit(
             momentum = added.momentum
 
         # Step: x_{t-1} = mu_t(x_t, eps) + residual.
-        x_t = posterior_mean(x_t, guided, *level) + residuals[i]
+        x_t = solver.mean(i, x_t, guided) + residuals[i]
         gamma, masks = (None, []) if added is None else (added.gamma, added.masks)
-        on_step(Step(i, int(schedule.timesteps[i]), eps, gamma, masks, x_t))
+        on_step(Step(i, int(timestep), eps, gamma, masks, x_t))
     return x_t

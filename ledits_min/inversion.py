@@ -26,6 +26,7 @@ class InversionSettings:
     source                 the prompt that describes the picture, "" for none
     source_guidance_scale  how strongly eps_source follows it
     seeds                  one number per picture; empty where the noise was given
+    solver_order           1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, with eta 1 alone
     """
 
     fingerprint: str = ""
@@ -36,6 +37,7 @@ class InversionSettings:
     source: str = ""
     source_guidance_scale: float = 3.5
     seeds: tuple[int, ...] = ()
+    solver_order: int = 1
 
     @property
     def executed_steps(self) -> int:
@@ -87,6 +89,36 @@ def posterior_mean(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar, alpha_bar_prev
     """
     pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
     return sqrt(alpha_bar_prev) * pred_x0 + sqrt(1.0 - alpha_bar_prev - sigma_t**2) * eps
+
+
+def second_order_eps(
+    x_t: Tensor, eps: Tensor, last_pred_x0: Tensor | float, alpha_bar_t: float, weight: float
+) -> tuple[Tensor, Tensor]:
+    """eps' = eps - weight (pred_x0 - last_pred_x0), and pred_x0.
+
+    The posterior mean of eps' with eta = 1 is SDE-DPM-Solver++'s step of second order [2211.01095] where `weight` is of
+    `Schedule.second_order_weights`; with weight 0 it is that of first order, which is LEDITS' own.
+    """
+    pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
+    return eps - weight * (pred_x0 - last_pred_x0), pred_x0
+
+
+class Solver:
+    """One path through the noise levels, step by step; of second order it remembers pred_x0 of the step before."""
+
+    def __init__(self, settings: InversionSettings) -> None:
+        schedule = settings.make_schedule()
+        self.levels = schedule.levels(settings.eta)
+        self.weights = schedule.second_order_weights() if settings.solver_order == 2 else []
+        self.last_pred_x0: Tensor | float = 0.0
+
+    def mean(self, step: int, x_t: Tensor, eps: Tensor) -> Tensor:
+        """mu_t of an executed step that follows eps."""
+        level = self.levels[step]
+        if self.weights:
+            weight = self.weights[step]
+            eps, self.last_pred_x0 = second_order_eps(x_t, eps, self.last_pred_x0, level.alpha_bar_t, weight)
+        return posterior_mean(x_t, eps, *level)
 
 
 def eps_from_v(v: Tensor, x_t: Tensor, alpha_bar_t: Scalar) -> Tensor:

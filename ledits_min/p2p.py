@@ -25,8 +25,7 @@ from torch import Tensor
 from ledits_min.edit import Predict
 from ledits_min.errors import InputError, check_number
 from ledits_min.guidance import EditSettings, guided_eps, guided_texts
-from ledits_min.inversion import InversionSettings, posterior_mean
-from ledits_min.schedule import Level
+from ledits_min.inversion import InversionSettings, Solver
 
 Words = Sequence[tuple[int, ...]]  # a prompt as the token ids of each of its words
 
@@ -256,12 +255,9 @@ def source_texts(inversion: InversionSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys([inversion.source, *guiding]))
 
 
-def step_source(
-    x_source: Tensor, eps: Mapping[str, Tensor], inversion: InversionSettings, level: Level, residual: Tensor
-) -> Tensor:
-    """The source's next latents: it retraces the inversion, guided as it was there."""
-    guided = guided_eps(eps, "", inversion.source, inversion.source_guidance_scale)
-    return posterior_mean(x_source, guided, *level) + residual
+def source_eps(eps: Mapping[str, Tensor], inversion: InversionSettings) -> Tensor:
+    """The prediction that the source's row follows: it retraces the inversion, guided as it was there."""
+    return guided_eps(eps, "", inversion.source, inversion.source_guidance_scale)
 
 
 class ControlledEpsModel(Protocol):
@@ -285,7 +281,7 @@ def lend_maps(
 
     Both rows start from x_T and step with the same residuals. The source's is only computed while its maps are wanted.
     """
-    levels = inversion.make_schedule().levels(inversion.eta)
+    solver = Solver(inversion)
     pairs = torch.arange(2 * len(x_T), device=x_T.device).chunk(2)
     x_source = x_T
 
@@ -299,7 +295,7 @@ def lend_maps(
         eps_text, eps_target = together.chunk(2)
         eps = {inversion.source: eps_text}
         eps |= {text: eps_model(x_source, t, contexts[text]) for text in source_texts(inversion) if text not in eps}
-        x_source = step_source(x_source, eps, inversion, levels[step], residuals[step])
+        x_source = solver.mean(step, x_source, source_eps(eps, inversion)) + residuals[step]
         return {settings.target: eps_target}
 
     return predict

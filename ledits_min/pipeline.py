@@ -30,15 +30,17 @@ from ledits_min.engine.request import (
     warn_of_idle,
 )
 from ledits_min.engine.runner import Runner
+from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
+from ledits_min.files.display import Figure, figures, overlay
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, PromptToPrompt, check_prompts
-from ledits_min.sega import Concept
+from ledits_min.sega import Concept, ConceptTerm
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
 from ledits_min.vae import VAE
@@ -60,12 +62,27 @@ class Result:
              concept acted, that its mask covered; zero for a concept that never acted
     trace    with trace=True one dict per step: t, alpha_bar, sigma, eps_rms {branch: value}, mask_fraction [K],
              gamma_rms, x_rms
+    originals, concepts   B PIL images as they came in, none for a generated picture; the K concepts
     """
 
     images: list[Image.Image]
     latents: Tensor = field(repr=False)
     masks: list[Tensor] = field(repr=False)
     trace: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    originals: list[Image.Image] = field(default_factory=list, repr=False)
+    concepts: tuple[ConceptTerm, ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        """Before, after, and where each concept acted, for a notebook."""
+        rows: list[list[Figure]] = []
+        for i, after in enumerate(self.images):
+            before = self.originals[i] if self.originals else after
+            where = [
+                (f"{'-' if concept.reverse else '+'} {concept.text}", overlay(before, mask[i]))
+                for concept, mask in zip(self.concepts, self.masks, strict=True)
+            ]
+            rows.append([*([("before", before)] if self.originals else []), ("after", after), *where])
+        return figures(rows)
 
 
 class LEdits:
@@ -158,6 +175,10 @@ class LEdits:
         )
 
     @property
+    def usage(self) -> Usage:
+        return self.runner.usage
+
+    @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
@@ -173,26 +194,34 @@ class LEdits:
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LEdits:
         """Move the networks; `dtype` as in `from_pretrained`, None: as it is. What a narrower one rounds stays rounded.
 
-        Returns itself. InputError where there is no such device.
+        Returns itself. InputError where there is no such device, and during a run.
         """
-        self._check_open()
-        place = resolve_device(device)
-        before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
-        # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
-        own = next(self.vae.parameters()).dtype
-        self.unet.to(place, after)
-        self.vae.to(place, after if own == before else own)
-        self.text.to(place, after)
-        if dtype is not None:
-            self.runner.tf32 = dtype == "tf32"
+        with self.usage.alone():
+            place = resolve_device(device)
+            before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
+            # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
+            own = next(self.vae.parameters()).dtype
+            self.unet.to(place, after)
+            self.vae.to(place, after if own == before else own)
+            self.text.to(place, after)
+            if dtype is not None:
+                self.runner.tf32 = dtype == "tf32"
         return self
 
     def close(self) -> None:
-        """Free the networks' memory, whoever still refers to them; the editor cannot be used any more."""
-        for network in (self.unet, self.vae, self.text):
-            network.to(torch.device("meta"))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Free the networks' memory, whoever still refers to them; the editor cannot be used any more.
+
+        A run under way, in another thread or the one whose callback calls this, ends with Stopped at its next
+        evaluation, and the memory is freed then.
+        """
+
+        def free() -> None:
+            for network in (self.unet, self.vae, self.text):
+                network.to(torch.device("meta"))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+        self.usage.close(free)
 
     def __enter__(self) -> LEdits:
         return self
@@ -200,15 +229,12 @@ class LEdits:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self.device.type == "meta":
-            raise InputError("this LEdits is closed; make another with LEdits.from_pretrained")
-
     @property
     def native_size(self) -> int:
         """The longer side, in pixels, that the model was trained at."""
         return self.unet.config.sample_size * self.vae.config.factor
 
+    @running
     @torch.no_grad()
     def invert(
         self,
@@ -223,6 +249,7 @@ class LEdits:
         size: int | tuple[int, int] | None = None,
         progress: bool = True,
         callback: Callback | None = None,
+        solver_order: int | None = None,
     ) -> Inversion:
         """Find the noise maps that lead back to the picture: the first half of Algorithm 1.
 
@@ -233,12 +260,12 @@ class LEdits:
         noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         size    longer side in pixels, or (width, height); None: the model's native size for the longer side
         callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
+        solver_order  1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, as LEDITS++ has it, with eta 1 alone
         """
         check_call(callback=callback)
-        self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
-        settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         x_0 = self._encode(pictures, size)
         noise = self._noise(noise, settings, x_0)
         contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
@@ -253,16 +280,19 @@ class LEdits:
         skip: int | None = None,
         eta: float = 1.0,
         seeds: tuple[int, ...] = (),
+        solver_order: int | None = None,
     ) -> InversionSettings:
         """What `invert` would note down, every default resolved; it refuses what `invert` refuses."""
         num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
+        order = self.defaults.solver_order if solver_order is None else solver_order
         settings = InversionSettings(
-            self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds
+            self.fingerprint, self.schedule, num_steps, skip, eta, check_prompt("source", source), scale, seeds, order
         )
         check_inversion_settings(settings, "invert")
         return settings
 
+    @running
     @torch.no_grad()
     def edit(
         self,
@@ -289,7 +319,6 @@ class LEdits:
         attention     Prompt-to-Prompt: the attention maps of the inversion's source prompt, lent to the target
         callback      called with a `Progress` after every step; Stopped where it returns true
         """
-        self._check_open()
         check_call(concepts, callback)
         check_inversion(inversion, self.unet.config.in_channels)
         if inversion.settings.fingerprint != self.fingerprint:
@@ -308,6 +337,7 @@ class LEdits:
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
         return self._result(edited, inversion, settings, output_size)
 
+    @running
     @torch.no_grad()
     def invert_and_edit(
         self,
@@ -332,6 +362,7 @@ class LEdits:
         output_size: str = "input",
         attention: PromptToPrompt | None = None,
         callback: Callback | None = None,
+        solver_order: int | None = None,
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
@@ -349,16 +380,16 @@ class LEdits:
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
             inversion = self.invert(
-                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback
-            )
+                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback,
+                solver_order,
+            )  # fmt: skip
             return inversion, self.edit(
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
                 progress, trace, output_size, attention, callback,
             )  # fmt: skip
-        self._check_open()
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
-        inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds)
+        inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
         x_0 = self._encode(pictures, size)
         noise = self._noise(noise, inverting, x_0)
@@ -370,6 +401,7 @@ class LEdits:
         inversion = _inversion(pictures, x_0, x_T, residuals, inverting)
         return inversion, self._result(edited, inversion, settings, output_size)
 
+    @running
     @torch.no_grad()
     def generate(
         self,
@@ -394,7 +426,6 @@ class LEdits:
         instead of found by inversion (eta = 0, DDIM, has none). One picture per seed; `size` as in `invert`, square by
         default.
         """
-        self._check_open()
         check_call(concepts, callback)
         settings = edit_settings(
             self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta
@@ -491,21 +522,19 @@ class LEdits:
         features = sinusoids(torch.tensor(numbers, device=contexts[texts[0]].tokens.device), waves).flatten(1)
         return {one: context.with_features(features) for one, context in contexts.items()}
 
-    def _result(
-        self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str
-    ) -> Result:
+    def _result(self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str) -> Result:
         """Pictures, and a mask for concepts that are none too; without an inversion at the model's own size."""
         found = iter(edited.masks)
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
         masks = [nothing if term.text == settings.negative else next(found) for term in settings.concepts]
         after = self.runner.decode(edited.latents)
+        originals = [] if inversion is None else [Image.fromarray(original.numpy()) for original in inversion.originals]
         if inversion is None or output_size == "model":
             images = to_images(after)
         else:
             before = self.runner.decode(inversion.latents.to(self.device))
-            originals = [Image.fromarray(original.numpy()) for original in inversion.originals]
             images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
-        return Result(images, edited.latents.cpu(), masks, edited.trace)
+        return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
 
 
 def _inversion(

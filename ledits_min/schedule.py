@@ -52,6 +52,22 @@ class Schedule:
         columns = (self.alpha_bar_t, self.alpha_bar_prev, self.sigmas(eta))
         return [Level(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
+    def second_order_weights(self) -> list[float]:
+        """What the second-order solver's eps' = eps - weight (pred_x0 - pred_x0 of the step before) weighs with.
+
+        weight_i = sqrt(alpha_bar_t / (1 - alpha_bar_t)) min(h_i / (2 h_{i-1}), 1/2),  h_i = lambda_{i+1} - lambda_i
+
+        lambda = ln(alpha_bar / (1 - alpha_bar)) / 2 [2211.01095, midpoint, sde form]. The first step has none before
+        it; the last is of first order too, since behind it h may be infinite. The table's last interval is several
+        times its neighbours: 1/2 is the bound because that step would multiply the edit's last change otherwise.
+        """
+        levels = torch.stack([self.alpha_bar_t, self.alpha_bar_prev])
+        signal_to_noise = (levels / (1.0 - levels)).sqrt()
+        h = signal_to_noise[1].log() - signal_to_noise[0].log()
+        weights = torch.zeros_like(h)
+        weights[1:-1] = signal_to_noise[0, 1:-1] * (h[1:-1] / (2.0 * h[:-2])).clamp(max=0.5)
+        return weights.tolist()
+
 
 def make_schedule(config: ScheduleConfig, num_steps: int, skip: int = 0) -> Schedule:
     """The "leading" timesteps of DDIM for `num_steps` steps, without the `skip` noisiest.

@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import get_type_hints
@@ -208,3 +209,55 @@ def test_closing_frees_the_weights_and_refuses_more(inversion: Inversion) -> Non
     for use in (lambda: ledits.edit(inversion), lambda: ledits.invert(PORTRAIT), lambda: ledits.generate("portrait")):
         with pytest.raises(InputError, match="closed"):
             use()
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("phase", ["invert", "edit", "invert_and_edit", "generate"])
+def test_closing_during_a_run_stops_it(inversion: Inversion, engine: str, phase: str) -> None:
+    """In another thread; what the run uses is there until it has stopped, and gone then."""
+    ledits = LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine=engine)
+    begun, closed, ends = threading.Event(), threading.Event(), list[Exception]()
+
+    def wait(progress: Progress) -> None:
+        begun.set()
+        assert closed.wait(60)
+
+    runs: dict[str, Callable[[], object]] = {
+        "invert": lambda: ledits.invert(PORTRAIT, num_steps=STEPS, skip=SKIP, callback=wait),
+        "edit": lambda: ledits.edit(inversion, concepts=CONCEPTS, callback=wait),
+        "invert_and_edit": lambda: ledits.invert_and_edit(
+            PORTRAIT, num_steps=STEPS, skip=SKIP, concepts=CONCEPTS, callback=wait
+        ),
+        "generate": lambda: ledits.generate("portrait", num_steps=STEPS, callback=wait),
+    }
+
+    def run() -> None:
+        try:
+            runs[phase]()
+        except (InputError, RuntimeError) as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(60)
+    with pytest.raises(InputError, match="at work"):
+        ledits.to("cpu", "float16")
+    ledits.close()
+    assert ledits.device.type == "cpu"
+    with pytest.raises(InputError, match="closed"):
+        ledits.invert(PORTRAIT)
+    closed.set()
+    thread.join(60)
+    assert [type(end) for end in ends] == [Stopped]
+    assert "stopped, since the LEdits was closed" in str(ends[0])
+    assert ledits.device.type == "meta"
+
+
+def test_a_callback_may_close_the_editor(inversion: Inversion) -> None:
+    ledits = LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
+    with pytest.raises(Stopped, match="closed"):
+        ledits.edit(inversion, concepts=CONCEPTS, callback=lambda progress: ledits.close())
+    assert ledits.device.type == "meta"
+    ledits.close()
+    with pytest.raises(InputError, match="closed"):
+        ledits.to("cpu")

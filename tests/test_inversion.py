@@ -1,5 +1,6 @@
 """Edit-friendly inversion: the noise, the noisy copies, the reverse step, and the faults around the residuals."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from ledits_min.edit import edit, invert
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import (
     InversionSettings,
+    Solver,
     draw_noise,
     eps_from_v,
     noisy_latents,
@@ -21,7 +23,7 @@ from ledits_min.inversion import (
     predict_x0,
     trajectory,
 )
-from ledits_min.schedule import make_schedule, sigma
+from ledits_min.schedule import Level, Schedule, make_schedule, sigma
 
 ALPHA_BARS = st.floats(0.004, 0.9999)
 SHAPE = (4, 6, 5)
@@ -124,6 +126,85 @@ class TestReverseStep:
         numbers = posterior_mean(x_t, eps, 0.3, 0.5, 0.2)
         tensors = posterior_mean(x_t, eps, *(torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.5, 0.2)))
         torch.testing.assert_close(numbers, tensors, rtol=1e-14, atol=1e-14)
+
+
+def written_out(i: int, x_t: Tensor, m: Tensor, last: Tensor, order: int, levels: list[Level]) -> Tensor:
+    """SDE-DPM-Solver++ as its paper writes it: data prediction, midpoint, sde form; 1/(2 r) is at most 1/2."""
+    alpha_t, alpha_next = levels[i].alpha_bar_t, levels[i].alpha_bar_prev
+    h = log_snr(alpha_next) - log_snr(alpha_t)
+    change = torch.zeros_like(m)
+    if order == 2:
+        r = (log_snr(alpha_t) - log_snr(levels[i - 1].alpha_bar_t)) / h
+        change = min(1.0 / (2.0 * r), 0.5) * (m - last)
+    s_t, s_next = (1.0 - alpha_t) ** 0.5, (1.0 - alpha_next) ** 0.5
+    return s_next / s_t * math.exp(-h) * x_t + alpha_next**0.5 * (1.0 - math.exp(-2.0 * h)) * (m + change)
+
+
+def log_snr(alpha_bar: float) -> float:
+    return 0.5 * math.log(alpha_bar / (1.0 - alpha_bar))
+
+
+class TestSolver:
+    """SDE-DPM-Solver++ of first and second order against the equations of [2211.01095]."""
+
+    settings = InversionSettings(num_steps=10, skip=1, solver_order=2)
+
+    def test_first_order_is_the_posterior_mean_with_eta_1(self) -> None:
+        levels = replace(self.settings, solver_order=1).make_schedule().levels(1.0)
+        for i, level in enumerate(levels):
+            x_t, eps = latents(), latents().flip(0)
+            m = predict_x0(x_t, eps, level.alpha_bar_t)
+            mu_t = posterior_mean(x_t, eps, *level)
+            torch.testing.assert_close(mu_t, written_out(i, x_t, m, m, 1, levels), rtol=1e-13, atol=1e-13)
+
+    def test_second_order_between_a_first_and_a_last_step_of_first_order(self) -> None:
+        solver, generator = Solver(self.settings), torch.Generator().manual_seed(3)
+        last = torch.zeros(2, *SHAPE, dtype=torch.float64)
+        for i, level in enumerate(solver.levels):
+            x_t, eps = torch.randn(2, 2, *SHAPE, generator=generator, dtype=torch.float64)
+            m = predict_x0(x_t, eps, level.alpha_bar_t)
+            wanted = written_out(i, x_t, m, last, 1 if i in (0, 8) else 2, solver.levels)
+            found = solver.mean(i, x_t, eps)
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+            differs = float((found - posterior_mean(x_t, eps, *level)).abs().max())
+            assert differs == 0.0 if i in (0, 8) else differs > 1e-3
+            last = m
+
+    def test_the_tables_one_long_interval_is_bounded(self) -> None:
+        """stride + 1 -> 1 is several times as long as the interval before it: 1/(2 r) would be 2 and more."""
+        levels = self.settings.make_schedule().levels(1.0)
+        h = [log_snr(level.alpha_bar_prev) - log_snr(level.alpha_bar_t) for level in levels]
+        assert h[-2] / (2.0 * h[-3]) > 1.0
+        weight = self.settings.make_schedule().second_order_weights()[-2]
+        signal, noise = levels[-2].alpha_bar_t ** 0.5, (1.0 - levels[-2].alpha_bar_t) ** 0.5
+        assert weight == pytest.approx(0.5 * signal / noise)
+
+    @pytest.mark.parametrize(("num_steps", "skip"), [(1, 0), (2, 0), (3, 2), (6, 0), (10, 1), (25, 4), (50, 0)])
+    @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+    def test_what_is_not_edited_comes_back(self, num_steps: int, skip: int, dtype: torch.dtype, bound: float) -> None:
+        """Theirs finds the last step's noise with order 2 and applies it with order 1: 28 % off at 10 steps."""
+        inversion = replace(self.settings, num_steps=num_steps, skip=skip)
+        x_0 = latents().to(dtype)
+        noise = draw_noise([0, 1], inversion.executed_steps, SHAPE).to(dtype)
+        x_T, residuals = invert(eps_model, {"": 0.0}, x_0, noise, inversion)
+        x = edit(eps_model, {"": 0.0}, x_T, residuals, inversion, EditSettings())
+        assert (x - x_0).abs().max() <= bound
+
+    def test_a_last_level_without_noise_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """alpha_bar 1 behind the last step: std is 0 there and h infinite; a residual divided by std would be lost."""
+        make = InversionSettings.make_schedule
+
+        def clean(settings: InversionSettings) -> Schedule:
+            schedule = make(settings)
+            return replace(schedule, alpha_bar_prev=torch.cat([schedule.alpha_bar_prev[:-1], torch.ones(1).double()]))
+
+        monkeypatch.setattr(InversionSettings, "make_schedule", clean)
+        assert self.settings.make_schedule().levels(1.0)[-1].sigma_t == 0.0
+        x_0, noise = latents(), draw_noise([0, 1], 9, SHAPE).double()
+        x_T, residuals = invert(eps_model, {"": 0.0}, x_0, noise, self.settings)
+        assert residuals[-1].abs().max() > 1e-2
+        x = edit(eps_model, {"": 0.0}, x_T, residuals, self.settings, EditSettings())
+        assert (x - x_0).abs().max() < 1e-12
 
 
 class TestResiduals:

@@ -74,7 +74,8 @@ def test_the_wheel_holds_all_of_us_and_nothing_else(wheel: Path) -> None:
     ours = [name for name in names(wheel) if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in ours} == {"ledits_min"}  # neither kernels, weights, tests nor bench
     wanted = {"ledits_min/py.typed", "ledits_min/weights/bpe_simple_vocab_16e6.txt.gz"}
-    wanted |= {*sources("ledits_min", "**/*.py"), *sources("ledits_min", "app/**/*.css")}
+    kinds = ("**/*.py", "app/web/*.css", "app/comfyui/*.json")
+    wanted |= {path for kind in kinds for path in sources("ledits_min", kind)}
     wanted |= {f"ledits_min/{name}" for name in sources("kernels", "*.py") + sources("kernels", "*.json")}
     wanted |= {f"ledits_min/{name}" for name in sources("weights", "**/*.py") + sources("weights/tiny", "**/*")}
     assert set(ours) == wanted

@@ -10,7 +10,7 @@ from typing import Any
 
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import read_header
-from ledits_min.weights.read.folder import FOLDERS, option, part_tensors
+from ledits_min.weights.read.folder import FOLDERS, option, part_tensors, readable
 from ledits_min.weights.read.identify import PARTS, Layout, Stored, identify, old_attention_names
 from ledits_min.weights.read.published import SDXL
 from ledits_min.weights.read.shapes import FLOAT_DTYPES
@@ -67,6 +67,7 @@ class Report:
         return "\n".join([*lines, f"verdict   {self.verdict}" + (f": {self.reason}" if self.reason else "")])
 
 
+@readable()
 def inspect(path: str | Path, **options: Any) -> Report:
     """Describe a checkpoint, a part of one, or a folder, from headers and configs alone.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ledits_min.engine import ops
-from ledits_min.inversion import InversionSettings
+from ledits_min.inversion import InversionSettings, Solver
 
 SIZES = {"512 px": (64, 64), "1024 px": (128, 128)}
 STEPS = 64  # the paper's 100 steps, 36 skipped
@@ -30,15 +30,16 @@ def test_noisy_copies(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_residuals(gpu: ModuleType, inputs: ModuleType, benchmark: Any, size: tuple[int, int]) -> None:
-    levels = inputs.levels(STEPS)[:TOGETHER]
+    settings = InversionSettings(num_steps=STEPS, skip=0, source="source")
     maps = 1 * 4 * size[0] * size[1] * 4
     moved = maps * (TOGETHER + 1 + 2 * TOGETHER + TOGETHER)
     arguments = [
         (
             torch.randn(TOGETHER + 1, 1, 4, *size, device="cuda"),
             torch.randn(2, TOGETHER, 1, 4, *size, device="cuda"),
-            levels,
-            InversionSettings(source="source"),
+            settings,
+            Solver(settings),
+            range(TOGETHER),
         )
         for _ in range(gpu.buffers(moved))
     ]

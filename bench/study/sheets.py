@@ -16,8 +16,8 @@ from PIL import Image
 from bench.study.edits import CHANGE, EDITS, REVERSE, Edit, named, pick
 from bench.study.evaluate import Editor, as_images, draw_all
 from ledits_min import LEdits
-from ledits_min.app.outputs import overlay
 from ledits_min.app.sheet import Cell, contact_sheet
+from ledits_min.files.display import overlay
 from ledits_min.files.write import save_image
 from ledits_min.weights.train_tiny.portraits import OTHER_STYLES, Pixels, draw_other, ideal_edit
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.terminal import notice, quiet_stderr, waiting
+from ledits_min.app.values import SOLVERS
 from ledits_min.app.words import check_words
 from ledits_min.errors import InputError, quoted, warn
 from ledits_min.files.header import MAX_HEADER_BYTES
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ledits_min.inversion import InversionSettings
 
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
-_MADE_WITH = ("source", "source-guidance-scale", "steps", "skip", "eta", "seed", "size", "save-inversion")
+_MADE_WITH = ("source", "source-guidance-scale", "steps", "skip", "eta", "solver", "seed", "size", "save-inversion")
 
 
 def is_saved_inversion(path: str) -> bool:
@@ -119,7 +120,9 @@ def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
 def inversion_settings(args: argparse.Namespace, ledits: LEdits) -> InversionSettings:
     """What the inversion would note down; InputError for what it would refuse."""
     eta = 1.0 if args.eta is None else args.eta
-    return ledits.inversion_settings(args.source or "", args.source_guidance_scale, args.steps, args.skip, eta)
+    return ledits.inversion_settings(
+        args.source or "", args.source_guidance_scale, args.steps, args.skip, eta, solver_order=solver_order(args)
+    )
 
 
 def invert_picture(args: argparse.Namespace, ledits: LEdits, picture: Image.Image, **more: Any) -> Inversion:
@@ -138,6 +141,11 @@ def edit_picture(
     return inversion, result
 
 
+def solver_order(args: argparse.Namespace) -> int | None:
+    """Of --solver; None: the model's default."""
+    return None if args.solver is None else SOLVERS.index(args.solver) + 1
+
+
 def _inversion_options(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
     """The arguments of `LEdits.invert` besides the picture."""
     size = args.size
@@ -150,6 +158,7 @@ def _inversion_options(args: argparse.Namespace, ledits: LEdits) -> dict[str, An
         "num_steps": args.steps,
         "skip": args.skip,
         "eta": 1.0 if args.eta is None else args.eta,
+        "solver_order": solver_order(args),
         "seed": args.seed or 0,
         "size": size,
     }

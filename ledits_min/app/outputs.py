@@ -17,6 +17,7 @@ from torch import Tensor
 from ledits_min import __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.errors import quoted
+from ledits_min.files.display import opacity, overlay, ramp
 from ledits_min.files.inversion import Inversion
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import PromptToPrompt
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 PANEL_SIDES = (256, 512)  # the longer side of one panel of the masks picture, least and most
 COLUMNS = 4
 _MARGIN, _GREY = 12, (80, 80, 80)
-_LOW, _HIGH = np.array([213.0, 94.0, 0.0]), np.array([255.0, 235.0, 130.0])  # vermilion to pale yellow, on grey
 
 
 def settings(
@@ -68,6 +68,7 @@ def planned_settings(
         "num_steps": made.num_steps,
         "skip": made.skip,
         "eta": made.eta,
+        "solver_order": made.solver_order,
         "seeds": list(made.seeds),
         "source": made.source,
         "source_guidance_scale": made.source_guidance_scale,
@@ -115,7 +116,9 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
         parts += [" ".join(["Prompt-to-Prompt", ", ".join(_told(control, cross="cross {:g}", self="self {:g}"))])]
     if values.get("momentum_scale") != 0.0:
         parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]
-    parts += [", ".join(_told(values, num_steps="{} steps", skip="skip {}", eta="eta {:g}"))]
+    second = "dpm++" if values.get("solver_order") == 2 else None
+    told = {**values, "second": second}
+    parts += [", ".join(_told(told, num_steps="{} steps", skip="skip {}", eta="eta {:g}", second="{}"))]
     if "seeds" in values:
         parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
@@ -201,11 +204,7 @@ def mask_statistics(concepts: Sequence[Mapping[str, Any]], masks: Sequence[Tenso
 
 
 def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Sequence[Tensor]) -> Image.Image:
-    """The picture, and for each concept the same in grey with its mask (h, w) laid over: the stronger, the brighter.
-
-    The ramp runs from nothing (grey) over vermilion to pale yellow, lighter all the way, so that it reads without
-    telling red from green; its top is the mask's own peak, written under the panel.
-    """
+    """The picture, and for each concept its mask (h, w) laid over it, with the peak of the mask under the panel."""
     small = fitted(picture, min(max(*picture.size, PANEL_SIDES[0]), PANEL_SIDES[1]))
     columns, width = min(COLUMNS, len(concepts) + 1), max(small.width, PANEL_SIDES[0])
     letters = letters_for(columns * (width + 2 * _MARGIN), width)
@@ -220,26 +219,6 @@ def mask_picture(picture: Image.Image, concepts: Sequence[Concept], masks: Seque
     for index, panel in enumerate(panels):
         sheet.paste(panel, (index % columns * width, index // columns * height))
     return sheet
-
-
-def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
-    peak = max(float(mask.max()), 1e-6)
-    plane = Image.fromarray((mask.float().cpu() / peak).numpy()).resize(picture.size, Image.Resampling.BILINEAR)
-    strength = np.asarray(plane).clip(0.0, 1.0)[..., None]
-    # Darkened and flattened, so that the ramp is lighter than any part of the picture under it.
-    grey = 20.0 + 0.4 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
-    alpha = _alpha(strength)
-    return Image.fromarray(np.rint((1.0 - alpha) * grey + alpha * _ramp(strength)).clip(0, 255).astype(np.uint8))
-
-
-def _ramp(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    mixed: np.ndarray[Any, Any] = _LOW + strength * (_HIGH - _LOW)
-    return mixed
-
-
-def _alpha(strength: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    opacity: np.ndarray[Any, Any] = np.minimum(0.75, 1.5 * strength)  # the face stays visible under its mask
-    return opacity
 
 
 def _panel(picture: Image.Image, name: list[str], most: int, mask: Tensor | None, letters: Type) -> Image.Image:
@@ -258,8 +237,8 @@ def _panel(picture: Image.Image, name: list[str], most: int, mask: Tensor | None
     right = _MARGIN + width - letters.width(peak) - 8
     letters.draw(panel, (right + 8, top + line), [peak], _GREY)
     steps = np.linspace(0.0, 1.0, right - left)[None, :, None]
-    alpha = _alpha(steps)
+    alpha = opacity(steps)
     thick = letters.size // 2
-    bar = np.rint((1.0 - alpha) * 90.0 + alpha * _ramp(steps)).astype(np.uint8).repeat(thick, axis=0)
+    bar = np.rint((1.0 - alpha) * 90.0 + alpha * ramp(steps)).astype(np.uint8).repeat(thick, axis=0)
     panel.paste(Image.fromarray(bar), (left, top + line + (line - thick) // 2))
     return panel

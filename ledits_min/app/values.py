@@ -17,6 +17,7 @@ _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?", re.ASCII)
 
 Parse = Callable[[str], float]
 P2P_KEYS = ("cross", "self")
+SOLVERS = ("ddpm", "dpm++")  # of order 1 and 2
 
 
 def parse_concept(text: str, reverse: bool) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from ledits_min.engine.evaluate import Evaluator, Network
 from ledits_min.engine.ops import EditState, EditSteps
 from ledits_min.engine.plan import INVERSION, SOURCE, Phase, Row, lends
 from ledits_min.guidance import EditSettings, edited_eps, guided_texts
-from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import Lending, step_source
+from ledits_min.inversion import InversionSettings, Solver
+from ledits_min.p2p import Lending, source_eps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def invert(
     eps = evaluate(x[:-1])
     branches = eps.view(len(noise), len(phase.texts), *x_0.shape).transpose(0, 1).contiguous()
     evaluate.check()
-    return x[0], ops.residuals(x, branches, schedule.levels(settings.eta), settings)
+    return x[0], ops.residuals(x, branches, settings, Solver(settings), range(len(noise)))
 
 
 def edit(
@@ -72,8 +72,8 @@ def edit(
 
     With `lending` Prompt-to-Prompt: the source's row, whose maps the target borrows, runs along in the same calls.
     """
-    schedule = inversion.make_schedule()
-    steps = EditSteps(schedule.levels(inversion.eta), settings)
+    schedule, of_source = inversion.make_schedule(), Solver(inversion)
+    steps = EditSteps(of_source.levels, settings, of_source.weights)
     evaluate = Evaluator(network, phase, schedule.timesteps, x_T.device, watch.evaluations)
     x_source = x_T
 
@@ -84,8 +84,8 @@ def edit(
             return evaluate(x_t[None])
         assert lending is not None
         predicted = dict(zip(group, evaluate(torch.stack([x_source, x_t]), partial(lending.control, i)), strict=True))
-        of_source = {row.text: eps for row, eps in predicted.items() if row.reads == SOURCE}
-        x_source = step_source(x_source, of_source, inversion, steps.levels[i], residuals[i])
+        eps = source_eps({row.text: eps for row, eps in predicted.items() if row.reads == SOURCE}, inversion)
+        x_source = of_source.mean(i, x_source, eps) + residuals[i]
         return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
 
     state, finite = _denoise(steps, x_T, residuals, schedule.timesteps, branches, watch)
@@ -107,8 +107,8 @@ def invert_and_edit(
     `phase` is of `plan.one_pass_phase`; the rest is as in those two.
     """
     schedule = inversion.make_schedule()
-    steps = EditSteps(schedule.levels(inversion.eta), settings)
     running = RunningInversion(x_0, noise, inversion)
+    steps = EditSteps(running.solver.levels, settings, running.solver.weights)
     evaluate = Evaluator(network, phase, schedule.timesteps, x_0.device, watch.evaluations)
 
     def branches(i: int, x_t: Tensor) -> Tensor:
@@ -138,8 +138,9 @@ class RunningInversion:
         schedule = settings.make_schedule()
         self.x = ops.trajectory(x_0, noise, schedule.alpha_bar_t)
         self.residuals = torch.empty_like(self.x[1:])
-        self.settings, self.levels = settings, schedule.levels(settings.eta)
-        self.table = ops.level_table(self.levels, x_0.device)  # once, before the loop: making it waits for the device
+        self.settings, self.solver = settings, Solver(settings)
+        # Once, before the loop: making it waits for the device.
+        self.table = ops.level_table(self.solver.levels, x_0.device)
         self.texts = guided_texts("", settings.source, settings.source_guidance_scale)
         self.waiting: list[Tensor] = []  # predictions of steps whose residuals are not there yet, in the phase's order
         self.predicted: list[Tensor] = []  # (texts, B, C, h, w) of each step that is predicted and not taken yet
@@ -155,8 +156,8 @@ class RunningInversion:
             of_steps = torch.stack(self.waiting[: new * texts]).unflatten(0, (new, texts))
             self.waiting = self.waiting[new * texts :]
             self.residuals[step : step + new] = ops.residuals(
-                self.x[step : step + new + 1], of_steps.transpose(0, 1).contiguous(), self.levels[step : step + new],
-                self.settings, self.table[step : step + new],
+                self.x[step : step + new + 1], of_steps.transpose(0, 1).contiguous(), self.settings, self.solver,
+                range(step, step + new), self.table[step : step + new],
             )  # fmt: skip
             self.predicted += of_steps
 

@@ -26,7 +26,7 @@ from ledits_min.engine import cpu
 from ledits_min.engine.torch_private import is_untouched
 from ledits_min.errors import InputError, warn
 from ledits_min.guidance import EditSettings, edited_eps, guided_eps, guided_texts
-from ledits_min.inversion import InversionSettings, posterior_mean
+from ledits_min.inversion import InversionSettings, Solver, posterior_mean, second_order_eps
 from ledits_min.schedule import Level, sqrt
 
 
@@ -208,22 +208,30 @@ def trajectory(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
 
 
 def residuals(
-    x: Tensor, branches: Tensor, levels: Sequence[Level], settings: InversionSettings, table: Tensor | None = None
+    x: Tensor,
+    branches: Tensor,
+    settings: InversionSettings,
+    solver: Solver,
+    steps: range,
+    table: Tensor | None = None,
 ) -> Tensor:
     """x_{t-1} - mu_t(x_t, eps_source) of S consecutive steps in one go: none of them waits for another.
+
+    Of second order a step needs pred_x0 of the one before: `solver` remembers the last, and torch computes.
 
     x (S + 1, B, C, h, w); branches (N, S, B, C, h, w) holds the predictions for the N texts that guide the source:
     `guided_texts("", source, source_guidance_scale)`; returns (S, B, C, h, w). Who has `level_table` of these levels
     on x's device passes it as `table`: making it waits for the device.
     """
     source, scale = settings.source, settings.source_guidance_scale
-    if use_triton(x, branches) and x.dtype == torch.float32:
+    if use_triton(x, branches) and x.dtype == torch.float32 and not solver.weights:
         from ledits_min.kernels import trajectory as kernel
 
+        levels = solver.levels[steps.start : steps.stop]
         table = level_table(levels, x.device) if table is None else table
         return kernel.residuals(table, x.contiguous(), branches, scale)
     eps = guided_eps(dict(zip(guided_texts("", source, scale), branches, strict=True)), "", source, scale)
-    means = [posterior_mean(x[i], eps[i], *level) for i, level in enumerate(levels)]
+    means = [solver.mean(step, x[i], eps[i]) for i, step in enumerate(steps)]
     return x[1:] - torch.stack(means)
 
 
@@ -232,10 +240,14 @@ def residuals(
 
 @dataclass(frozen=True)
 class EditSteps:
-    """The steps of an edit before the first of them: every step's noise level, and what the edit is asked to do."""
+    """The steps of an edit before the first of them: every step's noise level, and what the edit is asked to do.
+
+    weights: of the solver's second-order term, one per step; none for the first order
+    """
 
     levels: Sequence[Level]
     settings: EditSettings
+    weights: Sequence[float] = ()
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
@@ -260,6 +272,7 @@ class EditSteps:
             "levels": level_table(self.levels, torch.device("cpu")),
             "guidance": torch.tensor(guidance, dtype=torch.float32),
             "terms": torch.tensor(terms, dtype=torch.float32).reshape(shape),
+            "second_order": torch.tensor(self.weights, dtype=torch.float32),
         }
 
 
@@ -272,6 +285,7 @@ class EditState:
     momentum  float32 (B, C, h, w)    nu
     shares    float32 (T, K, B, C)    share of the map that a concept's mask kept; 0 where it did not act
     counts    int32 (K, B, C, h, w)   in how many steps a concept's mask kept a position; None: not wanted
+    pred_x0   float32 (B, C, h, w)    of the step before, for the solver's second order; None: first order
     tables    EditSteps.tables on the device
     """
 
@@ -280,6 +294,7 @@ class EditState:
     momentum: Tensor
     shares: Tensor
     counts: Tensor | None
+    pred_x0: Tensor | None
     tables: dict[str, Tensor]
 
     @property
@@ -299,13 +314,12 @@ def start(steps: EditSteps, x_t: Tensor, masks: bool = True) -> EditState:
         momentum=torch.zeros_like(x_t, memory_format=torch.contiguous_format),
         shares=torch.zeros(len(steps.levels), terms, batch, channels, device=device),
         counts=torch.zeros(terms, *x_t.shape, dtype=torch.int32, device=device) if masks else None,
+        pred_x0=torch.zeros_like(x_t, memory_format=torch.contiguous_format) if steps.weights else None,
         tables={name: table.to(device) for name, table in steps.tables.items()},
     )
 
 
-def sega_step(
-    steps: EditSteps, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None
-) -> None:
+def sega_step(steps: EditSteps, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None) -> None:
     """One editing step of Algorithm 1: state.x_t becomes x_{t-1}, and all else in `state` moves one step on.
 
     branches   (N, B, C, h, w): item n is the prediction for text n of `settings.texts(step)`; further items are ignored
@@ -317,9 +331,10 @@ def sega_step(
         from ledits_min.kernels import sega_step as kernel
 
         if kernel.fits(state.x_t):
+            carried = [state.momentum] if state.pred_x0 is None else [state.momentum, state.pred_x0]
             kernel.sega_step(
-                state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t,
-                momentum=state.momentum, shares=state.shares, counts=state.counts,
+                state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t, carried=carried,
+                shares=state.shares, counts=state.counts,
             )  # fmt: skip
             return
         if os.environ.get("LEDITS_KERNELS") == "triton":
@@ -336,7 +351,13 @@ def sega_step(
                 state.shares[step, i] = mask.float().mean(dim=(2, 3))
                 if state.counts is not None:
                     state.counts[i] += mask
-    state.x_t.copy_(posterior_mean(state.x_t, guided, *steps.levels[step]) + residuals[step])
+    level = steps.levels[step]
+    if state.pred_x0 is not None:
+        guided, pred_x0 = second_order_eps(
+            state.x_t, guided, state.pred_x0, level.alpha_bar_t, steps.weights[step]
+        )  # fmt: skip
+        state.pred_x0.copy_(pred_x0)
+    state.x_t.copy_(posterior_mean(state.x_t, guided, *level) + residuals[step])
     state.step.add_(1)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a bar of its own in a notebook
 
 from ledits_min.errors import RunError
 

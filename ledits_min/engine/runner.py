@@ -24,6 +24,7 @@ from ledits_min.engine.progress import Callback, Progress, Reporting, progress_b
 from ledits_min.engine.record import Edited, mean_masks, observer
 from ledits_min.engine.request import Start
 from ledits_min.engine.retry import Attempt, attempts
+from ledits_min.engine.usage import Usage
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
@@ -41,7 +42,7 @@ class Runner:
 
     `tokens` is the length L of every context. `evaluations` counts what the last run of each phase evaluated,
     `overhead` gathers what compiling and recording took. `compiled`: torch.compile runs the UNet. `tf32`: products of
-    float32 may round on a CUDA device.
+    float32 may round on a CUDA device. `usage` counts the runs that use the networks.
     """
 
     name = "fast"
@@ -52,6 +53,7 @@ class Runner:
         self.compiled = self.tf32 = False
         self.evaluations: dict[str, int] = {}
         self.overhead = Overhead()
+        self.usage = Usage()
 
     def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
         return accelerate(unet), accelerate(vae)
@@ -169,6 +171,7 @@ class Runner:
                 bar.update(evaluations)
                 done = self.evaluations[phase.name] - before
                 tell(on_evaluations, Progress(phase.name, done, phase.evaluations))
+                self.usage.check(phase.name)
 
             yield advance
 

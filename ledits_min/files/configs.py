@@ -231,6 +231,7 @@ def _read_edit_defaults(mapping: Mapping[str, Any], source: str) -> EditDefaults
         concept_guidance_scale=read.number("concept_guidance_scale", paper.concept_guidance_scale),
         threshold=read.number("threshold", paper.threshold),
         warmup_steps=read.whole("warmup_steps", paper.warmup_steps),
+        solver_order=read.whole("solver_order", paper.solver_order),
     )
 
 

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ledits_min.config import ScheduleConfig
 from ledits_min.errors import InputError, check_number, check_whole, quoted, short
 from ledits_min.files.configs import read_config
+from ledits_min.files.display import figures
 from ledits_min.files.door import read_file
 from ledits_min.files.header import TensorInfo, read_header
 from ledits_min.files.opening import check_size
@@ -45,6 +47,15 @@ class Inversion:
     def original_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of every picture as it came in."""
         return [(original.shape[1], original.shape[0]) for original in self.originals]
+
+    def _repr_html_(self) -> str:
+        """The pictures and how they were inverted, for a notebook."""
+        made = self.settings
+        seeds = f", seed {', '.join(map(str, made.seeds))}" if made.seeds else ""
+        source = f", source {quoted(made.source)}" if made.source else ""
+        note = f"inversion of {made.num_steps} steps, skip {made.skip}, eta {made.eta:g}{seeds}{source}"
+        pictures = [Image.fromarray(original.cpu().numpy()) for original in self.originals]
+        return figures([[(f"{picture.width} x {picture.height}", picture)] for picture in pictures], note)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. OSError where the folder cannot be written."""
@@ -109,6 +120,9 @@ def check_inversion_settings(settings: InversionSettings, where: str) -> None:
     check_whole(f"{where}: num_steps", settings.num_steps, 1, settings.schedule.num_train_timesteps // 2)
     check_whole(f"{where}: skip", settings.skip, 0, settings.num_steps - 1)
     check_number(f"{where}: eta", settings.eta, 0.0, 1.0)
+    check_whole(f"{where}: solver_order", settings.solver_order, 1, 2)
+    if settings.solver_order == 2 and settings.eta != 1.0:
+        raise InputError(f"{where}: solver_order 2 (dpm++) is defined for eta 1 alone, and eta is {settings.eta:g}")
     check_number(f"{where}: source_guidance_scale", settings.source_guidance_scale, 0.0, 1000.0)
     for seed in settings.seeds:
         check_whole(f"{where}: seed", seed, 0, 2**63 - 1)

@@ -21,6 +21,7 @@ from ledits_min import Concept, LEdits, __version__
 from ledits_min.app import outputs
 from ledits_min.app.cli import commands, main
 from ledits_min.app.cli.options import build_parser
+from ledits_min.files.display import overlay
 
 SAMPLES = Path(__file__).resolve().parents[2] / "weights/tiny/samples"
 FAST = ["--steps", "10", "--skip", "3"]
@@ -142,8 +143,8 @@ def test_the_command_does_what_the_library_does(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=10", "--skip=3", "--seed=0", "--eta=1", "--source=man", "--source-guidance-scale=1",
-               "--size=64", "--save-inversion=j.safetensors"],
+    "option", ["--steps=10", "--skip=3", "--seed=0", "--eta=1", "--solver=ddpm", "--source=man",
+               "--source-guidance-scale=1", "--size=64", "--save-inversion=j.safetensors"],
 )  # fmt: skip
 def test_what_made_an_inversion_stays(place: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert main(["invert", "p.png", *FAST, "-o", "i.safetensors"]) == 0
@@ -229,7 +230,7 @@ def test_the_masks_picture_is_large_enough_to_read() -> None:
     sheet = outputs.mask_picture(portrait, concepts, [mask, torch.zeros(16, 16)])
     assert sheet.width >= 3 * 256
     assert sheet.height >= 256
-    covered = np.asarray(outputs.overlay(portrait.resize((256, 256)), mask)).astype(int)
+    covered = np.asarray(overlay(portrait.resize((256, 256)), mask)).astype(int)
     inside, outside = covered[80:112, 144:176], covered[160:, :64]
     assert (inside[..., 0] - inside[..., 2]).min() > 60  # orange to yellow
     assert not (outside[..., 0] - outside[..., 2]).any()  # grey
@@ -241,7 +242,7 @@ def test_the_masks_read_without_telling_red_from_green() -> None:
     seen = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
     ramp = torch.linspace(0.0, 1.0, 256).expand(16, 256)
     for grey in (0, 80, 160, 255):
-        covered = np.asarray(outputs.overlay(Image.new("RGB", (256, 16), (grey, grey, grey)), ramp))[8] / 255.0
+        covered = np.asarray(overlay(Image.new("RGB", (256, 16), (grey, grey, grey)), ramp))[8] / 255.0
         colours = np.clip(covered**2.2 @ seen.T, 0.0, 1.0)
         lightness = colours @ [0.2126, 0.7152, 0.0722]
         assert np.diff(lightness[::16]).min() > 0.0 and lightness[-1] > lightness[0] + 0.3

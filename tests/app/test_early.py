@@ -112,3 +112,13 @@ def test_help_keeps_together_what_belongs_together(
     for line in text.splitlines():
         assert not line.rstrip().endswith((" ..", "default:", " --"))
     assert f"\n  ledits {command}" in text[text.index("\nexamples:") :]
+
+
+def test_python_m_ledits_min_is_the_command(tmp_path: Path) -> None:
+    """With its help and its exit codes."""
+    command = [sys.executable, "-m", "ledits_min"]
+    shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("usage: ledits [")
+    refused = subprocess.run([*command, "edit", "none.png"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("ledits: error: 'none.png' does not exist") and refused.stderr.count("\n") == 1

@@ -21,7 +21,7 @@ FULL = {
     "image": "p.png", "output": "o.png", "add": ["hat:scale=3", "beard"], "remove": "glasses", "source": "a face",
     "target": "a hat", "negative": "sad", "steps": 10, "skip": 3, "eta": 0.5, "seed": 7, "size": "256x128",
     "guidance_scale": 5, "source_guidance_scale": 2.5, "momentum_scale": 0.1, "momentum_beta": 0.2,
-    "output_size": "model",
+    "output_size": "model", "solver": "ddpm",
 }  # fmt: skip
 
 
@@ -74,6 +74,8 @@ def test_a_folder_is_its_pictures_in_order(tmp_path: Path) -> None:
         ({"steps": 10.0}, "column steps: '10.0' is not a whole number"),
         ({"seed": True}, "column seed: 'true' is not a whole number"),
         ({"eta": "much"}, "column eta: '\"much\"' is not a number"),
+        ({"solver": "ddim"}, "column solver: '\"ddim\"' is not ddpm or dpm"),
+        ({"solver": "dpm++", "eta": 0.5}, "column solver dpm++ is defined for line 2, column eta 1 alone"),
         ({"eta": 1.5}, "column eta is 1.5; a number in 0 .. 1 is wanted"),
         ({"steps": 0}, "column steps is 0; a whole number in 1 .. 500"),
         ({"steps": 10, "skip": 10}, "column skip is 10; a whole number in 0 .. 9"),

@@ -80,12 +80,13 @@ class Run:
     concepts: tuple[Concept, ...] = ()
     momentum_scale: float = 0.0
     lending: Lending | None = None
+    solver_order: int = 1
     dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
         self.inversion = InversionSettings(
             num_steps=self.num_steps, skip=self.skip, eta=self.eta, source=self.source,
-            source_guidance_scale=self.source_guidance_scale,
+            source_guidance_scale=self.source_guidance_scale, solver_order=self.solver_order,
         )  # fmt: skip
         self.settings = EditSettings(
             self.target, self.guidance_scale, self.negative,
@@ -149,7 +150,7 @@ class Run:
 @given(
     num_steps=st.integers(1, 12),
     skip=st.integers(0, 11),
-    eta=st.sampled_from([0.0, 0.5, 1.0]),
+    eta_and_order=st.sampled_from([(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 2)]),
     images=st.integers(1, 3),
     capacity=st.integers(1, 40),
     source=st.sampled_from(["", "a cat"]),
@@ -161,8 +162,11 @@ class Run:
     ),
     momentum_scale=st.sampled_from([0.0, 0.4]),
 )
-def test_equal_to_the_plain_loops(skip: int, num_steps: int, **more: Any) -> None:
-    run = Run(num_steps=num_steps, skip=skip % num_steps, **more)
+def test_equal_to_the_plain_loops(
+    skip: int, num_steps: int, eta_and_order: tuple[float, int], **more: Any
+) -> None:  # fmt: skip
+    eta, order = eta_and_order
+    run = Run(num_steps=num_steps, skip=skip % num_steps, eta=eta, solver_order=order, **more)
     seen: list[Step] = []
     x_t, residuals, edited = run.plainly(seen.append)
     found = run.invert()
@@ -207,9 +211,10 @@ def test_what_on_step_sees_is_what_the_plain_loop_shows(together: bool) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 100])
-def test_reconstruction_is_exact(capacity: int) -> None:
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_reconstruction_is_exact(capacity: int, solver_order: int) -> None:
     """Whatever shares a call."""
-    run = Run(num_steps=100, skip=36, dtype=torch.float32, capacity=capacity)
+    run = Run(num_steps=100, skip=36, dtype=torch.float32, capacity=capacity, solver_order=solver_order)
     state = run.edit(*run.invert())
     assert (state.x_t - run.x_0).abs().max() <= 1e-4
     assert (run.invert_and_edit()[2].x_t - run.x_0).abs().max() <= 1e-4
@@ -244,11 +249,12 @@ def test_calls_are_those_of_the_plan() -> None:
     assert run.one_pass.evaluations == run.inverting.evaluations + run.editing.evaluations - run.images
 
 
-def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_equal_through_the_kernels(monkeypatch: pytest.MonkeyPatch, solver_order: int) -> None:
     """The same loops with Triton's interpreter (or a GPU's compiler) behind `ops`."""
     pytest.importorskip("triton")
     run = Run(num_steps=5, skip=1, dtype=torch.float32, source="a cat", target="a dog", concepts=(HAT, SMILE))
-    run = replace(run, momentum_scale=0.3)
+    run = replace(run, momentum_scale=0.3, solver_order=solver_order)
     x_t, residuals = run.invert()
     edited = run.edit(x_t, residuals)
     monkeypatch.setenv("LEDITS_KERNELS", "triton")
@@ -379,6 +385,7 @@ LENT: dict[str, Any] = {
         {"lending": lending(self_tokens=29)},
         {"lending": lending(cross_steps=9, self_steps=0), "images": 3, "eta": 0.5},
         {"lending": lending(cross_steps=0, self_steps=0)},
+        {"solver_order": 2},
     ],
 )
 def test_prompt_to_prompt_is_the_plain_loop_with_its_hook(more: dict[str, Any], capacity: int) -> None:

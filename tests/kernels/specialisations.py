@@ -100,7 +100,7 @@ def every_launch() -> None:
         }  # fmt: skip
         sega_step(
             torch.zeros(1, 4, dtype=torch.int32, device="meta"), tables, branches=branches(2 + concepts, 1)[:, 0],
-            residuals=noise, x_t=x_t, momentum=x_t.clone(), shares=torch.zeros(steps, concepts, 1, 4, device="meta"),
+            residuals=noise, x_t=x_t, carried=[x_t.clone()], shares=torch.zeros(steps, concepts, 1, 4, device="meta"),
             counts=torch.zeros(concepts, *x_t.shape, dtype=torch.int32, device="meta"),
         )  # fmt: skip
 

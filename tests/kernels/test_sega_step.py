@@ -18,7 +18,7 @@ from ledits_min.edit import edit
 from ledits_min.engine import ops
 from ledits_min.engine.ops import EditState, EditSteps
 from ledits_min.guidance import EditSettings
-from ledits_min.inversion import InversionSettings
+from ledits_min.inversion import InversionSettings, Solver
 from ledits_min.sega import percentile_mask
 
 REGISTERS = 128  # with up to 16 warps; with 32, as for a 1024-pixel edit's maps, a multiprocessor has 64 each
@@ -76,6 +76,18 @@ def test_a_step_is_the_equations(
     kernel, plain = both(inputs.edit(steps, size, channels=2, device=device), on)
     agree(kernel, plain)
     assert plain.momentum.abs().max() > 0
+
+
+def test_the_second_order_is_the_equations(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
+    solver = Solver(InversionSettings(num_steps=5, skip=1, solver_order=2))
+    settings = EditSettings("target", concepts=(inputs.term("c"),), momentum_scale=0.3)
+    steps = EditSteps(solver.levels, settings, solver.weights)
+    kernel, plain = both(inputs.edit(steps, (7, 13), batch=2, channels=2, device=device), on)
+    agree(kernel, plain)
+    assert kernel.pred_x0 is not None and plain.pred_x0 is not None
+    assert same(kernel.pred_x0, plain.pred_x0)
+    first = both(inputs.edit(EditSteps(solver.levels, settings), (7, 13), batch=2, channels=2, device=device), on)
+    assert not same(kernel.x_t, first[0].x_t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -213,10 +225,10 @@ def test_it_refuses_what_it_cannot_compute(inputs: ModuleType, device: str) -> N
     state = ops.start(steps, case.x_t)
     arguments: dict[str, Any] = {
         "step": state.step, "tables": state.tables, "branches": case.branches[0], "residuals": case.residuals,
-        "x_t": state.x_t, "momentum": state.momentum, "shares": state.shares, "counts": None,
+        "x_t": state.x_t, "carried": [state.momentum], "shares": state.shares, "counts": None,
     }  # fmt: skip
     with pytest.raises(ValueError, match="momentum .* must be contiguous"):
-        kernel.sega_step(**arguments | {"momentum": state.momentum.transpose(2, 3)})
+        kernel.sega_step(**arguments | {"carried": [state.momentum.transpose(2, 3)]})
     with pytest.raises(ValueError, match="does not fit"):
         kernel.sega_step(**arguments | {"x_t": torch.zeros(1, 4, 129, 128, device=device)})
 
@@ -241,7 +253,7 @@ def test_residuals_and_branches_of_any_layout_are_taken(inputs: ModuleType, devi
     def step(residuals: Tensor, branches: Tensor) -> EditState:
         state = ops.start(plan, case.x_t)
         kernel.sega_step(
-            state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t, momentum=state.momentum,
+            state.step, state.tables, branches=branches, residuals=residuals, x_t=state.x_t, carried=[state.momentum],
             shares=state.shares, counts=state.counts,
         )  # fmt: skip
         return state
@@ -280,13 +292,14 @@ def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]],
     variants: list[dict[str, Any]] = []
     integers = {"step_ptr": "*i32", "slots_ptr": "*i32", "rows_ptr": "*i32", "counts_ptr": "*i32"}
     residual = [f"residual_{of}stride" for of in ("step_", "sample_", "channel_")]
-    for dtype, positions, count, channels_last, concepts in [
-        ("fp32", 4096, True, False, 4),
-        ("fp32", 4096, True, True, 4),
-        ("fp32", 9216, True, False, 8),
-        ("fp16", 4096, False, False, 4),
-        ("fp32", 16384, True, True, 4),
-        ("bf16", 16384, False, False, 4),
+    for dtype, positions, count, channels_last, concepts, second in [
+        ("fp32", 4096, True, False, 4, False),
+        ("fp32", 4096, True, True, 4, False),
+        ("fp32", 4096, True, True, 4, True),
+        ("fp32", 9216, True, False, 8, True),
+        ("fp16", 4096, False, False, 4, False),
+        ("fp32", 16384, True, True, 4, False),
+        ("bf16", 16384, False, False, 4, False),
     ]:
         block, warps, probes, limit = kernel.cut_shape(positions, torch.device("cpu"))
         common = {
@@ -298,7 +311,13 @@ def test_compiles_without_spills(ahead_of_time: Callable[[list[dict[str, Any]]],
             "kernel": "_cut", "constants": layout | {"BLOCK": block, "PROBES": probes}, "num_warps": warps,
             "limit": limit, **common,
         })  # fmt: skip
-        constants = {"K": concepts, "COUNT": count, "TILE": kernel.COMBINE["tile"], "residual_stride": 1}
+        constants = {
+            "K": concepts,
+            "COUNT": count,
+            "SECOND": second,
+            "TILE": kernel.COMBINE["tile"],
+            "residual_stride": 1,
+        }
         variants.append({
             "kernel": "_combine", "constants": layout | constants, "num_warps": kernel.COMBINE["warps"],
             "limit": kernel.REGISTERS, **common,

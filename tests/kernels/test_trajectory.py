@@ -14,7 +14,7 @@ from torch import Tensor
 from ledits_min.config import SD15_SCHEDULE
 from ledits_min.edit import invert
 from ledits_min.engine import ops
-from ledits_min.inversion import InversionSettings
+from ledits_min.inversion import InversionSettings, Solver
 from ledits_min.schedule import make_schedule
 
 REGISTERS = 64
@@ -57,11 +57,12 @@ def test_a_batch_of_residuals(
     if channels_last:
         branches = branches.contiguous(memory_format=torch.channels_last)
     branches = branches.unflatten(0, (count, steps, batch))
-    levels, settings = inputs.levels(50, eta=0.5)[20:22], InversionSettings(source=source, source_guidance_scale=scale)
+    settings = InversionSettings(num_steps=50, skip=0, eta=0.5, source=source, source_guidance_scale=scale)
+    steps_done = range(20, 22)
     on("triton")
-    kernel = ops.residuals(x, branches, levels, settings)
+    kernel = ops.residuals(x, branches, settings, Solver(settings), steps_done)
     on("torch")
-    assert close(kernel, ops.residuals(x, branches, levels, settings))
+    assert close(kernel, ops.residuals(x, branches, settings, Solver(settings), steps_done))
 
 
 @pytest.mark.parametrize("side", ["torch", "triton"])
@@ -83,14 +84,15 @@ def test_batches_over_t_give_the_plain_loops_inversion(
     x = ops.trajectory(x_0, noise, schedule.alpha_bar_t)
     branches = torch.stack([eps_model(x[:-1], schedule.timesteps, contexts[text]) for text in ("", "a face")])
     assert close(x[0], x_t)
-    assert close(ops.residuals(x, branches, schedule.levels(1.0), settings), residuals)
+    assert close(ops.residuals(x, branches, settings, Solver(settings), range(len(noise))), residuals)
 
 
 def test_nan_reaches_its_own_position_only(inputs: ModuleType, on: Callable[[str], None], device: str) -> None:
     x, branches = torch.zeros(2, 1, 1, 3, 5, device=device), torch.zeros(1, 1, 1, 1, 3, 5, device=device)
     branches[..., 1, 2] = math.nan
     on("triton")
-    kernel = ops.residuals(x, branches, inputs.levels(1), InversionSettings())
+    settings = InversionSettings(num_steps=1, skip=0)
+    kernel = ops.residuals(x, branches, settings, Solver(settings), range(1))
     assert torch.equal(kernel.isnan(), branches[0].isnan())
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
 from ledits_min.errors import InputError
 from ledits_min.files.configs import config_json, read_config
-from ledits_min.inversion import eps_from_v, noisy_latents, posterior_mean, predict_x0
+from ledits_min.inversion import InversionSettings, Solver, eps_from_v, noisy_latents, posterior_mean, predict_x0
 from ledits_min.schedule import make_schedule
 
 CONFIGS = [
@@ -146,6 +146,35 @@ def test_eta_where_eta_squared_belongs_is_caught_at_one_half_and_hidden_at_zero_
     assert differences[0.0] < 1e-4
     assert differences[1.0] < 1e-4
     assert differences[0.5] > 1e-2
+
+
+@pytest.mark.parametrize("num_steps", [6, 10, 25])
+def test_a_step_of_second_order(num_steps: int) -> None:
+    """Fed with the same two predictions and the same noise; their sigmas are float32."""
+    theirs = DPMSolverMultistepScheduler.from_config(
+        config_json(ScheduleConfig()), algorithm_type="sde-dpmsolver++", solver_type="midpoint", solver_order=2,
+        timestep_spacing="leading", steps_offset=1, final_sigmas_type="sigma_min", use_karras_sigmas=False,
+    )  # fmt: skip
+    theirs.set_timesteps(num_steps)
+    settings = InversionSettings(num_steps=num_steps, skip=0, solver_order=2)
+    ours, solver = settings.make_schedule(), Solver(settings)
+    x_t, eps, last_pred_x0, noise = random_states(4)
+    bounded = 0
+    for i in range(1, num_steps - 1):
+        level, levels = solver.levels[i], [ours.alpha_bar_t[i - 1], ours.alpha_bar_t[i], ours.alpha_bar_prev[i]]
+        theirs.sigmas = torch.stack([((1.0 - level) / level).sqrt() for level in levels])
+        theirs._step_index = 1
+        pred_x0 = predict_x0(x_t, eps, level.alpha_bar_t)
+        before, now, after = (float(-sigma.log()) for sigma in theirs.sigmas)
+        # Ours bounds 1 / (2 r) by 1/2, theirs does not: it gets as much less of the change instead.
+        r = (now - before) / (after - now)
+        bounded += r < 1.0
+        last = pred_x0 - min(r, 1.0) * (pred_x0 - last_pred_x0)
+        wanted = theirs.multistep_dpm_solver_second_order_update([last, pred_x0], sample=x_t, noise=noise)
+        solver.last_pred_x0 = last_pred_x0
+        found = solver.mean(i, x_t, eps) + level.sigma_t * noise
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert 0 < bounded < num_steps - 2
 
 
 @pytest.mark.parametrize("t", [1, 421, 981])

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Row = dict[str, Any]
+NAMES = ("--model", "--vae", "--text-encoder", "--tokenizer", "--lora", "--embedding")  # options that name a file
 TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
 
 
@@ -170,6 +171,8 @@ def checkpoint_rows() -> list[Row]:
         bad("checkpoint: missing vae", "edit p.png --vae none.safetensors", "none.safetensors"),
         bad("checkpoint: missing text encoder", "edit p.png --text-encoder none", "none"),
         bad("checkpoint: missing tokenizer", "edit p.png --tokenizer none", "none"),
+        *(bad(f"checkpoint: {option[2:]} of 100 kB", ["edit", "p.png", "--add", "hat", option, "a" * 100_000],
+              r"'a+\.\.\.a+.*too long") for option in NAMES),
         bad("checkpoint: inspect missing", "inspect none.safetensors", "none.safetensors"),
     ]  # fmt: skip
 

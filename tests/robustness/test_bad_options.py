@@ -33,6 +33,8 @@ def option_rows() -> list[Row]:
         ("--steps 20 --skip 20", r"--skip is 20; a whole number in 0 \.\. 19"),
         ("--skip 50", "skip"),
         ("--eta 1.01", "--eta is 1.01"),
+        ("--solver ddim", "invalid choice: 'ddim'"),
+        ("--solver dpm++ --eta 0.5", r"--solver dpm\+\+ is defined for --eta 1 alone, and it is 0.5"),
         ("--eta -0.1", "--eta is -0.1"),
         ("--eta nan", "'nan' is not a number"),
         ("--guidance-scale inf", "'inf' is not a number"),

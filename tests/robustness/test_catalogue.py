@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -78,8 +79,8 @@ CATALOGUE: dict[int, Kind] = {
              f"{FAMILIES}test_faulty_folders_of_sdxl"),
     31: kind("a folder of pickles", "folder: pickles only"),
     32: kind("several variants in a folder", f"{LOAD}test_variants_in_the_documented_order", f"{LOAD}test_shards"),
-    34: kind("what cannot be read", "checkpoint: missing*", "checkpoint: dangling", "checkpoint: *below a file",
-             "checkpoint: device", "checkpoint: null byte", "checkpoint: inspect missing",
+    34: kind("what cannot be read", "checkpoint: missing*", "checkpoint: * of 100 kB", "checkpoint: dangling",
+             "checkpoint: *below a file", "checkpoint: device", "checkpoint: null byte", "checkpoint: inspect missing",
              "robustness/test_bad_checkpoints.py::test_a_file_without_the_right_to_read",
              f"{HEADER}test_refuses_what_is_no_file", "image: missing", "image: dangling link", "image: link to itself",
              "image: below a file", "image: pipe", "image: device"),
@@ -290,6 +291,14 @@ def test_every_bad_input_is_of_some_kind() -> None:
     strays = [name for name in rows() if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     assert not strays
     assert len(CATALOGUE) == 108 and sum(not kind.proofs for kind in CATALOGUE.values()) == 1
+
+
+def test_every_test_that_the_readme_names_is_there() -> None:
+    text = (HERE / "README.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 40
+    assert [f"{file}::{test}" for file, test in named if test not in places(file)] == []
+    assert all(rows_like(pattern) for pattern in re.findall(r"rows `([^`]+)`", text))
 
 
 def main() -> None:

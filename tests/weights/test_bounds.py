@@ -166,6 +166,18 @@ def test_tokenizers(tmp_path: Path, clip_files: Path) -> None:
     assert {name: answer for name, answer in found.items() if wanted[name] not in answer} == {}
 
 
+def test_tokenizers_whose_words_are_looked_at_early(tmp_path: Path) -> None:
+    """The same where words are checked before a model is loaded; what is none of whole words is left for later."""
+    for name, (change, _) in DESCRIBED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(word_level() | change))
+    imports = "from ledits_min.app.words import check_words\nimport tokenizers"
+    found = answers(imports, "check_words(Path(name), ['a ' * 500])", [tmp_path / name for name in DESCRIBED])
+    later = {"dropout", "a long suffix", "many words", "no model", "a template of 20,000"}  # or longer than it looks at
+    wanted = {name: "None" if name in later else says for name, (_, says) in DESCRIBED.items()}
+    assert {name: found[name] for name, says in wanted.items() if says not in found[name]} == {}
+
+
 def config(**change: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         path = folder / "unet/config.json"

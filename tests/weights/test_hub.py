@@ -24,7 +24,7 @@ from ledits_min.errors import InputError
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.inspect import inspect
 from ledits_min.weights.load import load_checkpoint
-from ledits_min.weights.read.hub import is_hub_id
+from ledits_min.weights.read.hub import LORA_FILES, cached_file, is_hub_id
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
@@ -299,6 +299,21 @@ def test_no_text_leaves_the_cache(text: str) -> None:
     """An id is joined to the cache's path; it can hold no way out of it."""
     for model in (text, f"org/{text}", f"org/name@{text}"):
         assert not (is_hub_id(model) and (".." in model or "@/" in model or "\x00" in model or model.startswith("/")))
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that no user has."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(InputError, match="'org/name' is no file.*without a home directory.*set HF_HOME"):
+        load_checkpoint("org/name")
+    with pytest.raises(InputError, match="without a home directory"):
+        cached_file("org/name", LORA_FILES)
 
 
 def test_the_cache_is_where_the_environment_says(pristine: Path, tmp_path: Path) -> None:

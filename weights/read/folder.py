@@ -9,6 +9,8 @@ The full-precision file comes first because every other one can be made from it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text
 VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
 # JSON takes up to twenty times its size in memory. A published tokenizer.json of CLIP has 3.6 MB.
 MAX_JSON_BYTES = 8_000_000
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What the system refuses to look at, such as a name that is too long, is bad input: InputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{quoted(error.filename)} cannot be read: {error.strerror}; check the path") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

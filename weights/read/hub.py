@@ -6,6 +6,7 @@ the repository's files, as links to blobs/. Only its place is asked of the libra
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Sequence
@@ -92,7 +93,12 @@ def _weights(folder: str, part: str) -> str:
 
 def _snapshot(model: str, wanted: Iterable[str]) -> Path:
     name, revision = _split(model)
-    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    cache = Path(os.path.expanduser(constants.HF_HUB_CACHE))
+    if str(cache).startswith("~"):  # nothing says where this user's home is
+        raise InputError(
+            f"{quoted(model)} is no file or folder here, and without a home directory there is no Hugging Face cache "
+            "to look into; set HF_HOME to the folder that holds it"
+        )
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshot = folder / "snapshots" / _commit(folder, revision or "main")
     if not snapshot.is_dir():

@@ -20,7 +20,7 @@ from ledits_min.weights.embedding import Embedding, EmbeddingSource, check_words
 from ledits_min.weights.lora import Lora, LoraSource, lora_pairs, survey_lora
 from ledits_min.weights.read.compatibility import check_latents, check_parts, check_scale, check_vocabulary
 from ledits_min.weights.read.ema import choose_weights
-from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, tokenizer_folder
+from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, readable, tokenizer_folder
 from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
 from ledits_min.weights.read.identify import (
     PARTS,
@@ -94,6 +94,7 @@ class Parts(TypedDict, total=False):
     clip_skip: int | None
 
 
+@readable()
 def survey_whole(model: str | Path, **parts: Unpack[Parts]) -> Survey:
     """A checkpoint with everything that was passed beside it, complete and fitting together, or an InputError."""
     if unknown := parts.keys() - Parts.__annotations__.keys():

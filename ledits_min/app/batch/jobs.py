@@ -10,13 +10,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ledits_min.app.cli.options import check_ranges
-from ledits_min.app.values import parse_concept, parse_number, parse_prompt, parse_size, parse_whole
+from ledits_min.app.values import SOLVERS, parse_concept, parse_number, parse_prompt, parse_size, parse_whole
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.door import read_file
 
@@ -263,10 +263,13 @@ def _size(value: Any) -> int | tuple[int, int]:
     return value if type(value) is int else parse_size(str(value).strip())
 
 
-def _output_size(value: Any) -> str:
-    if value not in ("input", "model"):
-        raise _wrong(value, "input or model")
-    return str(value)
+def _one_of(choices: Sequence[str]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise _wrong(value, f"{', '.join(choices[:-1])} or {choices[-1]}")
+        return str(value)
+
+    return read
 
 
 def _output(value: Any) -> str:
@@ -303,13 +306,14 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "steps": _whole,
     "skip": _whole,
     "eta": _number,
+    "solver": _one_of(SOLVERS),
     "seed": _whole,
     "size": _size,
     "guidance_scale": _number,
     "source_guidance_scale": _number,
     "momentum_scale": _number,
     "momentum_beta": _number,
-    "output_size": _output_size,
+    "output_size": _one_of(("input", "model")),
 }
 COLUMNS: dict[str, Callable[[Any], Any]] = {
     "image": _image,

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from ledits_min.app.outputs import overlay
 from ledits_min.app.sheet import Cell, contact_sheet
 from ledits_min.engine.progress import progress_bar
+from ledits_min.files.display import overlay
 from ledits_min.files.inversion import Inversion
 from ledits_min.pipeline import LEdits, Result
 from ledits_min.sega import Concept

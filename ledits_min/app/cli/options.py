@@ -14,6 +14,7 @@ from ledits_min import __version__
 from ledits_min.app.values import (
     CONCEPT_KEYS,
     P2P_KEYS,
+    SOLVERS,
     Parse,
     parse_concept,
     parse_device,
@@ -208,6 +209,8 @@ def check_ranges(args: argparse.Namespace, named: Callable[[str], str] | None = 
     given = vars(args).get
     for name, high in _NUMBERS.items():
         check_number(named(name), given(name), 0.0, high, optional=True)
+    if given("solver") == "dpm++" and given("eta") not in (None, 1.0):
+        raise InputError(f"{named('solver')} dpm++ is defined for {named('eta')} 1 alone, and it is {given('eta'):g}")
     steps = given("steps")
     check_whole(named("steps"), steps, 1, 500, optional=True)
     check_whole(named("skip"), given("skip"), 0, 499 if steps is None else steps - 1, optional=True)
@@ -276,6 +279,8 @@ def add_inversion_options(parser: argparse.ArgumentParser, action: ValueAction =
     number("--steps", type=parse_whole, metavar="N", help="denoising steps, 1 .. 500 (default: the model's, else 100)")
     number("--skip", type=parse_whole, metavar="N", help="noisiest steps to leave out (default: the model's)")
     number("--eta", type=parse_number, metavar="E", help="noise of the steps, 0 .. 1 (default: 1)")
+    group.add_argument("--solver", choices=SOLVERS, help="order of the steps: ddpm, the first, or dpm++, the second, "
+                       "with eta 1 alone (default: ddpm)")  # fmt: skip
     number("--seed", type=parse_whole, metavar="N", help="seed of the noise (default: 0)")
     group.add_argument("--size", type=parse_size, metavar="N|WxH", help="size to work at: the longer side, or both")
 

@@ -9,7 +9,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ledits_min import Inversion, LEdits, Progress
     from ledits_min.app.terminal import Clock
+    from ledits_min.engine.progress import Callback
 
 MAX_CELLS = 100
 WRAP = 10  # pictures in a row where one list alone is swept
@@ -144,11 +145,16 @@ class Edited:
 
 
 def run(
-    grid: Grid, ledits: LEdits, picture: Image.Image, made: Inversion | None, side: int
+    grid: Grid,
+    ledits: LEdits,
+    picture: Image.Image,
+    made: Inversion | None,
+    side: int,
+    callback: Callback | None = None,
 ) -> tuple[list[list[Edited]], list[dict[str, Any]]]:
     """Every cell, its picture within `side` pixels, and what each inversion took: one for all cells that can share it.
 
-    With `made` there is none to make. RunError and InputError as of `LEdits.invert` and `LEdits.edit`.
+    With `made` there is none to make. `callback`, RunError and InputError as of `LEdits.invert` and `LEdits.edit`.
     """
     from ledits_min.engine.progress import progress_bar
 
@@ -160,8 +166,9 @@ def run(
     inversions: list[dict[str, Any]] = []
     with progress_bar("sweeping", len(grid), "cell", wanted=True) as bar:
 
-        def follow(progress: Progress) -> None:
+        def follow(progress: Progress) -> object:
             bar.set_postfix_str(f"{progress.phase} {progress.done}/{progress.total}")
+            return callback is not None and callback(progress)
 
         for group in groups.values():
             inversion, start = made, time.perf_counter()
@@ -185,7 +192,7 @@ def _edited(
     picture: Image.Image,
     side: int,
     entry: Mapping[str, Any],
-    follow: Callable[[Progress], None],
+    follow: Callback,
 ) -> Edited:
     from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs

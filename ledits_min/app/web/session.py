@@ -21,6 +21,7 @@ from ledits_min.app.inputs import check_prompt
 from ledits_min.app.web.models import Models
 from ledits_min.app.web.notices import heard
 from ledits_min.errors import check_number, quoted
+from ledits_min.files.display import overlay
 from ledits_min.files.opening import open_image
 from ledits_min.files.write import save_image
 
@@ -255,7 +256,7 @@ class Session:
             if not made.picture.shown.exists():  # the visitor has taken another meanwhile
                 before.save(made.picture.shown, compress_level=1)
             for each, mask in zip(made.masks, result.masks, strict=True):
-                outputs.overlay(before, mask[0]).save(each.file, compress_level=1)
+                overlay(before, mask[0]).save(each.file, compress_level=1)
             thumbnail = image.copy()
             thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             thumbnail.save(made.thumbnail, quality=80)
