@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ledits_min.config import EditDefaults, ScheduleConfig
+from ledits_min.engine.ahead import Ahead
 from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
+from ledits_min.engine.ops import kernel_calls
 from ledits_min.engine.plain import PlainRunner
 from ledits_min.engine.progress import Callback, Reporting
 from ledits_min.engine.record import Edited
@@ -144,7 +146,9 @@ class LEdits:
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
             lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, dtype=chosen_dtype,
         )  # fmt: skip
+        ahead = Ahead(_kernel_calls(checkpoint, chosen_device, chosen_dtype) if engine == "fast" else [])
         ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
+        ledits.runner.ahead = ahead
         ledits.runner.tf32 = dtype == "tf32"
         if compile:
             ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
@@ -198,6 +202,7 @@ class LEdits:
         """
         with self.usage.alone():
             place = resolve_device(device)
+            self.runner.forget()
             before, after = self.dtype, self.dtype if dtype is None else resolve_dtype(dtype, place)
             # An autoencoder that is kept wider than the UNet is so for a reason: SDXL's overflows float16.
             own = next(self.vae.parameters()).dtype
@@ -216,6 +221,7 @@ class LEdits:
         """
 
         def free() -> None:
+            self.runner.forget()
             for network in (self.unet, self.vae, self.text):
                 network.to(torch.device("meta"))
             if torch.cuda.is_available():
@@ -535,6 +541,13 @@ class LEdits:
             before = self.runner.decode(inversion.latents.to(self.device))
             images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
         return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
+
+
+def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """What has the kernels compiled that an edit at the checkpoint's own size needs."""
+    unet = checkpoint.unet_config
+    latents = unet.in_channels, unet.sample_size, unet.sample_size
+    return kernel_calls(device, dtype, unet.block_out_channels, unet.norm_num_groups, latents)
 
 
 def _inversion(

@@ -42,6 +42,7 @@ TABLE: dict[str, set[str]] = {
     "engine": set(),
     "engine.memory": set(),
     "engine.tiling": set(),
+    "engine.ahead": {"errors"},
     "engine.precision": set(),
     "engine.torch_private": set(),
     "engine.winograd": set(),
@@ -60,13 +61,15 @@ TABLE: dict[str, set[str]] = {
     "engine.denoiser": {"engine.fast_networks", "inversion", "p2p", "schedule", "text", "unet"},
     "engine.evaluate": {"engine.memory", "engine.plan", "engine.retry", "errors", "p2p"},
     "engine.graphs": {"engine.evaluate", "engine.memory", "engine.overhead", "errors", "p2p"},
-    "engine.loop": {"edit", "engine.evaluate", "engine.ops", "engine.plan", "p2p"} | SETTINGS,
+    "engine.steps": {"engine.evaluate", "engine.graphs", "engine.memory", "engine.ops", "engine.overhead"}
+    | {"engine.plan", "engine.torch_private", "errors", "inversion", "p2p"},
+    "engine.loop": {"edit", "engine.evaluate", "engine.ops", "engine.plan", "engine.steps", "p2p"} | SETTINGS,
     "engine.coding": {"engine.memory", "engine.retry", "engine.tiling", "errors", "vae"},
     "engine.record": {"edit", "engine.progress"} | SETTINGS,
     "engine.runner": {"errors", "p2p", "engine.budget", "engine.coding", "engine.cpu", "engine.denoiser"}
     | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.memory", "engine.overhead"}
     | {"engine.plan", "engine.precision", "engine.progress", "engine.record", "engine.request", "engine.retry"}
-    | {"engine.usage"}
+    | {"engine.ahead", "engine.steps", "engine.usage"}
     | SETTINGS
     | NETWORKS,
     "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.plan", "engine.progress"}
@@ -100,7 +103,8 @@ TABLE: dict[str, set[str]] = {
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
     | {"files.configs", "files.display", "files.inversion", "files.opening", "files.picture"}
-    | {"engine.networks", "engine.plain", "engine.progress", "engine.record", "engine.request", "engine.runner"}
+    | {"engine.ahead", "engine.networks", "engine.ops", "engine.plain", "engine.progress", "engine.record"}
+    | {"engine.request", "engine.runner"}
     | {"engine.usage", "weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
     | NETWORKS,

@@ -123,7 +123,7 @@ def run_side(args: argparse.Namespace) -> None:
         "matmul_tflop_per_second": round(rate, 2),
         "seconds": rounded(seconds),
         **({"second_edit_seconds": round(side.seconds["second edit"], 3)} if ours else {}),
-        **({"loop_outside_unet": round(outside(side), 4)} if ours else {}),
+        **({"loop_outside_unet": round(outside(side, side.unet_seconds), 4)} if side.unet_seconds else {}),
         **({"preparing_seconds": rounded(side.preparing)} if side.preparing else {}),
         "warm_up_seconds": round(warm_up, 1),
         "peak_memory_GB": round(memory.peak / 1e9, 2),
@@ -135,9 +135,9 @@ def rounded(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def outside(side: Side) -> float:
+def outside(side: Side, unet_seconds: float) -> float:
     """The share of the loop's time that is not spent in the UNet."""
-    return 1.0 - side.unet_seconds / side.seconds["invert and edit"]
+    return 1.0 - unet_seconds / side.seconds["invert and edit"]
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -25,6 +25,7 @@ from ledits_min.engine.plan import Phase
 from ledits_min.engine.progress import Reporting
 from ledits_min.engine.request import Start
 from ledits_min.engine.runner import Contexts, Runner
+from ledits_min.engine.steps import GraphedSteps
 from ledits_min.files.configs import config_json
 from ledits_min.files.opening import open_image
 from ledits_min.files.picture import to_tensor
@@ -68,7 +69,7 @@ class Side:
     picture: Tensor | None = None
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    unet_seconds: float = 0.0  # of `seconds`, in the loops
+    unet_seconds: float | None = None  # of `seconds`, in the loops, where it can be told
     preparing: dict[str, float] = field(default_factory=dict)  # of `seconds` too: compiling, recording of graphs
     again: Callable[[], object] | None = None  # edits the same inversion once more, as who tries a second concept does
 
@@ -143,19 +144,21 @@ def make_job(args: argparse.Namespace, steps: int, skip: int, width: int, device
 
 
 class TimedRunner(Runner):
-    """It keeps the time spent in the network's calls, whether those are graphs or not."""
+    """It keeps the time spent in the network's calls, unless whole steps are graphs, in which nobody can tell."""
 
     def __init__(self, *networks: Any) -> None:
         super().__init__(*networks)
         self.spans: list[Callable[[], float]] = []
 
     @property
-    def unet_seconds(self) -> float:
+    def unet_seconds(self) -> float | None:
         synchronize()
-        return sum(span() for span in self.spans)
+        return sum(span() for span in self.spans) or None
 
     def network(self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device) -> Network:
         network = super().network(phase, contexts, inversion, device)
+        if isinstance(network, GraphedSteps):
+            return network
 
         def timed(x_t: Tensor, inputs: Tensor, *call: Any) -> Tensor:
             if x_t.device.type == "cuda":

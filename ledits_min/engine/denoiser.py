@@ -19,7 +19,8 @@ class Denoiser:
     """eps of every (executed step, text, image) that a run can ask about: a `evaluate.Network`.
 
     What depends on them alone is made once, here: the texts' keys and values in every cross-attention, the embedded
-    timesteps, the noise levels. A call copies nothing from the host.
+    timesteps, the noise levels. A call copies nothing from the host; what it reads is in `tensors`, and whoever puts
+    others of the same shapes there has them read.
     """
 
     def __init__(
@@ -31,17 +32,17 @@ class Denoiser:
         # Not where the text is part of `time`, which acts from the start, nor where torch.compile would compile once
         # more for every number of x_t.
         self.may_share = unet.add_embedding is None and not compiled
-        self.alpha_bar_t = schedule.alpha_bar_t.to(device, torch.float32)
+        self.tensors = {"alpha_bar_t": schedule.alpha_bar_t.to(device, torch.float32)}
 
         # A text at a time, so that what a text is does not depend, to the last bit, on its neighbours.
         projected = [unet.project(context.tokens.to(device)) for context in contexts]
-        self.keys_values = {
-            attention: tuple(torch.cat([one[attention][i] for one in projected]) for i in (0, 1))
-            for attention in projected[0]
-        }
+        self.attentions = list(projected[0])
+        for n, attention in enumerate(self.attentions):
+            for i, name in enumerate(("keys", "values")):
+                self.tensors[f"{name} {n}"] = torch.cat([one[attention][i] for one in projected])
         timesteps = schedule.timesteps.to(device)
         # (texts, images, steps, time_width); one row stands for all images where they have no row of their own.
-        self.time = torch.stack([
+        self.tensors["time"] = torch.stack([
             torch.stack([
                 unet.embed(timesteps, None if image is None else image.expand(len(timesteps), -1))
                 for image in ([None] if context.added is None else context.added)
@@ -53,8 +54,12 @@ class Denoiser:
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
         attention: AttentionControl | None = None,
     ) -> Tensor:  # fmt: skip
-        context = {layer: (k[texts], v[texts]) for layer, (k, v) in self.keys_values.items()}
-        time = self.time[texts, images % self.time.shape[1], steps]
+        read = self.tensors
+        context = {
+            attention: (read[f"keys {n}"][texts], read[f"values {n}"][texts])
+            for n, attention in enumerate(self.attentions)
+        }
+        time = read["time"][texts, images % read["time"].shape[1], steps]
         shares = len(x_t) < len(inputs)
         if shares and not self.may_share:
             x_t, shares = x_t[inputs], False
@@ -62,7 +67,7 @@ class Denoiser:
         prediction: Tensor = self.unet(x_t, time, context, attention=attention, rows=rows).contiguous()
         if self.predicts_v:
             own = x_t[inputs] if shares else x_t
-            return eps_from_v(prediction, own, self.alpha_bar_t[steps].view(-1, 1, 1, 1))
+            return eps_from_v(prediction, own, read["alpha_bar_t"][steps].view(-1, 1, 1, 1))
         return prediction
 
 

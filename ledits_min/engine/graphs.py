@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ledits_min.errors import InputError, warn
 from ledits_min.p2p import AttentionControl
 
 Replay = Callable[[], object]
+Recorder = Callable[[Callable[[], Tensor], list[Any]], tuple[Replay, Tensor]]
 
 
 def use_graphs(device: torch.device) -> bool:
@@ -30,10 +32,15 @@ def use_graphs(device: torch.device) -> bool:
     return mode == "auto" and device.type == "cuda"
 
 
-def record_on_cuda(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """The work that `call` launches as a graph, and the tensor that every replay writes its result to."""
+def record_on_cuda(call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
+    """The work that `call` launches as a graph, and the tensor that every replay writes its result to.
+
+    Its memory is that of `pool`, a list of one, or of none yet: graphs that are never replayed at once may share it.
+    """
+    if not pool:
+        pool.append(torch.cuda.graph_pool_handle())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool[0]):
         output = call()
     return graph.replay, output
 
@@ -60,7 +67,7 @@ class Graphed:
         self,
         network: Network,
         overhead: Overhead,
-        record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record_on_cuda,
+        record: Recorder = record_on_cuda,
     ) -> None:
         self.network, self.overhead, self.record = network, overhead, record
         self.met: set[tuple[int, int]] = set()
@@ -92,7 +99,7 @@ class Graphed:
         buffers = [value.clone() for value in (x_t, *numbers)]
         try:
             x_t, inputs, steps, texts, images = buffers
-            replay, output = self.record(lambda: self.network(x_t, inputs, steps, texts, images))
+            replay, output = self.record(lambda: self.network(x_t, inputs, steps, texts, images), [])
         except RuntimeError as error:
             why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
             warn(f"{len(numbers[0])} evaluations per call run without a CUDA graph: {why}")

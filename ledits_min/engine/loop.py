@@ -18,6 +18,7 @@ from ledits_min.engine import ops
 from ledits_min.engine.evaluate import Evaluator, Network
 from ledits_min.engine.ops import EditState, EditSteps
 from ledits_min.engine.plan import INVERSION, SOURCE, Phase, Row, lends
+from ledits_min.engine.steps import whole_steps
 from ledits_min.guidance import EditSettings, edited_eps, guided_texts
 from ledits_min.inversion import InversionSettings, Solver
 from ledits_min.p2p import Lending, source_eps
@@ -88,9 +89,7 @@ def edit(
         x_source = of_source.mean(i, x_source, eps) + residuals[i]
         return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
 
-    state, finite = _denoise(steps, x_T, residuals, schedule.timesteps, branches, watch)
-    evaluate.check(finite)
-    return state
+    return _denoise(network, evaluate, steps, x_T, residuals, branches, watch)
 
 
 def invert_and_edit(
@@ -126,8 +125,7 @@ def invert_and_edit(
         predicted |= {Row(i, text): eps for text, eps in running.take(i).items() if Row(i, text) not in predicted}
         return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
 
-    state, finite = _denoise(steps, running.x[0], running.residuals, schedule.timesteps, branches, watch)
-    evaluate.check(finite)
+    state = _denoise(network, evaluate, steps, running.x[0], running, branches, watch)
     return running.x[0], running.residuals, state
 
 
@@ -169,27 +167,38 @@ class RunningInversion:
 
 
 def _denoise(
+    network: Network,
+    evaluate: Evaluator,
     steps: EditSteps,
     x_T: Tensor,
-    residuals: Tensor,
-    timesteps: Tensor,
+    of: Tensor | RunningInversion,
     branches: Callable[[int, Tensor], Tensor],
     watch: Watch,
-) -> tuple[EditState, Tensor]:
-    """The last state, and for every step whether the latents behind it are finite.
+) -> EditState:
+    """The last state. NotFinite names the first value that is not.
 
-    branches(i, x_t) predicts for `settings.texts(i)`; when it returns, residuals[i] is there.
+    of: the residuals, or the inversion that finds them. branches(i, x_t) predicts for `settings.texts(i)`; when it
+    returns, residuals[i] is there.
     """
-    state = ops.start(steps, x_T)
-    finite = torch.ones(len(residuals), dtype=torch.bool, device=x_T.device)
-    for i in range(len(residuals)):
-        eps = branches(i, state.x_t)
-        seen = observe(steps.settings, state, eps, i) if watch.step and watch.predictions else ({}, None, [])
-        ops.sega_step(steps, state, eps, residuals, i)
-        finite[i] = state.x_t.isfinite().all()
-        if watch.step:
-            watch.step(Step(i, int(timesteps[i]), *seen, state.x_t.clone()))
-    return state, finite
+    state, traced = ops.start(steps, x_T), watch.step is not None and watch.predictions
+    finite = torch.ones(len(steps.levels), dtype=torch.bool, device=x_T.device)
+    with whole_steps(network, evaluate, steps, state, of, finite) as whole:
+        if whole is not None:
+            state, finite = whole.state, whole.finite
+        for i in range(len(steps.levels)):
+            seen: tuple[dict[str, Tensor], Tensor | None, list[Tensor | None]] = {}, None, []
+            if traced or whole is None or not whole(i):
+                eps = branches(i, state.x_t)
+                if traced:
+                    seen = observe(steps.settings, state, eps, i)
+                ops.sega_step(steps, state, eps, of if isinstance(of, Tensor) else of.residuals, i)
+                finite[i] = state.x_t.isfinite().all()
+            if watch.step:
+                watch.step(Step(i, int(evaluate.timesteps[i]), *seen, state.x_t.clone()))
+        if whole is not None:
+            whole.flags()
+        evaluate.check(finite)
+        return state if whole is None else whole.left()
 
 
 def observe(

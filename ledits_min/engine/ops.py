@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -57,6 +57,18 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def kernel_calls(
+    device: torch.device, dtype: torch.dtype, widths: Sequence[int], groups: int, latents: tuple[int, int, int]
+) -> list[Callable[[], object]]:
+    """`kernels/variants.py`: what has the kernels compiled that an edit needs; none where torch computes."""
+    mode = os.environ.get("LEDITS_KERNELS", "auto")
+    if device.type != "cuda" or mode not in ("auto", "triton") or not has_triton():
+        return []
+    from ledits_min.kernels import variants
+
+    return variants.calls(device, dtype, widths, groups, latents)
+
+
 def _for_cpu(x: Tensor, *layers: nn.Module) -> bool:
     """Whether `cpu` may compute with these layers' weights."""
     return x.device.type == "cpu" and is_untouched(*layers)
@@ -71,6 +83,8 @@ def defers_sums(hidden: Tensor, *layers: nn.Module) -> bool:
     For `hidden` and what these layers make of it: where kernels run, on a channels-last map or on tokens, and where
     nothing is put on the layers.
     """
+    if not use_triton(hidden):  # alone first: on a CPU no time is to be spent here
+        return False
     weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
     if not is_untouched(*layers) or any(weight.dtype != hidden.dtype for weight in weights):
         return False
@@ -317,6 +331,15 @@ def start(steps: EditSteps, x_t: Tensor, masks: bool = True) -> EditState:
         pred_x0=torch.zeros_like(x_t, memory_format=torch.contiguous_format) if steps.weights else None,
         tables={name: table.to(device) for name, table in steps.tables.items()},
     )
+
+
+def steps_by_kernel(state: EditState) -> bool:
+    """Whether `sega_step` is a kernel's, which reads in the state itself how far the edit is."""
+    if not use_triton(state.x_t) or state.x_t.dtype != torch.float32:
+        return False
+    from ledits_min.kernels import sega_step as kernel
+
+    return kernel.fits(state.x_t)
 
 
 def sega_step(steps: EditSteps, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine import coding, loop
+from ledits_min.engine.ahead import Ahead
 from ledits_min.engine.budget import Costs, Model, batch_limit, inverting, inverting_and_editing, size
 from ledits_min.engine.cpu import transforms_weights
 from ledits_min.engine.denoiser import Denoiser
@@ -24,6 +25,7 @@ from ledits_min.engine.progress import Callback, Progress, Reporting, progress_b
 from ledits_min.engine.record import Edited, mean_masks, observer
 from ledits_min.engine.request import Start
 from ledits_min.engine.retry import Attempt, attempts
+from ledits_min.engine.steps import GraphedSteps, StepGraphs, standing_on
 from ledits_min.engine.usage import Usage
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
@@ -53,13 +55,16 @@ class Runner:
         self.compiled = self.tf32 = False
         self.evaluations: dict[str, int] = {}
         self.overhead = Overhead()
+        self.graphs = StepGraphs(self.overhead)
+        self.ahead = Ahead([])
         self.usage = Usage()
 
     def networks(self, unet: UNet, vae: VAE) -> tuple[UNet, VAE]:
         return accelerate(unet), accelerate(vae)
 
     def precisely(self) -> AbstractContextManager[None]:
-        """What every call of a network stands in."""
+        """What every call of a network stands in; the first waits for the kernels."""
+        self.ahead.wait()
         return float32_products(self.unet.conv_in.weight.device, self.tf32)
 
     @property
@@ -134,8 +139,13 @@ class Runner:
         schedule = inversion.make_schedule()
         with self.precisely():
             denoiser = Denoiser(cast(FastUNet, self.unet), texts, schedule, self.prediction_type, self.compiled)
-        network: Network = Graphed(denoiser, self.overhead) if use_graphs(device) else denoiser
+        if not use_graphs(device):
+            return self._precise(denoiser)
+        network = self._precise(Graphed(denoiser, self.overhead))
+        standing = standing_on(self.unet, self.tf32, self.compiled)
+        return GraphedSteps(network, self._precise(denoiser), denoiser.tensors, standing, self.graphs)
 
+    def _precise(self, network: Network) -> Network:
         def precise(
             x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
             attention: AttentionControl | None = None,
@@ -144,6 +154,10 @@ class Runner:
                 return network(x_t, inputs, steps, texts, images, attention)
 
         return precise
+
+    def forget(self) -> None:
+        """Let go of the graphs that were kept, and their memory."""
+        self.graphs.clear()
 
     def attempts(
         self, phase: Phase, latents: Tensor, reporting: Reporting, on_evaluations: Callback | None = None

@@ -124,12 +124,15 @@ def folded_bias(*layers: nn.Linear | nn.Conv2d) -> Tensor:
     if any(bias.is_inference() for bias in biases):  # they do not tell when they are changed
         return torch.stack(biases).sum(0)
     versions = [version(bias) for bias in biases]
-    kept, at, total = _folded.get(layers[-1], ([], [], None))
-    same = [(bias.data_ptr(), bias.dtype) for bias in kept] == [(bias.data_ptr(), bias.dtype) for bias in biases]
-    if total is None or at != versions or not same:
-        total = torch.stack(biases).sum(0)
-        _folded[layers[-1]] = biases, versions, total  # it keeps the biases, so that no others can lie there
-    return total
+    kept = _folded.get(layers[-1])
+    if kept is None or kept[1] != versions or list(map(_place, kept[0])) != list(map(_place, biases)):
+        # It keeps the biases, so that no others can lie there.
+        kept = _folded[layers[-1]] = biases, versions, torch.stack(biases).sum(0)
+    return kept[2]
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.data_ptr(), tensor.dtype
 
 
 def together(*layers: nn.Linear) -> Tensor:

@@ -27,7 +27,7 @@ class Tapes:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def __call__(self, call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
         output = call()
         self.recorded += 1
         output.fill_(torch.nan)  # a recording computes nothing
@@ -96,7 +96,7 @@ def test_a_size_is_plain_once_then_recorded_then_replayed() -> None:
     (RuntimeError("operation not permitted when stream is capturing\nlong story"), "not permitted when .* capturing$"),
 ])  # fmt: skip
 def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(error: Exception, says: str) -> None:
-    def failing(call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def failing(call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
         raise error
 
     graphed = Graphed(network, Overhead(), failing)

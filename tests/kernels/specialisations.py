@@ -1,4 +1,5 @@
-"""Count what a whole edit would compile, without a GPU and without compiling: JSON {kernel: variants} to stdout.
+"""Count what a whole edit would compile, without a GPU and without compiling: JSON to stdout, {"variants": {kernel: how
+many}, "behind": {kernel: those among them that `kernels/variants.py` does not meet}}.
 
 Triton compiles a kernel anew for every new key of argument types, alignments, ones, constexprs and options. Its own
 hook names each key here and forbids the compiling; tensors are on the meta device, so nothing is computed either. The
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 
 from ledits_min.config import SD15_UNET, SD15_VAE
+from ledits_min.kernels import variants
 from ledits_min.kernels.geglu import geglu
 from ledits_min.kernels.group_norm_silu import add_group_norm_silu, add_maps, group_norm_silu
 from ledits_min.kernels.layer_norm import add_layer_norm
@@ -106,9 +108,8 @@ def every_launch() -> None:
 
 
 def branches(count: int, steps: int) -> Tensor:
-    """(N, S, B, C, h, w), as a channels-last UNet returns them."""
-    maps = torch.zeros(count * steps, 4, 64, 64, device="meta").contiguous(memory_format=torch.channels_last)
-    return maps.unflatten(0, (count, steps, 1))
+    """(N, S, B, C, h, w), as the engine hands them on."""
+    return torch.zeros(count, steps, 1, 4, 64, 64, device="meta")
 
 
 if __name__ == "__main__":
@@ -120,5 +121,12 @@ if __name__ == "__main__":
 
     triton.runtime.driver.set_active(Driver())
     triton.knobs.runtime.jit_cache_hook = note
+    for call in variants.calls(torch.device("meta"), DTYPE, SD15_UNET.block_out_channels, 32, (4, 64, 64)):
+        call()
+    ahead = {name: set(found) for name, found in keys.items()}
     every_launch()
-    json.dump({name: len(found) for name, found in sorted(keys.items())}, sys.stdout)
+    told = {
+        "variants": {name: len(found) for name, found in sorted(keys.items())},
+        "behind": {name: len(behind) for name, found in keys.items() if (behind := found - ahead.get(name, set()))},
+    }
+    json.dump(told, sys.stdout)
