@@ -119,6 +119,7 @@ class LEdits:
         ema: bool = False,
         embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
         clip_skip: int | None = None,
+        insist: bool = False,
         compile: bool = False,
         engine: str = "fast",
     ) -> LEdits:
@@ -131,6 +132,7 @@ class LEdits:
         ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
         `ema` takes the averaged UNet of a single file that brings both. `embedding` holds textual inversions: paths or
         (path, word) pairs. `clip_skip` reads the text from an earlier layer, 1 being the last, as A1111 counts.
+        `insist` loads a checkpoint that would be refused for a name in it, where its tensors are sound.
         `compile` runs the UNet through torch.compile: a minute or more for every batch size at first, faster then.
         `engine` "plain" runs the loops of `edit.py` through the plain networks, one evaluation after the other: the
         reference that "fast" is tested against.
@@ -142,7 +144,7 @@ class LEdits:
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-            lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, dtype=chosen_dtype,
+            lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, insist=insist, dtype=chosen_dtype,
         )  # fmt: skip
         ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
         ledits.runner.tf32 = dtype == "tf32"
