@@ -34,18 +34,24 @@ def kind_of(device: torch.device) -> str:
     return "cpu (AVX-512)" if multiplies_bfloat16_in_vectors() else "cpu (AMX)"
 
 
+def commit() -> str:
+    """As git tells it; empty where there is none."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
 def conditions() -> dict[str, Any]:
     """What a figure means little without. No host name: the file is committed."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
-    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": processor(),
         "cores": cores,
         "bfloat16": "no" if not computes_in_bfloat16() else "vectors" if multiplies_bfloat16_in_vectors() else "tiles",
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
     }

@@ -43,6 +43,7 @@ from bench.speed.sides import (
 )
 from ledits_min.config import SD15_UNET, SD15_VAE
 from ledits_min.engine.cost import unet_cost, vae_costs
+from ledits_min.engine.precision import float32_products
 
 RESULTS = Path(__file__).parents[1] / "results" / "peer.json"
 # Relative. After a few steps only rounding may tell the sides apart. After many, masks have moved: their edge lies
@@ -183,7 +184,8 @@ def total(found: dict[str, Any]) -> float:
 def main() -> None:
     args = options()
     if args.side:
-        run_side(args)
+        with float32_products(torch.device(args.device), tf32=False):  # the peer too: float32 judges both
+            run_side(args)
         return
     found = run_both(args)
     names = ("dtype", "peer_dtype", "size", "steps", "skip", "concepts", "images", "prompts", "compile", "rounds")
@@ -195,7 +197,7 @@ def main() -> None:
         "conditions": conditions(),
     }
     print(json.dumps(result, indent=2))
-    if not args.quick:
+    if not args.quick or args.output != RESULTS:
         kept = json.loads(args.output.read_text()) if args.output.exists() else {}
         dtypes = args.dtype if args.dtype == args.peer_dtype else f"{args.dtype} against {args.peer_dtype}"
         pictures = f", {args.images} pictures" * (args.images > 1)

@@ -23,8 +23,10 @@ from diffusers import logging
 from torch import Tensor
 
 from bench.speed.conditions import conditions, kind_of
+from bench.speed.gpu import graphed
 from bench.speed.sides import DTYPES, TOKENS, build_ours, build_theirs, synchronize
 from ledits_min.engine.fast_networks import FastUNet, accelerate
+from ledits_min.engine.precision import float32_products
 
 RESULTS = Path(__file__).parents[1] / "results" / "unet_alone.json"
 AGREE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # relative to the float32 prediction
@@ -41,6 +43,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--openvino", action="store_true", help="OpenVINO too (pip install openvino; on a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small networks: does it run?")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.size, args.rounds = 64, 1
@@ -85,7 +88,8 @@ def main() -> None:
     width = ours.config.cross_attention_dim
     batches = [int(batch) for batch in args.batches.split(",")]
     jobs = {batch: inputs(batch, side, width, device) for batch in batches}
-    exact = {batch: theirs(*job).sample for batch, job in jobs.items()}
+    with float32_products(device, tf32=False):
+        exact = {batch: theirs(*job).sample for batch, job in jobs.items()}
     openvino = in_openvino(theirs, jobs[batches[0]], args.dtype) if args.openvino else None
     for network in (ours, theirs):
         network.to(dtype)
@@ -105,13 +109,27 @@ def main() -> None:
             calls["diffusers, compiled"] = lambda: fast[1](*half).sample  # noqa: B023
         if openvino is not None:
             calls["OpenVINO"] = lambda: openvino(x_t, t, context)  # noqa: B023
+        if device.type == "cuda":
+            calls |= {f"{name}, graph": recorded(call) for name, call in calls.items()}
         found[f"batch {batch}"] = measure(calls, exact[batch], args)
     print(json.dumps(found, indent=2))
-    if not args.quick:
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not args.quick or args.output != RESULTS:
+        kept = json.loads(args.output.read_text()) if args.output.exists() else {}
         more = ", compiled" * args.compile + ", OpenVINO" * args.openvino
         kept[f"{kind_of(device)} {args.dtype} {args.size} px{more}"] = {**found, "conditions": conditions()}
-        RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
+        args.output.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
+
+
+def recorded(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same as a CUDA graph: the device's own time."""
+    results: list[Tensor] = []
+    (replay,) = graphed([lambda: results.append(call())])
+
+    def replayed() -> Tensor:
+        replay()
+        return results[-1]
+
+    return replayed
 
 
 def measure(calls: dict[str, Callable[[], Tensor]], exact: Tensor, args: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +147,7 @@ def measure(calls: dict[str, Callable[[], Tensor]], exact: Tensor, args: argpars
             seconds[name] = min(seconds[name], time.perf_counter() - started)
     return {
         name: {
-            "seconds": round(seconds[name], 3),
+            "seconds": float(f"{seconds[name]:.4g}"),
             "to_ours": round(seconds[name] / seconds["ours"], 3),
             "off_float32": float(f"{off[name]:.2g}"),
         }

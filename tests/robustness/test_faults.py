@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min import pipeline
+from ledits_min import LEdits, pipeline
 from ledits_min.app.cli import main
 from ledits_min.config import EditDefaults
+from ledits_min.engine.budget import inverting_and_editing
 from ledits_min.engine.fast_networks import FastUNet
-from ledits_min.engine.plan import editing_phase, inversion_phase, one_pass_phase
+from ledits_min.engine.plan import editing_phase, inversion_phase
 from ledits_min.files import inversion as archive
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
@@ -428,7 +429,8 @@ def test_not_a_number_at_every_step_and_branch(
     concepts = Concept("hat", warmup_steps=0), Concept("beard", warmup_steps=1)
     settings = EditSettings("short hair", concepts=tuple(concept.resolve(EditDefaults()) for concept in concepts))
     inversion = InversionSettings(num_steps=4, skip=1, source="a portrait")
-    phases = [one_pass_phase(inversion, settings, 1, 64)]
+    costs = LEdits.from_pretrained("tiny", device="cpu", dtype="float32").runner.costs((16, 16), torch.device("cpu"))
+    phases = [inverting_and_editing(inversion, settings, 1, costs, torch.device("cpu"))]
     if way == "one after the other":
         phases = [inversion_phase(inversion, 1, 64), editing_phase("editing", inversion, settings, 1, 64)]
     wanted = [(phase.name, row.step, row.text) for phase in phases for row in phase.rows]
