@@ -1,4 +1,8 @@
-"""README's picture: sample portraits, their reconstructions and four edits each, under the study's two settings.
+"""README's picture: what these commands make of three sample portraits, side by side.
+
+    ledits edit portrait1.png                                  the reconstruction, with --output-size model
+    ledits edit portrait1.png --add sunglasses                 and --add beard
+    ledits edit portrait1.png --add "a red hat:scale=3,threshold=0.8" --skip 2      and "blue background:..."
 
 python bench/readme.py [OUT.png]
 """
@@ -6,31 +10,39 @@ python bench/readme.py [OUT.png]
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
-from ledits_min import Concept, LEdits
-from ledits_min.app.cli.demo import run
+from ledits_min.app.cli.command import main as ledits
 from ledits_min.app.sheet import Cell, contact_sheet
 from ledits_min.files.opening import open_image
 from ledits_min.files.write import save_image
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ("portrait1", "portrait2", "portrait3")
-LOCAL = ("sunglasses", "beard")  # with the model's defaults
-GLOBAL = ("a red hat", "blue background")  # README: "--skip 2" and ":scale=3,threshold=0.8"
+COMMANDS = {
+    "reconstruction": ["--output-size", "model"],
+    "+ sunglasses": ["--add", "sunglasses"],
+    "+ beard": ["--add", "beard"],
+    "+ a red hat": ["--add", "a red hat:scale=3,threshold=0.8", "--skip", "2"],
+    "+ blue background": ["--add", "blue background:scale=3,threshold=0.8", "--skip", "2"],
+}
 
 
 def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "bench/results/readme.png"
-    ledits = LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
     rows = []
-    for name in SAMPLES:
-        picture = open_image(ROOT / f"weights/tiny/samples/{name}.png")
-        inversion, wide = ledits.invert(picture), ledits.invert(picture, skip=2)
-        edits = {text: (inversion, Concept(text)) for text in LOCAL}
-        edits |= {text: (wide, Concept(text, guidance_scale=3.0, threshold=0.8)) for text in GLOBAL}
-        cells = [Cell(f"+ {text}", run(ledits, x, concepts=[c]).images[0]) for text, (x, c) in edits.items()]
-        rows.append([Cell(name, picture), Cell("reconstruction", run(ledits, inversion).images[0]), *cells])
+    with tempfile.TemporaryDirectory() as folder:
+        edited = Path(folder) / "edited.png"
+        for name in SAMPLES:
+            picture = ROOT / f"weights/tiny/samples/{name}.png"
+            cells = [Cell(name, open_image(picture))]
+            for label, options in COMMANDS.items():
+                code = ledits(["edit", str(picture), *options, "--dtype", "float32", "--overwrite", "-o", str(edited)])
+                if code:
+                    sys.exit(code)
+                cells.append(Cell(label, open_image(edited)))
+            rows.append(cells)
     save_image(contact_sheet(rows), out)
 
 

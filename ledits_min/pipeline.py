@@ -88,7 +88,13 @@ class Result:
 
 
 class LEdits:
-    """A checkpoint ready to edit real pictures. Make one with `LEdits.from_pretrained`."""
+    """A checkpoint ready to edit real pictures. Make one with `LEdits.from_pretrained`.
+
+    ImageLike  what a picture may be: a path, a PIL image, or a uint8 array (H, W, 3)
+    Callback   a function that takes a `Progress` and may return a true value to stop the run, which then raises
+               `Stopped`; whatever it raises itself ends the run, too
+    Every refusal is an `InputError` (a ValueError) of one line; Ctrl-C ends a run between two calls of the UNet.
+    """
 
     def __init__(
         self,
@@ -99,11 +105,12 @@ class LEdits:
         defaults: EditDefaults,
         fingerprint: str,
         notes: Sequence[str] = (),
-        embedded: bool = False,
+        name: str = "",
         engine: str = "fast",
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
-        self.defaults, self.fingerprint, self.notes, self.embedded = defaults, fingerprint, tuple(notes), embedded
+        self.defaults, self.fingerprint, self.notes = defaults, fingerprint, tuple(notes)
+        self.name, self.embedded = name, name == "tiny"
         self.runner = RUNNERS[engine](unet, vae, schedule.prediction_type, text.length)
 
     @classmethod
@@ -121,21 +128,28 @@ class LEdits:
         ema: bool = False,
         embedding: EmbeddingSource | Sequence[EmbeddingSource] = (),
         clip_skip: int | None = None,
+        insist: bool = False,
         compile: bool = False,
         engine: str = "fast",
     ) -> LEdits:
-        """Load the embedded model ("tiny"), a .safetensors file, a diffusers folder, or an org/name[@revision] that is
-        in the local Hugging Face cache. Never touches a network.
+        """Load a checkpoint. Never touches a network.
 
-        device "auto" is CUDA where there is one; dtype "auto" is float16 there, bfloat16 on a CPU that computes in it,
-        else float32; "tf32" is float32 whose products a CUDA device may round to 10 bits, several times as fast.
-        `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts. `prediction_type` is "epsilon"
-        ("eps") or "v_prediction" ("v"). `lora` holds paths or (path, scale) pairs, merged in that order.
-        `ema` takes the averaged UNet of a single file that brings both. `embedding` holds textual inversions: paths or
-        (path, word) pairs. `clip_skip` reads the text from an earlier layer, 1 being the last, as A1111 counts.
-        `compile` runs the UNet through torch.compile: a minute or more for every batch size at first, faster then.
-        `engine` "plain" runs the loops of `edit.py` through the plain networks, one evaluation after the other: the
-        reference that "fast" is tested against.
+        model            the embedded model ("tiny"), a .safetensors file, a diffusers folder, or an org/name[@revision]
+                         that is in the local Hugging Face cache
+        device           "auto": CUDA where there is one, else the CPU; "cpu", "cuda", "cuda:1", or a torch.device
+        dtype            "auto": float16 on CUDA, bfloat16 on a CPU that computes in it, else float32; "float32",
+                         "bfloat16", "float16", or a torch.dtype; "tf32" is float32 whose products a CUDA device may
+                         round to 10 bits, several times as fast
+        vae, text_encoder, tokenizer    files or folders that replace the checkpoint's own part; None: its own
+        prediction_type  "epsilon" ("eps") or "v_prediction" ("v"); None: what the checkpoint says
+        lora             a path or (path, scale), or a list of them, merged in that order
+        ema              take the averaged UNet of a single file that brings both
+        embedding        textual inversions: a path or (path, word), or a list of them
+        clip_skip        the text encoder's layer that is read, 1 being the last, as A1111 counts; None: the model's
+        insist           load a checkpoint that would be refused for a name in it, where its tensors are sound
+        compile          run the UNet through torch.compile: a minute or more per batch size at first, faster then
+        engine           "fast", or "plain": the loops of `edit.py` through the plain networks, one evaluation after the
+                         other, the reference that "fast" is tested against
         InputError names anything that does not fit.
         """
         if engine not in RUNNERS:
@@ -144,10 +158,10 @@ class LEdits:
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
             model, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, prediction_type=prediction_type,
-            lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, dtype=chosen_dtype,
+            lora=lora, ema=ema, embedding=embedding, clip_skip=clip_skip, insist=insist, dtype=chosen_dtype,
         )  # fmt: skip
         ahead = Ahead(_kernel_calls(checkpoint, chosen_device, chosen_dtype) if engine == "fast" else [])
-        ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model) == "tiny", engine)
+        ledits = cls.from_checkpoint(checkpoint, chosen_device, chosen_dtype, str(model), engine)
         ledits.runner.ahead = ahead
         ledits.runner.tf32 = dtype == "tf32"
         if compile:
@@ -161,10 +175,13 @@ class LEdits:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
-        embedded: bool = False,
+        name: str = "",
         engine: str = "fast",
     ) -> LEdits:
-        """Build the networks around a checkpoint's tensors, which they take over."""
+        """Build the networks around the tensors of `checkpoint`, which they take over, on `device` and in `dtype`.
+
+        name  what it was loaded by, "tiny" for the embedded model; engine  as in `from_pretrained`
+        """
         networks = build_networks(checkpoint, device, dtype)
         return cls(
             unet=networks.unet,
@@ -174,9 +191,14 @@ class LEdits:
             defaults=read_config(EditDefaults, checkpoint.defaults, "ledits.json"),
             fingerprint=checkpoint.fingerprint,
             notes=checkpoint.notes,
-            embedded=embedded,
+            name=name,
             engine=engine,
         )
+
+    def __repr__(self) -> str:
+        closed = self.device.type == "meta"
+        where = "closed" if closed else f"{self.device}, {self.precision}"
+        return f"LEdits({self.name!r}, {where})"
 
     @property
     def usage(self) -> Usage:
@@ -184,10 +206,12 @@ class LEdits:
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
         return self.unet.conv_in.weight.dtype
 
     @property
@@ -196,8 +220,9 @@ class LEdits:
         return "tf32" if self.runner.tf32 else str(self.dtype).removeprefix("torch.")
 
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LEdits:
-        """Move the networks; `dtype` as in `from_pretrained`, None: as it is. What a narrower one rounds stays rounded.
+        """Move the networks. What a narrower dtype rounds stays rounded.
 
+        device, dtype  as in `from_pretrained`; dtype None: as it is
         Returns itself. InputError where there is no such device, and during a run.
         """
         with self.usage.alone():
@@ -259,14 +284,24 @@ class LEdits:
     ) -> Inversion:
         """Find the noise maps that lead back to the picture: the first half of Algorithm 1.
 
-        image   one picture or a list that shares one latent size: PIL image, path, or uint8 array (H, W, 3)
-        skip    how many of the noisiest steps are left out; None: num_steps * 36 // 100
-        eta     0 .. 1; 1 is DDPM
-        seed    0 .. 2^63 - 1, one number or one per picture
-        noise   float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
-        size    longer side in pixels, or (width, height); None: the model's native size for the longer side
-        callback  called with a `Progress` after every call of the UNet; Stopped where it returns true
-        solver_order  1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, as LEDITS++ has it, with eta 1 alone
+        image      an `ImageLike` (path, PIL image, or uint8 array (H, W, 3)), or a list of them for one batch
+        source     the prompt that describes the picture as it is; "" for none
+        source_guidance_scale    how strongly `source` is followed, 0 .. 1000; None: the checkpoint's own, else the
+                   paper's 3.5
+        num_steps  steps from pure noise to the picture, 1 .. 500; None: the checkpoint's own, else the paper's 100
+        skip       how many of the noisiest of them are left out, 0 .. num_steps - 1: fewer let an edit change more.
+                   None: the checkpoint's own for its own num_steps (the paper's: 36 of 100), else
+                   num_steps * 36 // 100
+        eta        noise of the steps, 0 .. 1: 1 is DDPM, 0 DDIM
+        seed       0 .. 2^63 - 1, one number or one per picture: it alone decides the noise
+        noise      float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
+        solver_order  1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, as LEDITS++ has it, with eta 1 alone; None:
+                   the checkpoint's own, else 1
+        size       what is worked at: the longer side in pixels, or (width, height); None: the model's native size
+        progress   show a bar on a terminal
+        callback   a `Callback`, called with a `Progress` after every call of the UNet
+        Returns an `Inversion`, to edit as often as wanted. InputError for what does not fit; Stopped where the callback
+        returns true.
         """
         check_call(callback=callback)
         pictures = open_pictures(image)
@@ -288,7 +323,10 @@ class LEdits:
         seeds: tuple[int, ...] = (),
         solver_order: int | None = None,
     ) -> InversionSettings:
-        """What `invert` would note down, every default resolved; it refuses what `invert` refuses."""
+        """What `invert` would note down, every default resolved; it refuses what `invert` refuses.
+
+        source, source_guidance_scale, num_steps, skip and eta as there; seeds  one per picture, () for given noise
+        """
         num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
         order = self.defaults.solver_order if solver_order is None else solver_order
@@ -317,13 +355,20 @@ class LEdits:
     ) -> Result:
         """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
 
-        negative      replaces the empty prompt in eps_uncond
-        concepts      what to add or remove, see `Concept`
-        momentum_*    SEGA's momentum, 0 <= value < 1; off by default, since LEDITS has none
-        output_size   "input": the change, laid over the original pixels at the original size;
-                      "model": the model's own picture at the size it worked at
-        attention     Prompt-to-Prompt: the attention maps of the inversion's source prompt, lent to the target
-        callback      called with a `Progress` after every step; Stopped where it returns true
+        inversion       what `invert` gave back or `Inversion.load` read, made with this model
+        target          the prompt that describes the new picture; "" for none
+        guidance_scale  how strongly `target` is followed, 0 .. 1000; None: the checkpoint's own, else the paper's 15
+        negative        what the picture should not show; it replaces the empty prompt in eps_uncond
+        concepts        a list of `Concept`: what to add or remove, each with its own numbers
+        momentum_scale, momentum_beta    SEGA's momentum, 0 <= value < 1; off by default, since LEDITS has none
+        progress        show a bar on a terminal
+        trace           note down numbers of every step in `Result.trace`
+        output_size     "input": the change, laid over the original's pixels at the original's size, by
+                        `files.picture.lay_change`; "model": the model's own picture at the size it worked at
+        attention       a `PromptToPrompt`: the attention maps of the inversion's source prompt, lent to the target
+        callback        a `Callback`, called with a `Progress` after every step
+        Returns a `Result`: images, masks, latents, trace. InputError for what does not fit; Stopped where the callback
+        returns true.
         """
         check_call(concepts, callback)
         check_inversion(inversion, self.unet.config.in_channels)
@@ -372,10 +417,15 @@ class LEdits:
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
-        Arguments as there; `callback` is called after every step. Both share the UNet's calls, and what both would ask
-        is asked once, as long as the edit retraces the inversion. Batches have other sizes than in two calls, which
-        rounds differently. Prompt-to-Prompt shares nothing with the inversion: with `attention` one runs after the
-        other, and each calls back as it does alone.
+        image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size    as in `invert`
+        target, guidance_scale, negative, concepts, momentum_scale, momentum_beta, trace, output_size    as in `edit`
+        progress   show a bar on a terminal
+        callback   a `Callback`, called with a `Progress` after every step
+        attention  as in `edit`. Prompt-to-Prompt shares nothing with the inversion: one runs after the other, and each
+                   calls back as it does alone
+        Both share the UNet's calls, and what both would ask is asked once, as long as the edit retraces the inversion.
+        Batches have other sizes than in two calls, which rounds differently. Returns an `Inversion` and a `Result`;
+        raises what they raise.
         """
         check_call(concepts, callback)
         check_output_size(output_size)
@@ -428,9 +478,14 @@ class LEdits:
     ) -> Result:
         """Make pictures from a prompt, with SEGA's concepts: what the guidance does where no real picture is involved.
 
+        prompt          what the picture shows
+        concepts, negative, momentum_scale, momentum_beta, progress, trace, callback    as in `edit`
+        guidance_scale  how strongly `prompt` is followed, 0 .. 1000
+        num_steps, eta  steps, and their noise: 0 is DDIM, 1 DDPM
+        seed            one number, or a list: one picture per seed
+        size            the side in pixels of a square, or (width, height); None: the model's native size
         The same loop as an edit. It starts from noise at the first timestep, and its residuals sigma_t z_t are drawn
-        instead of found by inversion (eta = 0, DDIM, has none). One picture per seed; `size` as in `invert`, square by
-        default.
+        instead of found by inversion (eta = 0, DDIM, has none). Returns a `Result`; InputError and Stopped as there.
         """
         check_call(concepts, callback)
         settings = edit_settings(
@@ -497,7 +552,10 @@ class LEdits:
     def lending(
         self, attention: PromptToPrompt, inversion: InversionSettings, settings: EditSettings, latents: Tensor
     ) -> Lending:
-        """Which of the source prompt's maps Prompt-to-Prompt lends to the target's; latents (B, C, h, w)."""
+        """Which of the source prompt's maps `attention` lends to the target's.
+
+        inversion, settings  what the picture was inverted with, and the edit; latents  (B, C, h, w), for their size
+        """
         words = self.text.words(inversion.source), self.text.words(settings.target)
         return attention.lending(*words, self.text.length, inversion.num_steps, latents.to(self.device))
 

@@ -1,7 +1,8 @@
 """What peft keeps beside the tensors of a LoRA: alpha, patterns of layers with their own, and how it was trained.
 
-It stands in the file's metadata (diffusers packs one LoraConfig per part: `unet.lora_alpha`, ...), or in
-adapter_config.json beside the file (peft). The rank is not read: the tensors have it.
+It stands in the file's metadata (diffusers packs one LoraConfig per part: `unet.lora_alpha`, ...; some trainers write
+an alpha there and nothing else), or in adapter_config.json beside the file (peft). The rank is not read: the tensors
+have it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ledits_min.weights.read.folder import read_json
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_ALPHA = 8.0  # what a LoraConfig means that does not say lora_alpha
 _PARTS = {"unet": "unet.", "text": "text_encoder.", "text_2": "text_encoder_2."}
+_ALPHA_KEYS = ("lora_alpha", "network_alpha", "alpha")
 # Settings under which the weights are no plain W + alpha / r * B A, or not the one that the factors were trained on.
 _OTHER_SUMS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
@@ -110,6 +112,7 @@ def read_adapters(header: Header, path: Path, silent: Iterable[str]) -> dict[str
 
     `silent` are the layers, as the file spells them, without an alpha of their own: those of peft need one from beside.
     """
+    silent = list(silent)
     if METADATA_KEY in header.metadata:
         source = f"{quoted(path)} ({METADATA_KEY})"
         try:
@@ -122,7 +125,8 @@ def read_adapters(header: Header, path: Path, silent: Iterable[str]) -> dict[str
         beside = path.with_name("adapter_config.json")
         source, settings = quoted(beside), read_json(beside)
     else:
-        return {}
+        source = f"{quoted(path)} (metadata)"
+        settings = _alpha_alone(header.metadata, source) if silent else {}
     packed = any(key.startswith(tuple(_PARTS.values())) for key in settings)
     adapters = {}
     for part, prefix in _PARTS.items():
@@ -131,6 +135,24 @@ def read_adapters(header: Header, path: Path, silent: Iterable[str]) -> dict[str
         if own:
             adapters[part] = _adapter(own, source)
     return adapters
+
+
+def _alpha_alone(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+    """What plain entries say, `lora_alpha` or `unet.lora_alpha`, as a LoraConfig would; {} where they say nothing."""
+    found: dict[str, Any] = {}
+    for key, text in metadata.items():
+        prefix = next((prefix for prefix in _PARTS.values() if key.startswith(prefix)), "")
+        if key.removeprefix(prefix) not in _ALPHA_KEYS:
+            continue
+        try:
+            alpha = float(text)
+        except ValueError:
+            raise InputError(f"{source}: {key} is {quoted(text, 40)}; a number is wanted") from None
+        check_number(f"{source}: {key}", alpha, -1e6, 1e6)
+        if found.setdefault(f"{prefix}lora_alpha", alpha) != alpha:
+            raise InputError(f"{source} gives two alphas, {found[f'{prefix}lora_alpha']:g} and {alpha:g}; keep one")
+        found[f"{prefix}use_rslora"] = metadata.get(f"{prefix}use_rslora", "").lower() == "true"
+    return found
 
 
 def _adapter(settings: Mapping[str, Any], source: str) -> Adapter:

@@ -76,8 +76,8 @@ def inspect(path: str | Path, **options: Any) -> Report:
     """
     supplied = supplied_parts(options.get("vae"), options.get("text_encoder"))
     path = find_model(path, supplied)
-    ema = bool(options.get("ema"))
-    layouts = _folder_layouts(path) if path.is_dir() else [layout_of(path, read_header(path), ema)[0]]
+    ema, insist = bool(options.get("ema")), bool(options.get("insist"))
+    layouts = _folder_layouts(path) if path.is_dir() else [layout_of(path, read_header(path), ema, insist)[0]]
     parts = {part: layout.parts[part] for layout in layouts for part in PARTS if part in layout.parts}
     survey, reason = _try_to_load(path, supplied, options)
     wanted = [part for part in PARTS if part != "text_2" or _family(layouts) == SDXL.name]
@@ -102,7 +102,7 @@ def _try_to_load(path: Path, supplied: Collection[str], options: Mapping[str, An
     """(survey, "") if it loads; (survey, reason) if what is there is sound by itself; (None, reason) if it is not."""
     survey = None
     try:
-        survey = survey_checkpoint(path, supplied, bool(options.get("ema")))
+        survey = survey_checkpoint(path, supplied, bool(options.get("ema")), bool(options.get("insist")))
         survey = survey_whole(path, **options)
     except InputError as error:
         return survey, str(error)

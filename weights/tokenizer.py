@@ -122,7 +122,7 @@ def _learn(tokenizer: Any, words: Mapping[str, int], first: int) -> None:
     """Teach it that a word, in whichever case, stands for tokens `first`, `first` + 1, ...
 
     Each vector is a token of its own, spelled as one private character; the word is replaced by them when a text is
-    normalised, where it stands by itself.
+    normalised, where it stands by itself. Of a word that was known before, a warning says so.
     """
     if len(tokenizer) != first:
         raise InputError(
@@ -131,12 +131,18 @@ def _learn(tokenizer: Any, words: Mapping[str, int], first: int) -> None:
         )
     backend = tokenizer.backend_tokenizer
     steps = [backend.normalizer] if backend.normalizer else []
+    known, whole = set(tokenizer.get_vocab()), getattr(backend.model, "end_of_word_suffix", None) or ""
     spelled, place = {}, 0
     for word, count in words.items():
         characters = [chr(_PRIVATE + place + i) for i in range(count)]
         tokenizer.add_tokens([AddedToken(character, normalized=True) for character in characters])
         place += count
         seen = backend.normalizer.normalize_str(word) if backend.normalizer else word
+        if f"{seen}{whole}" in known:
+            warn(
+                f"the embedding's word {quoted(word, 60)} is also an ordinary word; every {quoted(word, 60)} in a "
+                "prompt is now the embedding; name it with FILE:WORD"
+            )
         before = r"(?<!\w)" if re.match(r"\w", seen) else ""
         after = r"(?!\w)" if re.search(r"\w$", seen) else ""
         spelled[seen] = (f"{before}{re.escape(seen)}{after}", "".join(characters))

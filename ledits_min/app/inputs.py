@@ -70,7 +70,7 @@ def load_inversion(args: argparse.Namespace) -> Inversion:
 
 def parts(args: argparse.Namespace) -> dict[str, Any]:
     """The options that say what a checkpoint is made of, as keywords."""
-    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema", "clip_skip")
+    names = ("vae", "text_encoder", "tokenizer", "prediction_type", "ema", "clip_skip", "insist")
     return {"lora": args.lora or [], "embedding": args.embedding or [], **{name: getattr(args, name) for name in names}}
 
 

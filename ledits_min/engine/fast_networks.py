@@ -268,10 +268,11 @@ class FastTransformerBlock(unet.TransformerBlock):
             return self.at_once(value(tokens), conditioning)
         on_self, on_text = conditioning.attends
         normed = (tokens := as_sum(tokens)).layer_normed(self.norm1)
-        tokens = Sum(attn1.attended(*attn1.queries_keys_values(normed), on_self), None, value(tokens))
+        q, k, v = attn1.queries_keys_values(normed)
+        tokens = Sum(attn1.attended(q, k, v, on_self), None, value(tokens))
         normed = conditioning.spread(tokens.layer_normed(self.norm2))
-        q, keys_values = attn2.split_heads(attn2.to_q(normed)), conditioning.keys_values_of(attn2)
-        tokens = Sum(attn2.attended(q, *keys_values, on_text), None, conditioning.spread(value(tokens)))
+        q, (k, v) = attn2.split_heads(attn2.to_q(normed)), conditioning.keys_values_of(attn2)
+        tokens = Sum(attn2.attended(q, k, v, on_text), None, conditioning.spread(value(tokens)))
         return Sum(narrow(geglu(widen(tokens.layer_normed(self.norm3)))), None, value(tokens))
 
     def at_once(self, tokens: Tensor, conditioning: FastConditioning) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm  # a bar of its own in a notebook
+from tqdm.auto import tqdm
 
 from ledits_min.errors import RunError
 
@@ -57,7 +57,7 @@ def tell(callback: Callback | None, progress: Progress) -> None:
 
 
 def progress_bar(phase: str, total: int, unit: str, wanted: bool) -> tqdm[Any]:
-    """A bar on stderr that stays silent where stderr is no terminal, or closed."""
+    """A bar: in a notebook a widget, else text on stderr, which stays silent where that is no terminal, or closed."""
     numbers = f"{{n_fmt}}/{{total_fmt}} {unit}s in {{elapsed}}, {{remaining}} left{{postfix}}"
     return tqdm(
         total=total, desc=phase, bar_format=f"{{desc:<10}} {{percentage:3.0f}} % |{{bar}}| {numbers}",

@@ -35,6 +35,7 @@ class Inversion:
     residuals  float32 (T, B, C, h, w)  x_{t-1} - mu_t of every executed step, T = num_steps - skip
     latents    float32 (B, C, h, w)     x_0, the pictures' own latents
     originals  B uint8 tensors (H, W, 3), the pictures as they came in
+    settings   an `InversionSettings`: what it was made with
     """
 
     x_T: Tensor = field(repr=False)

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ledits_min.errors import InputError, RunError, short
 
 MIN_LATENTS, MAX_SIDE = 8, 4096  # at the model's size: latents of the shorter side, pixels of the longer
+LITTLE, MUCH = 16.0, 64.0  # of 255: where a change begins to count as large, and where it is
+NOISE = 5.0  # levels^2: less variance than this is no structure
 
 Size = int | tuple[int, int] | list[int]
 
@@ -56,20 +59,63 @@ def to_images(image: Tensor) -> list[Image.Image]:
 
 
 def lay_change(original: Image.Image, before: Image.Image | Tensor, after: Image.Image | Tensor) -> Image.Image:
-    """clip(original + upsample(after - before)): the change of a small picture, laid over the large one.
+    """The change of a small picture, after - before, laid over the large one.
 
-    before and after are RGB pictures of one size, or tensors (3, h, w) in [-1, 1]. Where they agree, the
-    original's bytes come back exactly.
+    result = (1 - undone) original + undone upsample(before) + upsample(change - max(much - undone, 0) tint)
+    What the model's copy lacks, original - before, is a tint, its mean over 3 x 3 pixels, and detail. Where the change
+    undoes what was there neither may stay, or the old picture shows through: there are the model's own pixels. Where
+    much changes and the structure stays, the tint goes alone: a coat of another colour keeps its cloth. Elsewhere it
+    is original + change. before and after are RGB pictures of one size, or tensors (3, h, w) in [-1, 1]. Where they
+    agree, the original's bytes come back exactly.
     """
-    change = (_as_levels(after) - _as_levels(before)).numpy()
-    planes, size = [], original.size
-    for plane, delta in zip(original.split(), change, strict=True):
-        small = Image.fromarray(delta)
-        # Bicubic: Lanczos would ring two pixels further out of an edited region.
-        large = small if small.size == size else small.resize(size, Image.Resampling.BICUBIC)
-        summed = np.asarray(plane, dtype=np.float32) + np.asarray(large)
-        planes.append(Image.fromarray(np.rint(summed).clip(0, 255).astype(np.uint8)))
+    small, planes = _as_levels(before), []
+    change = _as_levels(after) - small
+    much = _smoothstep((_mean(change.abs().amax(dim=0, keepdim=True)) - LITTLE) / (MUCH - LITTLE))
+    undone = _undone(small, change, much)
+    tint = _mean(torch.from_numpy(_planes(original, (small.shape[2], small.shape[1]))) - small)
+    added = change - (much - undone).clamp(min=0.0) * tint
+    share = _enlarged(undone[0], original.size).clip(0.0, 1.0)
+    for plane, own, addition in zip(original.split(), small, added, strict=True):
+        levels = np.asarray(plane, dtype=np.float32)
+        levels = levels + _enlarged(addition, original.size) + share * (_enlarged(own, original.size) - levels)
+        planes.append(Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8)))
     return Image.merge("RGB", planes)
+
+
+def _undone(before: Tensor, change: Tensor, much: Tensor) -> Tensor:
+    """How much of the structure of `before` (3, h, w) the change undoes, (1, h, w) in [0, 1].
+
+    undone = clip(-cov(before, change) / (var(before) + NOISE)) over a window and the channels: 1 - undone is the slope
+    that the guided filter [1505.00996] finds from before to after. No change undoes nothing, another colour little,
+    another thing all. Wider windows know what a flat place belongs to; they count where `much` changes, so that
+    nothing is undone beside a change.
+    """
+    found = torch.zeros_like(much)
+    for radius in (1, 4, 16):
+        mean, mean_change = _mean(before, radius), _mean(change, radius)
+        variance = (_mean(before * before, radius) - mean * mean).sum(dim=0, keepdim=True)
+        covariance = (_mean(before * change, radius) - mean * mean_change).sum(dim=0, keepdim=True)
+        slope = (-covariance / (variance.clamp(min=0.0) + NOISE)).clamp(0.0, 1.0)
+        found = found.maximum(slope if radius == 1 else much * slope)
+    return found
+
+
+def _mean(levels: Tensor, radius: int = 1) -> Tensor:
+    """(C, h, w) over windows of 2 radius + 1 pixels, fewer at the edge."""
+    for kernel, padding in (((1, 2 * radius + 1), (0, radius)), ((2 * radius + 1, 1), (radius, 0))):
+        levels = F.avg_pool2d(levels, kernel, stride=1, padding=padding, count_include_pad=False)
+    return levels
+
+
+def _smoothstep(x: Tensor) -> Tensor:
+    x = x.clamp(0.0, 1.0)
+    return x * x * (3.0 - 2.0 * x)
+
+
+def _enlarged(plane: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """(h, w) at another size. Bicubic: Lanczos would ring two pixels further out of an edited region."""
+    small = Image.fromarray(plane.numpy())
+    return np.asarray(small if small.size == size else small.resize(size, Image.Resampling.BICUBIC))
 
 
 def _by(size: Size | None, longer: float) -> str:

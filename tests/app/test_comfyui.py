@@ -400,6 +400,7 @@ def test_models_come_from_comfyui_s_folders(comfy: Comfy, monkeypatch: pytest.Mo
         "text_encoder": str(models / "text_encoders/l.sft"),
         "clip_skip": 2,
         "ema": False,
+        "insist": False,
         "lora": tuple((str(models / "loras/a.safetensors"), scale) for scale in (0.5, -1.0)),
         "embedding": tuple((str(models / "embeddings/e.safetensors"), word) for word in (None, "mine")),
     }

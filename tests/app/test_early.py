@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ledits_min.app.cli import main
+from ledits_min.app.cli import WAITING, main
 from ledits_min.app.words import check_words
 from ledits_min.errors import InputError
 from ledits_min.pipeline import LEdits
@@ -21,7 +22,7 @@ SAMPLE = TINY / "samples" / "portrait1.png"
 SCRIPT = """
 import io, json, sys
 from contextlib import redirect_stderr
-from ledits_min.app.cli import main
+from ledits_min.app.cli import WAITING, main
 for argv in json.loads(sys.argv[1]):
     said = io.StringIO()
     with redirect_stderr(said):
@@ -122,3 +123,21 @@ def test_python_m_ledits_min_is_the_command(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "edit", "none.png"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.startswith("ledits: error: 'none.png' does not exist") and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("own", [None, *WAITING])
+def test_threads_sleep_while_they_wait_unless_the_user_said_how(own: str | None) -> None:
+    """OpenMP reads its environment when torch loads it, and says on request what it has read."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    environment |= {} if own is None else {own: "active" if own == WAITING[0] else "7"}
+    script = "import sys; from ledits_min.app.cli import main; sys.argv = ['ledits', '--version']; main(); import torch"
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ("GOMP_SPINCOUNT = '0'" in ran.stderr) == (own is None)
+
+
+def test_the_library_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert main(["--version"]) == 0
+    assert not any(name in os.environ for name in WAITING)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ledits_min import LEdits, pipeline
-from ledits_min.engine import ops
+from ledits_min.engine import networks, ops
 from ledits_min.engine.ahead import Ahead
 
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
@@ -20,7 +20,7 @@ QUICK: dict[str, Any] = {"num_steps": 2, "skip": 0, "size": 64, "progress": Fals
 
 def test_it_is_under_way_while_weights_load_and_awaited_before_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on, order = threading.Event(), threading.Event(), list[str]()
-    build = pipeline.build_networks
+    build = networks.build_networks
 
     def compiling() -> None:
         begun.set()

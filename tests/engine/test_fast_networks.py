@@ -232,7 +232,7 @@ class Counting(TorchDispatchMode):
     """What torch is asked to do outside the operations that a kernel does as one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.biased = self.joined = self.sums_of_maps = self.sums_of_tokens = self.products = 0
         self.kernels: dict[str, int] = {}
         self.inside = False
@@ -294,13 +294,18 @@ def test_no_launch_only_adds_a_bias_or_joins_maps(monkeypatch: pytest.MonkeyPatc
     assert counting.kernels["add_maps"] <= resized
 
 
+def replace_data(network: nn.Module) -> None:
+    for weight in network.parameters():
+        weight.data = 0.5 * weight.data
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("deferring")
 def test_what_is_folded_follows_the_weights() -> None:
     """Biases changed in place, replaced, loaded, narrowed; and weights that were moved to lie behind one another."""
     for change in (
         lambda network: [weight.mul_(1.5) for weight in network.parameters()],
-        lambda network: [setattr(weight, "data", 0.5 * weight.data) for weight in network.parameters()],
+        replace_data,
         lambda network: network.load_state_dict({k: 0.7 * v for k, v in network.state_dict().items()}),
         lambda network: network.load_state_dict({k: 0.7 * v for k, v in network.state_dict().items()}, assign=True),
         lambda network: network.double().float(),

@@ -19,7 +19,8 @@ from ledits_min.engine.precision import float32_products
 SAMPLE = Path(__file__).parents[2] / "weights/tiny/samples/portrait1.png"
 QUICK: dict[str, Any] = {"num_steps": 2, "skip": 0, "size": 64, "progress": False}
 CUDA = torch.device("cuda")
-matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+matmul: Any = torch.backends.cuda.matmul
+cudnn: Any = torch.backends.cudnn
 newer = pytest.mark.skipif(not hasattr(cudnn, "conv"), reason="this torch has the older flags alone")
 
 

@@ -41,7 +41,7 @@ class Recorder(TorchDispatchMode):
     """Records on any device; keeps in their order what torch is asked to do, and which replays stand between."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorded = self.replayed = 0
         self.events: list[str] = []
         self._inside = False
@@ -299,7 +299,7 @@ def test_what_is_changed_or_put_on_a_network_is_seen(monkeypatch: pytest.MonkeyP
     network = nn.Sequential(nn.Linear(3, 3), nn.GroupNorm(1, 3)).requires_grad_(False)
     before = standing_on(network, True)
     assert before == standing_on(network, True) != standing_on(network, False)
-    changes: list[Callable[[nn.Sequential], object]] = [
+    changes: list[Callable[[Any], object]] = [
         lambda network: network[0].weight.mul_(2.0),
         lambda network: network.double(),
         lambda network: setattr(network[0], "weight", nn.Parameter(torch.zeros(3, 3), requires_grad=False)),

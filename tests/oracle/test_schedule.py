@@ -15,6 +15,7 @@ from ledits_min.errors import InputError
 from ledits_min.files.configs import config_json, read_config
 from ledits_min.inversion import InversionSettings, Solver, eps_from_v, noisy_latents, posterior_mean, predict_x0
 from ledits_min.schedule import make_schedule
+from ledits_min.weights.read.prediction import schedule_of_folder
 
 CONFIGS = [
     ScheduleConfig(),
@@ -77,6 +78,16 @@ def test_every_class_of_diffusers_has_a_verdict(name: str) -> None:
     else:
         with pytest.raises(InputError, match=name):
             read_config(ScheduleConfig, config_json(SD15_SCHEDULE) | {"_class_name": name}, "scheduler_config.json")
+
+
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"])
+def test_a_plain_model_saved_with_a_sampler_of_few_steps(name: str) -> None:
+    """As diffusers writes it: refused, and read for its betas where that is insisted on."""
+    options = config_json(SD15_SCHEDULE) | {"timestep_spacing": "trailing"}
+    written = json.loads(getattr(diffusers, name).from_config(options).to_json_string())
+    with pytest.raises(InputError, match="--insist"):
+        schedule_of_folder(written, "scheduler_config.json")
+    assert schedule_of_folder(written, "scheduler_config.json", insist=True) == SD15_SCHEDULE
 
 
 def test_rescaled_betas() -> None:

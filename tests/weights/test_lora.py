@@ -354,6 +354,57 @@ def test_alpha_from_the_metadata_of_diffusers(
     assert_merged(load_checkpoint(pristine, lora=[tmp_path / "x.safetensors"]), states, [(lora, 1.0)])
 
 
+PLAIN_METADATA: list[tuple[dict[str, str], dict[str, float]]] = [
+    ({"lora_alpha": "6"}, dict.fromkeys(ATTENTION, 6.0)),
+    ({"alpha": "6.0", "network_alpha": "6", "rank": "3"}, dict.fromkeys(ATTENTION, 6.0)),
+    ({"unet.lora_alpha": "6", "text_encoder.lora_alpha": "9"}, dict.fromkeys(ATTENTION, 6.0)),
+    ({"text_encoder.lora_alpha": "9"}, {}),
+    ({"lora_alpha": "2", "use_rslora": "True"}, dict.fromkeys(ATTENTION, 2.0 * 3**0.5)),
+    ({"ss_network_alpha": "6", "notes": "alpha 6"}, {}),  # kohya's, which has its alphas in tensors
+]
+
+
+@pytest.mark.parametrize(("metadata", "alphas"), PLAIN_METADATA)
+def test_alpha_from_plain_metadata(
+    checkpoints: ModuleType, pristine: Path, tmp_path: Path, metadata: dict[str, str], alphas: dict[str, float]
+) -> None:
+    """An alpha that only the file's metadata says; where tensors say it too, they count."""
+    states = checkpoints.random_states()
+    shapes = {name: tuple(states["unet"][f"{name}.weight"].shape) for name in ATTENTION}
+    lora = {"unet": {name: factors(shape, 5, 3, None) for name, shape in shapes.items()}}
+    tensors = {
+        spell("peft", "unet", n, r, checkpoints): t for n, parts in lora["unet"].items() for r, t in parts.items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    for name, alpha in alphas.items():
+        lora["unet"][name]["alpha"] = torch.tensor(alpha)
+    assert_merged(load_checkpoint(pristine, lora=[tmp_path / "x.safetensors"]), states, [(lora, 1.0)])
+    own = {n: dict(parts, alpha=torch.tensor(5.0)) for n, parts in lora["unet"].items()}
+    tensors = {spell("kohya", "unet", n, r, checkpoints): t for n, parts in own.items() for r, t in parts.items()}
+    save_file(tensors, tmp_path / "y.safetensors", metadata)
+    assert_merged(load_checkpoint(pristine, lora=[tmp_path / "y.safetensors"]), states, [({"unet": own}, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"lora_alpha": "much"}, "lora_alpha is 'much'; a number is wanted"),
+        ({"lora_alpha": "nan"}, "a number in"),
+        ({"lora_alpha": "1e9"}, "a number in"),
+        ({"alpha": "4", "lora_alpha": "8"}, "two alphas, 4 and 8|two alphas, 8 and 4"),
+    ],
+)
+def test_an_alpha_in_metadata_that_is_none_is_refused(
+    checkpoints: ModuleType, pristine: Path, tmp_path: Path, metadata: dict[str, str], reason: str
+) -> None:
+    shape = tuple(checkpoints.random_states()["unet"][f"{ATTENTION[0]}.weight"].shape)
+    tensors = {spell("peft", "unet", ATTENTION[0], r, checkpoints): t for r, t in factors(shape, 5, 3, None).items()}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(InputError, match=reason) as caught:
+        load_checkpoint(pristine, lora=[tmp_path / "x.safetensors"])
+    assert str(caught.value).isprintable()
+
+
 def test_a_peft_adapter_needs_its_config_beside_it(checkpoints: ModuleType, pristine: Path, tmp_path: Path) -> None:
     states = checkpoints.random_states()
     shapes = {name: tuple(states["unet"][f"{name}.weight"].shape) for name in ATTENTION}

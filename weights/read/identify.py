@@ -7,7 +7,7 @@ refused by name with the way out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ledits_min.weights.read.published import FAMILIES, Config
 
 PARTS = ("unet", "vae", "text", "text_2")
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and XL checkpoints"
+INSIST = "pass --insist (insist=True)"
 
 
 class Stored(NamedTuple):
@@ -61,10 +62,11 @@ def stored(path: Path, header: Header) -> dict[str, Stored]:
     return {name: Stored(path, name, info) for name, info in header.tensors.items()}
 
 
-def identify(tensors: Mapping[str, Stored], folder_part: str | None = None) -> Layout:
+def identify(tensors: Mapping[str, Stored], folder_part: str | None = None, insist: bool = False) -> Layout:
     """Sort the tensors of a file into parts and name the family; reads nothing.
 
     `folder_part` is the part that the file's folder is named after: it tells a second text encoder of unusual size.
+    With `insist` a name beside a UNet gives nothing away: the UNet's own tensors say what the file is.
     """
     parts: dict[str, dict[str, Stored]] = {}
     dialects: dict[str, str] = {}
@@ -91,7 +93,7 @@ def identify(tensors: Mapping[str, Stored], folder_part: str | None = None) -> L
         if beside := len(rest) - len(parts[part]):
             ignored["picture half of CLIP"] = beside
         rest = {}
-    family, refusal = _family(tensors, parts)
+    family, refusal = _family(tensors, parts, rest, insist)
     return Layout(family, dialects, parts, ignored, tuple(sorted(rest)), frozenset(markers), refusal)
 
 
@@ -243,6 +245,8 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     )
 )  # fmt: skip
 
+_PROVEN = {"SD 2.x unCLIP", "SDXL with EDM noise levels", "SDXL refiner"}
+
 # Weights in 8 bits that are worth nothing without the factors stored beside them.
 _SCALED = re.compile(r"(^|\.)(scaled_fp8|comfy_quant)$|\.(scale_weight|weight_scale|weight_scale_inv|scale_input)$")
 
@@ -261,10 +265,17 @@ def configs_of(layout: Layout) -> Mapping[str, Config]:
     return found
 
 
-def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -> tuple[str, str | None]:
-    """(family, refusal or None) from give-away names, then from the widths of the parts."""
+def _family(
+    tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]], rest: Collection[str], insist: bool
+) -> tuple[str, str | None]:
+    """(family, refusal or None) from give-away names, then from the widths of the parts; `rest` lies in none of them.
+
+    A name in a part is proof. One beside a UNet may be left over, unless it says how the UNet itself was trained.
+    """
     names = list(tensors)
-    foreign = next((rule for rule in _FOREIGN if any(rule[0].search(name) for name in names)), None)
+    beside = set(rest) if "unet" in parts else set()
+    proof = _give_away(names, lambda name, family: name not in beside or family in _PROVEN)
+    foreign = proof if proof is not None or insist else _give_away(names)
     family = foreign[1] if foreign is not None else _family_by_width(parts)
     channels = _input_channels(parts.get("unet", {}))
     if channels is not None and channels in _SPECIAL_INPUTS and family.startswith("SD"):
@@ -274,7 +285,9 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
             "pass the plain checkpoint it was made from"
         )
     if foreign is not None:
-        return family, f"is {_article(family)} {family} file: {foreign[2]}"
+        left_over = next(name for name in names if foreign[0].search(name))
+        way_out = f"; if {quoted(left_over, 60)} was only left in a plain checkpoint, {INSIST}" if proof is None else ""
+        return family, f"is {_article(family)} {family} file: {foreign[2]}{way_out}"
     if family == "SDXL refiner":
         return family, f"is an SDXL refiner file: {_REFINER}"
     if family == "SD 3 or Flux":
@@ -291,6 +304,15 @@ def _family(tensors: Iterable[str], parts: Mapping[str, Mapping[str, Stored]]) -
             f"holds no Stable Diffusion weights that are known here (its tensors: {shown}, ...); {SUPPORTED}",
         )
     return family, None
+
+
+def _give_away(
+    names: Sequence[str], counts: Callable[[str, str], bool] = lambda name, family: True
+) -> tuple[re.Pattern[str], str, str] | None:
+    """The first rule of _FOREIGN that one of the names meets, of those that count for its family."""
+    return next(
+        (rule for rule in _FOREIGN if any(rule[0].search(name) and counts(name, rule[1]) for name in names)), None
+    )
 
 
 def _family_by_width(parts: Mapping[str, Mapping[str, Stored]]) -> str:

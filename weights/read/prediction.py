@@ -15,10 +15,12 @@ from typing import Any
 from ledits_min.config import SD15_SCHEDULE, ScheduleConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.configs import read_config
-from ledits_min.weights.read.identify import Layout
+from ledits_min.weights.read.identify import INSIST, Layout
 
 _DISTILLED = "distilled to a few steps, it has no noise levels between them; pass the checkpoint it was distilled from"
 PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+# What a sampler of few steps has beside its betas.
+_OF_FEW_STEPS = ("_class_name", "original_inference_steps", "timestep_scaling")
 # The tensor that the guess looks at, by our name, and the least spread of its values in a model that predicts v.
 TELLING_TENSOR = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 LEAST_SPREAD_OF_V = 0.09
@@ -62,13 +64,25 @@ def schedule_of_file(layout: Layout, metadata: Mapping[str, str]) -> tuple[Sched
     return replace(schedule, prediction_type=kind), [f"{kind}: {why}", *notes]
 
 
-def schedule_of_folder(mapping: Mapping[str, Any], source: str) -> ScheduleConfig:
-    """The schedule of a scheduler config; InputError for one that is made for a few steps (turbo, LCM, TCD)."""
+def few_steps(mapping: Mapping[str, Any]) -> str | None:
+    """The kind of model whose scheduler config this looks like, where that is one of a few steps."""
     sampler = mapping.get("_class_name")
-    few = sampler == "EulerAncestralDiscreteScheduler" and mapping.get("timestep_spacing") == "trailing"
-    if few or sampler in ("LCMScheduler", "TCDScheduler"):
-        kind = "turbo" if few else str(sampler)
-        raise InputError(f"{source} is the schedule of a {kind} model: {_DISTILLED}, or put its scheduler config here")
+    if sampler == "EulerAncestralDiscreteScheduler" and mapping.get("timestep_spacing") == "trailing":
+        return "turbo"
+    return str(sampler) if sampler in ("LCMScheduler", "TCDScheduler") else None
+
+
+def schedule_of_folder(mapping: Mapping[str, Any], source: str, insist: bool = False) -> ScheduleConfig:
+    """The schedule of a scheduler config; InputError for one that looks like a few steps' (turbo, LCM, TCD).
+
+    With `insist` a plain model was saved with such a sampler, and its betas are read.
+    """
+    kind = few_steps(mapping)
+    if kind is not None and not insist:
+        way_out = f"if a plain model was saved with this sampler, {INSIST}"
+        raise InputError(f"{source} is the schedule of a {kind} model: {_DISTILLED}; {way_out}")
+    if kind is not None:
+        mapping = {key: value for key, value in mapping.items() if key not in _OF_FEW_STEPS}
     return read_config(ScheduleConfig, mapping, source)
 
 

@@ -23,6 +23,7 @@ from ledits_min.weights.read.ema import choose_weights
 from ledits_min.weights.read.folder import FOLDERS, part_tensors, read_json, readable, tokenizer_folder
 from ledits_min.weights.read.hub import EMBEDDING_FILES, LORA_FILES, cached_file, cached_model, cached_part, is_hub_id
 from ledits_min.weights.read.identify import (
+    INSIST,
     PARTS,
     SUPPORTED,
     Layout,
@@ -36,6 +37,7 @@ from ledits_min.weights.read.identify import (
 from ledits_min.weights.read.prediction import (
     TELLING_TENSOR,
     UNDECIDED,
+    few_steps,
     prediction_type_named,
     schedule_of_file,
     schedule_of_folder,
@@ -82,6 +84,7 @@ class Parts(TypedDict, total=False):
     ema                take the averaged UNet weights of an LDM file that has both
     embedding          textual inversions, each a path, a cached id or a (path, word) pair
     clip_skip          the text encoder's layer to read, counted from the last, which is 1
+    insist             against a refusal that rests on a name and on no tensor
     """
 
     vae: str | Path | None
@@ -92,6 +95,7 @@ class Parts(TypedDict, total=False):
     ema: bool
     embedding: EmbeddingSource | Sequence[EmbeddingSource]
     clip_skip: int | None
+    insist: bool
 
 
 @readable()
@@ -100,7 +104,7 @@ def survey_whole(model: str | Path, **parts: Unpack[Parts]) -> Survey:
     if unknown := parts.keys() - Parts.__annotations__.keys():
         raise TypeError(f"a checkpoint has no {', '.join(sorted(unknown))}")
     supplied = supplied_parts(parts.get("vae"), parts.get("text_encoder"))
-    survey = survey_checkpoint(model, supplied, parts.get("ema", False))
+    survey = survey_checkpoint(model, supplied, parts.get("ema", False), parts.get("insist", False))
     for part, path in supplied.items():
         take_part(survey, part, path)
     if (tokenizer := parts.get("tokenizer")) is not None:
@@ -115,13 +119,17 @@ def survey_whole(model: str | Path, **parts: Unpack[Parts]) -> Survey:
     return survey
 
 
-def survey_checkpoint(model: str | Path, supplied: Collection[str] = (), ema: bool = False) -> Survey:
+def survey_checkpoint(
+    model: str | Path, supplied: Collection[str] = (), ema: bool = False, insist: bool = False
+) -> Survey:
     """Headers and configs of `model`, every part found in it checked; parts may still be absent.
 
     Parts named in `supplied` come from elsewhere and are not looked at.
     """
     path = find_model(model, supplied)
-    return survey_folder(path, supplied, ema) if path.is_dir() else survey_file(path, supplied, ema=ema)
+    if path.is_dir():
+        return survey_folder(path, supplied, ema, insist)
+    return survey_file(path, supplied, ema=ema, insist=insist)
 
 
 def find_model(model: str | Path, supplied: Collection[str] = ()) -> Path:
@@ -148,12 +156,16 @@ def _exists(path: Path) -> bool:
 
 
 def survey_file(
-    path: Path, supplied: Collection[str] = (), configs: Mapping[str, Config] | None = None, ema: bool = False
+    path: Path,
+    supplied: Collection[str] = (),
+    configs: Mapping[str, Config] | None = None,
+    ema: bool = False,
+    insist: bool = False,
 ) -> Survey:
     """A single file; it carries no configs, so its tensors must fit the given ones exactly (None: its family's)."""
     header = read_header(path)
     survey = Survey(quoted(path))
-    layout, survey.notes = layout_of(path, header, ema)
+    layout, survey.notes = layout_of(path, header, ema, insist)
     for part in PARTS:
         if part in layout.parts and part not in supplied:
             config = (configs or configs_of(layout))[part]
@@ -171,16 +183,18 @@ def survey_file(
     return survey
 
 
-def layout_of(path: Path, header: Header, ema: bool = False) -> tuple[Layout, list[str]]:
+def layout_of(path: Path, header: Header, ema: bool = False, insist: bool = False) -> tuple[Layout, list[str]]:
     """What a single file holds, with one set of UNet weights, and a note if that set is the averaged one."""
     unets = [unet for family in FAMILIES if isinstance(unet := family.configs["unet"], UNetConfig)]
     tensors, notes = choose_weights(stored(path, header), ema, unets, quoted(path))
-    return identify(tensors), notes
+    return identify(tensors, insist=insist), notes
 
 
-def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False) -> Survey:
+def survey_folder(
+    path: Path, supplied: Collection[str] = (), ema: bool = False, insist: bool = False
+) -> Survey:
     """A diffusers folder: its parts with their configs, a scheduler, tokenizers."""
-    _refuse_other_folders(path)
+    _refuse_other_folders(path, insist)
     if ema:
         raise InputError(f"{quoted(path)} is a folder, and those hold one set of weights; --ema is for single files")
     survey = Survey(quoted(path))
@@ -193,7 +207,9 @@ def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         mapping = read_json(scheduler)
-        survey.schedule = schedule_of_folder(mapping, quoted(scheduler))
+        survey.schedule = schedule_of_folder(mapping, quoted(scheduler), insist)
+        if (kind := few_steps(mapping)) is not None:
+            survey.notes.append(f"scheduler: that of a {kind} model, taken for a plain one's since it is insisted on")
         survey.notes.extend(unused_settings(mapping))
     else:
         survey.notes.append("no scheduler config: the noise schedule of Stable Diffusion is used")
@@ -364,8 +380,8 @@ def _add_part(survey: Survey, part: str, layout: Layout, config: Config, source:
         )
 
 
-def _refuse_other_folders(path: Path) -> None:
-    """Name the folders that people pass by mistake."""
+def _refuse_other_folders(path: Path, insist: bool) -> None:
+    """Name the folders that people pass by mistake; `insist`: one beside a unet is only left over."""
     source = quoted(path)
     if (path / "snapshots").is_dir():
         raise InputError(f"{source} is a hub cache folder; pass the folder inside its snapshots/ instead")
@@ -374,8 +390,10 @@ def _refuse_other_folders(path: Path) -> None:
         ("prior", "Stable Cascade"),
         ("image_normalizer", "SD 2.x unCLIP"),
     ):
-        if (path / name).is_dir():
-            raise InputError(f"{source} is {family}: it has {name}/; not supported; {SUPPORTED}")
+        beside = (path / FOLDERS["unet"]).is_dir()
+        if (path / name).is_dir() and not (beside and insist):
+            way_out = f"; if {name}/ was only left in a plain checkpoint, {INSIST}" if beside else ""
+            raise InputError(f"{source} is {family}: it has {name}/; not supported; {SUPPORTED}{way_out}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
         wanted = ", ".join(f"{folder}/" for folder in FOLDERS.values())
         hint = "pass it as --vae or --text-encoder" if (path / "config.json").is_file() else "pass the right folder"

@@ -29,7 +29,7 @@ def without_weights(model: str, device: str, dtype: str, **parts: Any) -> tuple[
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     checkpoint = load_checkpoint(model, dtype=chosen_dtype, **parts)
-    ledits = LEdits.from_checkpoint(checkpoint, torch.device("meta"), chosen_dtype, embedded=model == "tiny")
+    ledits = LEdits.from_checkpoint(checkpoint, torch.device("meta"), chosen_dtype, str(model))
     return ledits, chosen_device
 
 

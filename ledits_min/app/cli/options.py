@@ -325,6 +325,8 @@ def add_part_options(group: Any) -> None:
                        help="the text encoder's layer to read, counted from the last, which is 1")  # fmt: skip
     group.add_argument("--ema", action="store_true", help="take the averaged (EMA) weights of a file that holds both")
     group.add_argument("--prediction-type", choices=("eps", "v"), help="what the UNet predicts, if a file is wrong")
+    group.add_argument("--insist", action="store_true",
+                       help="load what is refused for a name in it, where its tensors are sound")  # fmt: skip
 
 
 def add_command(commands: Any, name: str, text: str, *examples: str) -> argparse.ArgumentParser:

@@ -112,6 +112,10 @@ class LoadModel:
                     OWN, OWN, 24, "The text encoder's layer to read, counted from the last, which is 1. -1: its own."
                 ),
                 "ema": ("BOOLEAN", {"default": False, "tooltip": "Take the averaged weights of a file with both."}),
+                "insist": ("BOOLEAN", {
+                    "default": False,
+                    "tooltip": "Load what is refused for a name in it, where its tensors are sound.",
+                }),
             },
         }  # fmt: skip
 
