@@ -280,12 +280,16 @@ def soak(visits: int, side: int = 1500, every: int = 10) -> dict[str, Any]:
 def crowd(clients: int, num_steps: int = 5) -> dict[str, Any]:
     """How many of so many visitors at once get their edit and how soon; the others are told why not, in a line.
 
-    Each holds its heartbeat, as a browser does. Seconds are from the first request to the answer, for all of them.
+    Each holds its heartbeat, as a browser does. Seconds are from the first request to the answer, for all of them. One
+    more was there before, and asks for nothing that is computed: how long it waits for each picture that it opens.
     """
     with tempfile.TemporaryDirectory() as folder, served(temporary=Path(folder)) as (address, process):
-        everybody = threading.Barrier(clients)
-        with ThreadPoolExecutor(clients) as threads:
+        everybody, over = threading.Barrier(clients), threading.Event()
+        with ThreadPoolExecutor(clients + 1) as threads:
+            bystanding = threads.submit(bystander, address, over)
             answers = list(threads.map(lambda _: one_of_many(address, num_steps, everybody), range(clients)))
+            over.set()
+            waits = bystanding.result()
         resident = memory_of(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -295,8 +299,28 @@ def crowd(clients: int, num_steps: int = 5) -> dict[str, Any]:
     return {
         "clients": clients, "steps": num_steps, "edited": len(seconds), "refused": dict(refused),
         "first_s": round(seconds[0], 2), "median_s": round(median(seconds), 2), "last_s": round(seconds[-1], 2),
+        "bystander": {
+            "pictures": len(waits), "median_s": round(median(waits), 2), "slowest_s": round(max(waits), 2)
+        },
         "resident_mb": resident, "lines_at_the_terminal": len(errors.splitlines()) - 1, "files_left": left,
     }  # fmt: skip
+
+
+def bystander(address: str, over: threading.Event, every: float = 0.5) -> list[float]:
+    """Seconds of each picture that a visitor opens, one after the other, until it is over."""
+    import httpx
+
+    name, waits = secrets.token_hex(5), list[float]()
+    with httpx.Client(base_url=address, timeout=CROWDED) as client:
+        client.get("/")
+        with client.stream("GET", f"/gradio_api/heartbeat/{name}"):
+            visitor = Visitor(client, name)
+            while not over.wait(every):
+                started = time.perf_counter()
+                visitor.open_sample(len(waits) % 2)
+                waits.append(time.perf_counter() - started)
+                assert "portrait" in visitor.values["status"], visitor.said
+    return waits
 
 
 def one_of_many(address: str, num_steps: int, everybody: threading.Barrier) -> tuple[str, float]:

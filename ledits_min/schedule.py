@@ -73,12 +73,14 @@ def make_schedule(config: ScheduleConfig, num_steps: int, skip: int = 0) -> Sche
     """The "leading" timesteps of DDIM for `num_steps` steps, without the `skip` noisiest.
 
     t = i * (num_train_timesteps // num_steps) + steps_offset, descending. num_steps is at least 1 and at most half the
-    training timesteps: a stride of one would run past the table or start far from pure noise. InputError outside that
-    range, and where the first step would be pure noise (zero terminal SNR).
+    training timesteps: a stride of one would run past the table or start far from pure noise; skip is below it.
+    InputError outside these ranges, and where the first step would be pure noise (zero terminal SNR).
     """
     longest = config.num_train_timesteps // 2
     if not 1 <= num_steps <= longest:
         raise InputError(f"num_steps is {num_steps}; it must lie in 1 .. {longest}")
+    if not 0 <= skip < num_steps:
+        raise InputError(f"skip is {skip}; it must lie in 0 .. {num_steps - 1}")
     stride = config.num_train_timesteps // num_steps
     timesteps = torch.arange(num_steps - 1 - skip, -1, -1) * stride + config.steps_offset
     t_prev = torch.cat([timesteps[1:], torch.tensor([-1])])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ledits_min.config import EditDefaults
 from ledits_min.guidance import EditSettings, classifier_free_guidance, guided_eps, guided_texts
 from ledits_min.sega import ConceptTerm
 
@@ -25,6 +26,11 @@ TERMS = st.lists(
     ),
     max_size=4,
 )
+
+
+def test_an_edit_by_default_is_the_papers() -> None:
+    assert EditSettings().guidance_scale == EditDefaults().guidance_scale == 15.0
+    assert EditSettings() == EditSettings("", 15.0, "", (), 0.0, 0.6)
 
 
 def test_classifier_free_guidance() -> None:

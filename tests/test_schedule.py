@@ -54,6 +54,13 @@ def test_too_few_or_too_many_steps_are_refused(num_steps: int) -> None:
         make_schedule(ScheduleConfig(), num_steps)
 
 
+@pytest.mark.parametrize("skip", [-1, 10, 11])
+def test_steps_are_left_to_run(skip: int) -> None:
+    assert len(make_schedule(ScheduleConfig(), 10, 9).timesteps) == 1
+    with pytest.raises(InputError, match=rf"skip is {skip}; it must lie in 0 .. 9"):
+        make_schedule(ScheduleConfig(), 10, skip)
+
+
 def test_the_last_sigma_is_not_zero() -> None:
     """set_alpha_to_one is false: alpha_bar after the last step is alphas_cumprod[0], not 1."""
     schedule = make_schedule(ScheduleConfig(), 50)

@@ -19,10 +19,10 @@ from ledits_min.files.reader import read_bounded
 from ledits_min.weights.clip_bpe import END, clip_merges, clip_vocabulary
 from ledits_min.weights.read.folder import MAX_JSON_BYTES, read_json
 from ledits_min.weights.read.tokenizer_json import MAX_ADDED, MAX_TOKEN, checked_tokenizer
-from ledits_min.weights.words import refuse_unknown
+from ledits_min.weights.words import PRIVATE, refuse_unknown
 
+_SAMPLES = ["a portrait", "\N{SNOWMAN} zyxwv", ""]  # words known and unknown, and what stands around them
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_PRIVATE = 0xF0000  # a plane of characters that mean nothing: one stands for each vector of a new word
 
 
 def load_tokenizer(folder: Path | None, config: TextConfig, words: Mapping[str, int] | None = None) -> Any:
@@ -134,7 +134,7 @@ def _learn(tokenizer: Any, words: Mapping[str, int], first: int) -> None:
     known, whole = set(tokenizer.get_vocab()), getattr(backend.model, "end_of_word_suffix", None) or ""
     spelled, place = {}, 0
     for word, count in words.items():
-        characters = [chr(_PRIVATE + place + i) for i in range(count)]
+        characters = [chr(PRIVATE + place + i) for i in range(count)]
         tokenizer.add_tokens([AddedToken(character, normalized=True) for character in characters])
         place += count
         seen = backend.normalizer.normalize_str(word) if backend.normalizer else word
@@ -153,7 +153,7 @@ def _learn(tokenizer: Any, words: Mapping[str, int], first: int) -> None:
 
 def _tried_out(tokenizer: Any, max_length: int) -> Any:
     """The tokenizer itself; what is wrong with its tables shows only when it meets words, known and unknown."""
-    tokenizer(["a portrait", "\N{SNOWMAN} zyxwv", ""], padding="max_length", truncation=True, max_length=max_length)
+    tokenizer(_SAMPLES, padding="max_length", truncation=True, max_length=max_length)
     for name in _SPECIAL_TOKENS:
         getattr(tokenizer, f"{name}_id")
     return tokenizer
@@ -176,8 +176,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def check_vocabulary(tokenizer: Any, known: int) -> None:
-    """InputError where a tokenizer has more tokens than the text encoder knows."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    """InputError where a tokenizer has more tokens than the text encoder knows, or frames a text by others."""
+    used = [number for ids in tokenizer(_SAMPLES).input_ids for number in ids]
+    largest = max(*tokenizer.get_vocab().values(), *used, 0)
     if largest >= known:
         raise InputError(
             f"the tokenizer numbers its tokens up to {largest}, the text encoder knows {known}; "

@@ -10,6 +10,7 @@ from ledits_min.errors import InputError, quoted
 from ledits_min.weights.read.tokenizer_json import checked_tokenizer
 from ledits_min.weights.words import refuse_unknown
 
+PIECES = ("vocab.json", "merges.txt")  # where they lie, `weights.tokenizer` takes them
 MAX_BYTES = 1_000_000  # a larger tokenizer is none of whole words; it is looked at when the model is loaded
 
 
@@ -20,8 +21,10 @@ def check_words(folder: Path | None, texts: Iterable[str], new: Iterable[str] = 
     folder  that of the tokenizer; None, or one of word pieces, knows every word
     new     words that textual inversions bring
     """
-    file = None if folder is None else folder / "tokenizer.json"
-    if file is None or not file.is_file() or file.stat().st_size > MAX_BYTES:
+    if folder is None or all((folder / name).is_file() for name in PIECES):
+        return
+    file = folder / "tokenizer.json"
+    if not file.is_file() or file.stat().st_size > MAX_BYTES:
         return
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
@@ -44,4 +47,3 @@ def check_words(folder: Path | None, texts: Iterable[str], new: Iterable[str] = 
     except BaseException as error:  # no sound tokenizer: loading the model says what is wrong with it
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-

@@ -210,6 +210,28 @@ def test_what_on_step_sees_is_what_the_plain_loop_shows(together: bool) -> None:
         assert [mask is None for mask in one.masks] == [mask is None for mask in other.masks]
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_latents_alone_are_seen_where_nobody_asks_for_predictions(
+    together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the guidance computed twice for them."""
+    run = Run(target="a dog", concepts=(HAT, BEARD), momentum_scale=0.3)
+    x_T, residuals = run.invert()
+    plainly, steps = list[Step](), list[Step]()
+    run.plainly(plainly.append)
+    monkeypatch.setattr(engine, "edited_eps", None)
+    watch = Watch(step=steps.append, predictions=False)
+    if together:
+        run.invert_and_edit(watch=watch)
+    else:
+        run.edit(x_T, residuals, watch=watch)
+    assert [(step.eps, step.gamma, step.masks) for step in steps] == [({}, None, [])] * 9
+    for one, other in zip(steps, plainly, strict=True):
+        torch.testing.assert_close(one.x_prev, other.x_prev)
+    with pytest.raises(TypeError):
+        run.edit(x_T, residuals, watch=Watch(step=steps.append))
+
+
 @pytest.mark.parametrize("capacity", [1, 4, 100])
 @pytest.mark.parametrize("solver_order", [1, 2])
 def test_reconstruction_is_exact(capacity: int, solver_order: int) -> None:

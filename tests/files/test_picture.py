@@ -122,9 +122,17 @@ def test_grey_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.linspace(0, 65_535, 16 * 16).astype(np.uint16).reshape(16, 16)
     found, _ = opened(tmp_path / "x.png", encoded(Image.fromarray(values), "PNG"))
     assert np.array_equal(np.asarray(found)[..., 0], np.rint(values / 257.0))
-    wide = Image.fromarray(values.astype(np.int32) * 1000)
-    with pytest.raises(InputError, match="8 or 16 bits"):
-        open_image(wide)
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 65_535), (-1, 65_535), (0, 65_536), (0, 65_535_000)])
+def test_grey_of_more_bits_is_taken_where_it_fits_16(least: int, most: int) -> None:
+    values = np.linspace(least, most, 16 * 16).astype(np.int32).reshape(16, 16)
+    assert (values.min(), values.max()) == (least, most)
+    if (least, most) == (0, 65_535):
+        assert np.array_equal(np.asarray(open_image(Image.fromarray(values)))[..., 0], np.rint(values / 257.0))
+        return
+    with pytest.raises(InputError, match=f"holds values in {least} .. {most}; save it with 8 or 16 bits"):
+        open_image(Image.fromarray(values))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "LAB", "HSV", "CMYK"])

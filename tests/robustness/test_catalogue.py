@@ -36,7 +36,8 @@ def kind(what: str, *proofs: str, reason: str = "") -> Kind:
 
 LOAD, FAMILIES, SURVEY = "weights/test_load.py::", "weights/test_families.py::", "weights/test_survey.py::"
 HEADER, INSPECT, EMA = "files/test_header.py::", "weights/test_inspect.py::", "weights/test_ema.py::"
-IMAGE, CLI, FAULTS = "files/test_picture.py::", "app/test_cli.py::", "robustness/test_faults.py::"
+IMAGE, CLI = "files/test_picture.py::", "app/test_cli.py::"
+WHOLE, WORK = "robustness/test_whole_files.py::", "robustness/test_failing_work.py::"
 ENGINE, RUNNER, PIPELINE = "engine/test_loop.py::", "engine/test_runner.py::", "test_pipeline.py::"
 NETWORKS, OPENING, WRITE = "engine/test_networks.py::", "files/test_opening.py::", "files/test_write.py::"
 
@@ -180,9 +181,9 @@ CATALOGUE: dict[int, Kind] = {
     100: kind("a bomb in a PNG's text", "image: text bomb"),
     101: kind("predictions that are not finite",
               f"{ENGINE}test_values_that_are_not_finite_are_named_at_every_step_and_branch",
-              f"{ENGINE}test_latents_that_overflow_are_named", f"{FAULTS}test_not_a_number_at_every_step_and_branch",
-              f"{FAULTS}test_not_a_number_in_half_precision_is_repaired",
-              f"{FAULTS}test_not_a_number_with_prompt_to_prompt",
+              f"{ENGINE}test_latents_that_overflow_are_named", f"{WORK}test_not_a_number_at_every_step_and_branch",
+              f"{WORK}test_not_a_number_in_half_precision_is_repaired",
+              f"{WORK}test_not_a_number_with_prompt_to_prompt",
               f"{RUNNER}test_values_that_half_precision_cannot_hold_are_computed_in_float32"),
     102: kind("SDXL's autoencoder in float16", "engine/test_coding.py::test_half_precision_that_overflows",
               "oracle/test_family_edit.py::test_the_autoencoder_of_sdxl_stays_float32"),
@@ -193,15 +194,15 @@ CATALOGUE: dict[int, Kind] = {
     105: kind("no memory left on the device", f"{ENGINE}test_out_of_memory_splits_the_batch_and_goes_on",
               "engine/test_coding.py::test_tiles_after_memory_ran_out",
               f"{RUNNER}test_the_unet_goes_on_with_fewer_at_a_time",
-              f"{RUNNER}test_the_autoencoder_goes_on_in_tiles", f"{FAULTS}test_out_of_memory_in_each_phase",
+              f"{RUNNER}test_the_autoencoder_goes_on_in_tiles", f"{WORK}test_out_of_memory_in_each_phase",
               f"{RUNNER}test_where_nothing_helps_the_size_that_would_fit_is_named",
-              f"{FAULTS}test_out_of_memory_at_each_call_of_the_unet"),
+              f"{WORK}test_out_of_memory_at_each_call_of_the_unet"),
     106: kind("weights larger than the memory",
               f"{NETWORKS}test_weights_that_cannot_fit_are_refused_before_they_are_read"),
-    107: kind("a full disk, a killed save", f"{FAULTS}test_killed_at_fifty_moments_of_a_save",
-              f"{FAULTS}test_the_kills_find_a_writer_that_is_not_atomic", f"{FAULTS}test_a_full_disk_is_one_line",
-              f"{FAULTS}test_a_disk_that_fails_at_any_step_of_a_write",
-              f"{FAULTS}test_four_processes_write_the_same_file", f"{CLI}test_a_disk_that_fills_up_leaves_nothing"),
+    107: kind("a full disk, a killed save", f"{WHOLE}test_killed_at_fifty_moments_of_a_save",
+              f"{WHOLE}test_the_kills_find_a_writer_that_is_not_atomic", f"{WHOLE}test_a_full_disk_is_one_line",
+              f"{WHOLE}test_a_disk_that_fails_at_any_step_of_a_write",
+              f"{WHOLE}test_four_processes_write_the_same_file", f"{CLI}test_a_disk_that_fills_up_leaves_nothing"),
     109: kind("a folder that cannot be written", "output: no such folder", "output: folder is a file",
               "robustness/test_bad_options.py::test_a_folder_without_the_right_to_write"),
     110: kind("names of results that cannot be", "output: *ending*", "output: dash", "output: empty",
@@ -209,8 +210,8 @@ CATALOGUE: dict[int, Kind] = {
               "output: invert over a file", f"{WRITE}test_every_output_format_can_be_read_again"),
     111: kind("a result too wide for its format", "output: too wide for webp",
               f"{WRITE}test_formats_that_cannot_hold_the_picture_are_refused"),
-    112: kind("Ctrl-C and SIGTERM", f"{FAULTS}test_signalled_at_random_moments_of_an_edit",
-              f"{FAULTS}test_interrupted_while_it_imports", f"{CLI}test_a_stopped_process_leaves_nothing"),
+    112: kind("Ctrl-C and SIGTERM", f"{WHOLE}test_signalled_at_random_moments_of_an_edit",
+              f"{WHOLE}test_interrupted_while_it_imports", f"{CLI}test_a_stopped_process_leaves_nothing"),
     114: kind("an inversion of something else", f"{CLI}test_an_inversion_of_another_model_is_refused",
               f"{CLI}test_what_made_an_inversion_stays", f"{PIPELINE}test_a_damaged_saved_inversion_is_refused",
               "app/test_parts.py::test_an_inversion_belongs_to_its_lora"),

@@ -35,6 +35,7 @@ from ledits_min.weights.read.shapes import text_shapes, unet_shapes, vae_shapes
 from tests.robustness.fuzz import mutate
 from tests.robustness.fuzz.hostile import BatchFolders, Decoders
 from tests.robustness.fuzz.mutate import encoded
+from tests.robustness.fuzz.texts import Configs, Embeddings, Tokenizers
 
 TINY = Path(__file__).parents[3] / "weights/tiny"
 UNET = UNetConfig(4, 4, (8, 16), ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -335,27 +336,36 @@ def _with_checksum(data: bytes) -> bytes:
     return data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
 
 
-Kind = Headers | Pictures | Inversions | Folders | Loras | Bombs | Decoders | BatchFolders
+Kind = (Headers | Pictures | Decoders | BatchFolders | Inversions | Folders | Loras | Embeddings | Tokenizers | Configs
+        | Bombs)  # fmt: skip
 # Kind -> how many of a thousand inputs are of it; a bomb takes a hundred times as long as any other.
-SHARES: dict[str, tuple[type[Kind], int]] = {
-    "headers": (Headers, 300),
-    "pictures": (Pictures, 300),
+SHARES: dict[str, tuple[Callable[[Path], Kind], int]] = {
+    "headers": (Headers, 250),
+    "pictures": (Pictures, 240),
     "decoders": (Decoders, 50),
-    "batch folders": (BatchFolders, 100),
-    "inversions": (Inversions, 120),
+    "batch folders": (BatchFolders, 80),
+    "inversions": (Inversions, 100),
     "folders": (Folders, 60),
-    "loras": (Loras, 67),
+    "loras": (Loras, 60),
+    "embeddings": (lambda folder: Embeddings(folder, with_model(folder)), 37),
+    "tokenizers": (lambda folder: Tokenizers(folder, TINY / "tokenizer"), 70),
+    "configs": (lambda folder: Configs(folder, with_model(folder)), 50),
     "bombs": (Bombs, 3),
 }
+
+
+def with_model(folder: Path) -> Path:
+    write_model(folder / "whole")
+    return folder / "whole"
 
 
 def build(folder: Path) -> dict[str, Kind]:
     """Every kind with a folder of its own, and proof that each reads a file that is not damaged."""
     kinds: dict[str, Kind] = {}
-    for name, (type_, _) in SHARES.items():
+    for name, (begin, _) in SHARES.items():
         os.mkdir(folder / name)
-        kinds[name] = kind = type_(folder / name)
-        if not isinstance(kind, Folders | Bombs | BatchFolders):
+        kinds[name] = kind = begin(folder / name)
+        if not isinstance(kind, Folders | Bombs | BatchFolders | Configs | Tokenizers):
             whole = kind.corpus[0]
             kind.path.write_bytes(whole if isinstance(whole, bytes) else whole[1])
         if not isinstance(kind, Bombs | BatchFolders):

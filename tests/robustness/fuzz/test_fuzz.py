@@ -22,7 +22,8 @@ from ledits_min.files.configs import read_config
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = 2000
-KINDS = {"headers", "pictures", "decoders", "batch folders", "inversions", "folders", "loras", "bombs"}
+KINDS = {"headers", "pictures", "decoders", "batch folders", "inversions", "folders", "loras", "embeddings",
+         "tokenizers", "configs", "bombs"}  # fmt: skip
 
 
 def test_two_thousand_damaged_files_are_taken_or_refused() -> None:
