@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,11 @@ def test_new_words_are_neither_unknown_nor_spelled_out(tmp_path: Path, count: in
 def test_what_is_known_is_listed_in_a_line(tmp_path: Path) -> None:
     words = WORDS | {f"word{number}\n": 6 + number for number in range(50)} | {"x" * n: 60 + n for n in range(1, 250)}
     tokenizer = load_tokenizer(write_words(tmp_path, words), SD15_TEXT)
-    for check in (lambda: check_prompt(tokenizer, "dog", 75), lambda: check_words(tmp_path, ["dog"])):
+    checks: list[Callable[[], None]] = [
+        lambda: check_prompt(tokenizer, "dog", 75),
+        lambda: check_words(tmp_path, ["dog"]),
+    ]
+    for check in checks:
         with pytest.raises(
             InputError, match=r"does not know 'dog'; it knows: .*a, cat, x, xx, .* and more$"
         ) as refused:

@@ -105,7 +105,7 @@ class Tokenizers:
         letters = ["<|startoftext|>", "<|endoftext|>", *"abcdefhinrtu", "h</w>", "t</w>", "ha", "hat</w>"]
         vocabulary = {word: number for number, word in enumerate(letters)}
         word_level, config = (json.loads((own / name).read_text()) for name in ("tokenizer.json", SIDE_FILES[0]))
-        pieces = {
+        pieces: dict[str, Any] = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
             "post_processor": _template(1, 1),
             "normalizer": _in_turn("normalizers", {"type": "NFC"}, _replace({"Regex": r"\s+"}, " ")),
