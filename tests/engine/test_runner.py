@@ -27,6 +27,7 @@ from ledits_min.unet import UNet
 SAMPLES = sorted((Path(__file__).parents[2] / "weights/tiny/samples").glob("*.png"))
 SAMPLE = SAMPLES[0]
 QUICK: dict[str, Any] = {"num_steps": 10, "skip": 3, "progress": False}
+SMALL = {**QUICK, "num_steps": 5, "skip": 1, "size": 64}  # where a CPU is slow in half precision
 EDIT: dict[str, Any] = {"target": "a portrait", "guidance_scale": 3.0, "progress": False}
 CONCEPTS = [Concept("sunglasses"), Concept("smile", warmup_steps=2, cooldown_steps=5)]
 OUT_OF_MEMORY = (
@@ -62,7 +63,7 @@ def inversion(ledits: LEdits) -> Inversion:
 def test_equal_to_the_plain_loops(dtype: str) -> None:
     """Whatever the precision, batches change rounding and nothing else."""
     ledits = load(dtype)
-    quick = {**QUICK, "num_steps": 6} if dtype == "float16" else QUICK  # which CPUs are slow in
+    quick = QUICK if dtype == "float32" else SMALL
     inversion = ledits.invert(SAMPLE, source="a portrait", **quick)
     settings = inversion.settings
     contexts = {text: ledits.text.encode([text]) for text in ("", "a portrait", "sunglasses", "smile")}
@@ -88,7 +89,7 @@ def test_equal_to_the_plain_loops(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_in_one_pass_it_is_what_two_calls_give(dtype: str) -> None:
     ledits = load(dtype)
-    quick = {**QUICK, "num_steps": 6} if dtype == "float16" else QUICK
+    quick = QUICK if dtype == "float32" else SMALL
     first = ledits.invert(SAMPLE, source="a portrait", **quick)
     second = ledits.edit(first, concepts=CONCEPTS, trace=True, **EDIT)
     inversion, result = ledits.invert_and_edit(
@@ -389,12 +390,3 @@ def test_a_repetition_that_is_stopped_leaves_the_weights_as_they_were(
     with pytest.warns(UserWarning, match="once more in float32"):
         edit()
     assert seen == [torch.bfloat16] * 7 + [torch.float32, torch.bfloat16]
-
-
-def test_a_bfloat16_model_is_reconstructed_as_closely_as_rounding_allows() -> None:
-    """Batches of one size while inverting and of another while editing round differently. Printed, not hidden."""
-    half = load("bfloat16")
-    inversion = half.invert(SAMPLE, **QUICK)
-    error = (half.edit(inversion, progress=False).latents - inversion.latents).abs().max()
-    print(f"largest latent error of a reconstruction in bfloat16: {float(error):.1e}")
-    assert error < 0.05

@@ -131,7 +131,11 @@ def test_a_split_is_written_once_and_agrees_with_its_seeds(run: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["classifier", "vae", "text"])
-def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(run: Path, tmp_path: Path, stage: str) -> None:
+def test_a_stopped_stage_goes_on_as_if_it_had_not_stopped(
+    run: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae, "CROPS", 2)  # few, because CPUs are slow in the half precision it is trained in
+    monkeypatch.setattr(vae, "WHOLES", 1)
     train = {"classifier": classifier.train_classifier, "vae": vae.train_vae, "text": text.train_text}[stage]
     plan = loop.Training(steps=4, rate=1e-3)
     results = []
