@@ -282,3 +282,12 @@ class TestGuidance:
         )
         torch.testing.assert_close(heavy, 3.0 * plain)
         assert torch.equal(away, -plain)
+
+
+@pytest.mark.parametrize("field", ["warmup_steps", "cooldown_steps"])
+def test_steps_of_a_concept_have_a_bound(field: str) -> None:
+    for count in (0, 100_000):
+        assert getattr(Concept("hat", **{field: count}), field) == count  # type: ignore[arg-type]
+    for count in (-1, 100_001):
+        with pytest.raises(InputError, match=rf"{field} is {count}; a whole number in 0 \.\. 100000 is wanted"):
+            Concept("hat", **{field: count})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ledits_min.engine import cpu, ops
+from ledits_min.engine import cpu, ops, winograd
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the layer's own rounding, relative
 
@@ -336,3 +336,23 @@ def test_without_torchs_fused_products_plain_ones_serve(monkeypatch: pytest.Monk
         assert not cpu.fuses(torch.zeros(1, dtype=torch.bfloat16))
     finally:
         cpu.has_fused_products.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ({"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": 1}, False),
+        ({"kernel_size": 3}, False),
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, False),
+    ],
+)
+def test_only_its_own_convolutions_are_given_to_winograd(
+    shape: dict[str, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this CPU would gain by it."""
+    monkeypatch.setattr(cpu, "transforms_weights", lambda dtype: True)
+    monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
+    layer, hidden = nn.Conv2d(8, 8, **shape), torch.zeros(2, 8, 6, 5)  # type: ignore[arg-type]
+    assert not cpu.saves_multiplications(hidden, layer)
+    assert cpu.saves_multiplications(hidden.to(memory_format=torch.channels_last), layer) == wanted

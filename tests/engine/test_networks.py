@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from ledits_min import InputError
 from ledits_min.config import TextConfig
 from ledits_min.engine import networks
-from ledits_min.engine.networks import build_networks, resolve_dtype
+from ledits_min.engine.networks import build_networks, fits_channels_last, resolve_dtype
 from ledits_min.files.configs import read_config
 from ledits_min.text import TextEncoder, build_text_model
 from ledits_min.weights.load import load_checkpoint
@@ -68,3 +70,20 @@ def test_unknown_words_are_named_where_a_tokenizer_does_not_split(tmp_path: Path
     encoder = TextEncoder(load_tokenizer(tmp_path / "tokenizer", config), build_text_model(config))
     with pytest.raises(InputError, match="does not know 'a zebra'"):
         encoder.check("a zebra")
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "width", "wanted"),
+    [
+        ("cuda", torch.float16, 32, True),
+        ("cpu", torch.float16, 128, True),
+        ("cpu", torch.float16, 127, False),
+        ("cpu", torch.float32, 128, False),  # another layout would be a copy of what lies in the file
+    ],
+)
+def test_where_channels_lie_together(device: str, stored: torch.dtype, width: int, wanted: bool) -> None:
+    network: Any = SimpleNamespace(
+        config=SimpleNamespace(block_out_channels=(width, 2 * width)),
+        parameters=lambda: iter([torch.zeros(1, dtype=stored)]),
+    )
+    assert fits_channels_last(network, torch.device(device), torch.float32) == wanted

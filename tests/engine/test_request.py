@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 import torch
 
 from ledits_min import Concept, InputError, Inversion, LEdits, Progress
-from ledits_min.engine.request import warn_of_syntax
+from ledits_min.config import EditDefaults
+from ledits_min.engine.progress import Reporting
+from ledits_min.engine.record import observer
+from ledits_min.engine.request import edit_settings, warn_of_syntax
+from ledits_min.guidance import EditSettings
+from ledits_min.inversion import InversionSettings
 from ledits_min.weights.read.survey import TINY
 
 SAMPLE = TINY / "samples/portrait1.png"
@@ -95,3 +101,18 @@ def test_a_callback_may_do_what_it_likes_with_its_trace(ledits: LEdits, inversio
     clean = ledits.edit(inversion, concepts=[Concept("hat")], trace=True, progress=False)
     spoilt = ledits.edit(inversion, concepts=[Concept("hat")], trace=True, progress=False, callback=spoil)
     assert spoilt.trace == clean.trace and all(clean.trace)
+
+
+@pytest.mark.parametrize(
+    ("trace", "callback", "seen"), [(False, None, False), (True, None, True), (False, print, True)]
+)
+def test_steps_are_looked_at_where_somebody_listens(trace: bool, callback: Any, seen: bool) -> None:
+    reporting = Reporting(progress=False, trace=trace, callback=callback)
+    _, on_step = observer("editing", InversionSettings(), EditSettings(), reporting)
+    assert (on_step is not None) is seen
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(0.0, True), (1000.0, True), (1000.1, False), (-0.1, False)])
+def test_the_range_of_a_guidance_scale(scale: float, fits: bool) -> None:
+    with nullcontext() if fits else pytest.raises(InputError, match=r"a number in 0 \.\. 1000 is wanted"):
+        assert edit_settings(EditDefaults(), "a man", scale, "", (), 0.0, 0.6).guidance_scale == scale
