@@ -98,7 +98,7 @@ TABLE: dict[str, set[str]] = {
     | {"weights.read.*"},
     "weights.merge": {"errors", "weights.lora", "weights.read.*"},
     "weights.load": READ | {"weights.embedding", "weights.lora", "weights.merge", "weights.read.*"},
-    "weights.inspect": {"errors", "files.header", "weights.read.*"},
+    "weights.inspect": {"config", "errors", "files.header", "weights.read.*"},
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ledits_min.config import UNetConfig, VAEConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.header import read_header
-from ledits_min.weights.read.folder import FOLDERS, option, part_tensors, readable
+from ledits_min.weights.read.folder import FOLDERS, STEMS, option, part_tensors, readable
 from ledits_min.weights.read.identify import PARTS, Layout, Stored, identify, old_attention_names
 from ledits_min.weights.read.published import SDXL
 from ledits_min.weights.read.shapes import FLOAT_DTYPES
@@ -19,6 +20,8 @@ from ledits_min.weights.read.survey import (
     describe_ignored,
     find_model,
     layout_of,
+    lone_part,
+    part_of,
     supplied_parts,
     survey_checkpoint,
     survey_whole,
@@ -39,6 +42,7 @@ class PartReport:
 class Report:
     """What `path` is, and whether it can be edited with; `reason` says why not.
 
+    pixels    the size it was trained at, "" where that is not known
     verdict   "loads", "incomplete" (a part must be supplied), "part" (of a checkpoint, no unet), or "refused"
     """
 
@@ -46,6 +50,7 @@ class Report:
     size: int
     dialect: str
     family: str
+    pixels: str
     parts: tuple[PartReport, ...]
     oddities: tuple[str, ...]
     missing: tuple[str, ...]
@@ -57,6 +62,7 @@ class Report:
             f"file      {self.path}, {self.size:,} bytes",
             f"dialect   {self.dialect}",
             f"family    {self.family}",
+            *([f"pixels    {self.pixels}"] if self.pixels else []),
         ]
         for part in self.parts:
             dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
@@ -85,11 +91,14 @@ def inspect(path: str | Path, **options: Any) -> Report:
     verdict = "loads" if not reason else "refused" if survey is None or not missing else "incomplete"
     if verdict == "incomplete" and "unet" in missing:
         verdict = "part"
+    if verdict == "refused" and (lone := _lone(path)):
+        verdict, reason = "part", f"{quoted(path)} {lone}"
     return Report(
         path=quoted(path),
         size=_size(path),
         dialect=_dialect(path, layouts),
         family=_family(layouts),
+        pixels="" if survey is None else _pixels(survey),
         parts=tuple(_part_report(part, tensors.values()) for part, tensors in parts.items()),
         oddities=tuple(_oddities(layouts, parts, survey)),
         missing=missing if parts and not any(layout.refusal for layout in layouts) else (),
@@ -109,9 +118,17 @@ def _try_to_load(path: Path, supplied: Collection[str], options: Mapping[str, An
     return survey, ""
 
 
+def _lone(path: Path) -> str:
+    """What a part of a diffusers folder is, by the config in its folder, and where it belongs."""
+    lone = lone_part(path if path.is_dir() else path.parent)
+    return lone if path.is_dir() or path.stem in STEMS.values() else ""
+
+
 def _folder_layouts(path: Path) -> list[Layout]:
     """The layouts of the parts that can be read; what cannot be read is named by the verdict."""
     layouts = []
+    if (path / "config.json").is_file() and (own := part_of(path)):
+        return [identify(part_tensors(path, own)[0], own)]
     for part in PARTS:
         if (path / FOLDERS[part]).is_dir():
             try:
@@ -135,7 +152,7 @@ def _size(path: Path) -> int:
 
 
 def _dialect(path: Path, layouts: Iterable[Layout]) -> str:
-    if path.is_dir():
+    if path.is_dir() and not lone_part(path):
         return "diffusers folder"
     dialects = {dialect for layout in layouts for dialect in layout.dialects.values()}
     if not dialects:
@@ -147,6 +164,14 @@ def _family(layouts: Iterable[Layout]) -> str:
     """The UNet's family decides; a part alone names its own."""
     layouts = sorted(layouts, key=lambda layout: "unet" not in layout.parts)
     return layouts[0].family if layouts else "unknown"
+
+
+def _pixels(survey: Survey) -> str:
+    unet, vae = survey.configs.get("unet"), survey.configs.get("vae")
+    if not isinstance(unet, UNetConfig) or not isinstance(vae, VAEConfig):
+        return ""
+    side = unet.sample_size * vae.factor
+    return f"trained at {side} x {side}"
 
 
 def _oddities(

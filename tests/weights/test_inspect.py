@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from ledits_min.config import SD15_TEXT, SD15_UNET, SD15_VAE
 from ledits_min.errors import InputError
 from ledits_min.weights.inspect import inspect
+from ledits_min.weights.load import load_checkpoint
 from ledits_min.weights.read.identify import ANY_VAE
+from ledits_min.weights.read.survey import TINY
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 Listing = dict[str, Any]
@@ -403,3 +406,40 @@ def test_no_weight_is_read_and_torch_is_not_needed(checkpoints: ModuleType, sd15
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     assert "verdict   loads" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("unet", "is the UNet of a checkpoint"),
+        ("unet/diffusion_pytorch_model.safetensors", "is the UNet of a checkpoint"),
+        ("vae", "as --vae"),
+        ("vae/diffusion_pytorch_model.safetensors", "as --vae"),
+        ("text_encoder", "as --text-encoder"),
+        ("text_encoder/model.safetensors", "as --text-encoder"),
+        ("tokenizer", "as --tokenizer"),
+        ("scheduler", "is the scheduler of a checkpoint"),
+    ],
+)
+def test_a_lone_part_says_where_it_belongs(part: str, said: str) -> None:
+    report = inspect(TINY / part)
+    assert report.verdict == "part"
+    assert said in report.reason
+    assert report.reason.endswith(f"; the whole checkpoint is '{TINY.resolve()}'")
+    name = {"unet": "unet", "vae": "vae", "text_encoder": "text"}.get(part.split("/")[0])
+    assert [one.name for one in report.parts] == ([name] if name else [])
+
+
+def test_a_lone_part_far_from_its_checkpoint(tmp_path: Path) -> None:
+    shutil.copytree(TINY / "vae", tmp_path / "my-vae")
+    report = inspect(tmp_path / "my-vae")
+    assert report.verdict == "part"
+    assert report.reason.endswith("this as --vae (vae=)")
+    with pytest.raises(InputError, match="as --vae"):
+        load_checkpoint(tmp_path / "my-vae")
+    (tmp_path / "my-vae/config.json").write_text('{"_class_name": "Other"}')
+    assert inspect(tmp_path / "my-vae").verdict == "refused"
+
+
+def test_the_size_that_a_model_knows() -> None:
+    assert inspect("tiny").pixels == "trained at 128 x 128"

@@ -380,6 +380,22 @@ def _add_part(survey: Survey, part: str, layout: Layout, config: Config, source:
         )
 
 
+# What a folder is by itself: by the part that its config describes, or by a file in it.
+_LONE_PARTS = {
+    "unet": "is the UNet of a checkpoint and loads with the rest of it alone: pass the folder around it",
+    "vae": "is the VAE of a checkpoint: pass that one as --model, and this as --vae (vae=)",
+    "text": "is the text encoder of a checkpoint: pass that one as --model, and this as --text-encoder (text_encoder=)",
+}
+_TOKENIZER = "is a tokenizer: pass a checkpoint as --model, and this as --tokenizer (tokenizer=)"
+_LONE = {
+    "adapter_config.json": "is a LoRA of peft: pass a checkpoint as --model, and the .safetensors file in it as --lora "
+    "(lora=)",
+    "scheduler_config.json": "is the scheduler of a checkpoint: pass the folder around it",
+    "tokenizer_config.json": _TOKENIZER,
+    "vocab.json": _TOKENIZER,
+}
+
+
 def _refuse_other_folders(path: Path, insist: bool) -> None:
     """Name the folders that people pass by mistake; `insist`: one beside a unet is only left over."""
     source = quoted(path)
@@ -395,9 +411,29 @@ def _refuse_other_folders(path: Path, insist: bool) -> None:
             way_out = f"; if {name}/ was only left in a plain checkpoint, {INSIST}" if beside else ""
             raise InputError(f"{source} is {family}: it has {name}/; not supported; {SUPPORTED}{way_out}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
+        if lone := lone_part(path):
+            raise InputError(f"{source} {lone}")
         wanted = ", ".join(f"{folder}/" for folder in FOLDERS.values())
-        hint = "pass it as --vae or --text-encoder" if (path / "config.json").is_file() else "pass the right folder"
-        raise InputError(f"{source} is not a diffusers folder: {wanted} are wanted in it; {hint}")
+        raise InputError(f"{source} is not a diffusers folder: {wanted} are wanted in it; pass the right folder")
+
+
+def lone_part(folder: Path) -> str:
+    """What a folder is that holds one part of a checkpoint, and where it belongs; "" for any other folder."""
+    what = next((said for name, said in _LONE.items() if (folder / name).is_file()), "")
+    if (folder / "config.json").is_file():
+        what = _LONE_PARTS.get(part_of(folder), "")
+    whole = folder.resolve().parent
+    if what and any((whole / name).is_dir() for name in FOLDERS.values()) and whole.name != "snapshots":
+        what += f"; the whole checkpoint is {quoted(whole)}"
+    return what
+
+
+def part_of(folder: Path) -> str:
+    """Which part a folder's config.json describes, "" where it is none of ours."""
+    config = read_json(folder / "config.json")
+    said = f"{config.get('_class_name')} {config.get('model_type')} {config.get('architectures')}"
+    marks = {"AutoencoderKL": "vae", "UNet2DConditionModel": "unet", "CLIPText": "text", "clip_text_model": "text"}
+    return next((part for mark, part in marks.items() if mark in said), "")
 
 
 def describe_ignored(layout: Layout) -> list[str]:
