@@ -48,24 +48,26 @@ TABLE: dict[str, set[str]] = {
     "engine.progress": {"errors"},
     "engine.retry": {"errors"},
     "engine.cost": {"config", "engine.winograd"},
-    "engine.plan": {"p2p"} | SETTINGS,
+    "engine.maps": {"config", "errors", "guidance", "p2p", "text", "unet"},
+    "engine.presets": {"config", "errors"},
+    "engine.plan": {"engine.maps", "p2p"} | SETTINGS,
     "engine.budget": {"config", "engine.cost", "engine.memory", "engine.plan"},
     "engine.request": {"config", "errors", "p2p", "sega"} | SETTINGS,
     "engine.cpu": {"engine.torch_private", "engine.winograd"},
     "engine.ops": {"engine.cpu", "engine.torch_private", "errors", "kernels.*", "schedule"} | SETTINGS,
     "engine.fast_networks": {"engine.ops", "unet", "vae"},
-    "engine.denoiser": {"engine.fast_networks", "inversion", "p2p", "schedule", "text", "unet"},
-    "engine.evaluate": {"engine.memory", "engine.plan", "engine.retry", "errors", "p2p"},
-    "engine.graphs": {"engine.evaluate", "engine.memory", "engine.overhead", "errors", "p2p"},
+    "engine.denoiser": {"engine.fast_networks", "engine.maps", "inversion", "p2p", "schedule", "text", "unet"},
+    "engine.evaluate": {"engine.maps", "engine.memory", "engine.ops", "engine.plan", "engine.retry", "errors", "p2p"},
+    "engine.graphs": {"engine.evaluate", "engine.maps", "engine.memory", "engine.overhead", "errors", "p2p"},
     "engine.loop": {"edit", "engine.evaluate", "engine.ops", "engine.plan", "p2p"} | SETTINGS,
     "engine.coding": {"engine.memory", "engine.retry", "engine.tiling", "errors", "vae"},
     "engine.record": {"edit", "engine.progress"} | SETTINGS,
     "engine.runner": {"errors", "p2p", "engine.budget", "engine.coding", "engine.cpu", "engine.denoiser"}
-    | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.memory", "engine.overhead"}
-    | {"engine.plan", "engine.progress", "engine.record", "engine.request", "engine.retry"}
+    | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.maps", "engine.memory"}
+    | {"engine.overhead", "engine.plan", "engine.progress", "engine.record", "engine.request", "engine.retry"}
     | SETTINGS
     | NETWORKS,
-    "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.plan", "engine.progress"}
+    "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.maps", "engine.plan", "engine.progress"}
     | {"engine.record", "engine.request", "engine.retry", "engine.runner"}
     | SETTINGS,
     # Where a checkpoint's tensors become networks on a device.
@@ -95,38 +97,40 @@ TABLE: dict[str, set[str]] = {
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
-    | {"files.configs", "files.inversion", "files.opening", "files.picture"}
-    | {"engine.networks", "engine.plain", "engine.progress", "engine.record", "engine.request", "engine.runner"}
+    | {"files.configs", "files.inversion", "files.opening", "files.picture", "files.region"}
+    | {"engine.maps", "engine.networks", "engine.plain", "engine.presets", "engine.progress", "engine.record"}
+    | {"engine.request", "engine.runner"}
     | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
     | NETWORKS,
     # What people touch: what several commands share, then each command in a room of its own.
     "app": set(),
     "app.terminal": {"errors"},
-    "app.values": {"errors"},
+    "app.values": {"config", "errors"},
     "app.words": {"errors", "weights.words"},
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.inversion", "inversion", "p2p", "pipeline", "sega"},
-    "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
-    | {"files.opening", "inversion", "weights.read.survey"},
+    "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.door"}
+    | {"files.header", "files.opening", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},
     "app.cli.__main__": {"app.cli"},
-    "app.cli.options": {"", "app.values", "errors"},
+    "app.cli.options": {"", "app.values", "config", "errors"},
     "app.cli.command": {"app.cli.commands", "app.cli.options", "app.terminal", "errors"},
     "app.cli.explain": {"engine.budget", "engine.networks", "engine.plan", "engine.request", "files.inversion"}
     | {"files.picture", "inversion", "pipeline", "weights.load"},
     "app.cli.demo": {"app.outputs", "app.sheet", "engine.progress", "files.inversion", "pipeline", "sega"},
-    "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "errors", "p2p"}
+    "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "engine.request", "errors"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
-    | {"files.header", "files.write", "weights.inspect", "weights.read.survey"},
+    | {"files.header", "files.write", "p2p", "weights.inspect", "weights.read.survey"},
     "app.batch.*": {"app.batch.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.options"}
-    | {"app.cli.explain", "engine.budget", "engine.progress", "errors", "p2p", "pipeline", "sega"}
+    | {"app.cli.explain", "config", "engine.budget", "engine.progress", "engine.request", "errors", "p2p", "pipeline"}
+    | {"sega"}
     | {"files.door", "files.opening", "files.picture", "files.write"},
     "app.sweep.*": {"", "app.cli.options", "app.inputs", "app.outputs", "app.sheet", "app.terminal", "app.values"}
     | {"engine.progress", "errors"},
-    "app.web.*": {"", "app.web.*", "app.inputs", "app.outputs", "app.terminal", "app.cli.command", "app.cli.options"}
-    | {"config", "errors", "files.opening", "files.write", "weights.read.survey"},
+    "app.web.*": {"", "app.web.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.command"}
+    | {"app.cli.options", "config", "errors", "files.opening", "files.write", "weights.read.survey"},
 }
 CORE_LINES = 1600  # of the flat files without pipeline.py, blank ones not counted
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine.evaluate import Network
+from ledits_min.engine.maps import Recorder
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.overhead import Overhead
 from ledits_min.errors import InputError, warn
@@ -68,7 +69,7 @@ class Graphed:
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-        attention: AttentionControl | None = None,
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:  # fmt: skip
         numbers = (inputs, steps, texts, images)
         if attention is not None:  # it differs from step to step

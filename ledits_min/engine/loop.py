@@ -6,7 +6,7 @@ calls, as the `plan.Phase` says. Prompt-to-Prompt is the same loop with more row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,7 @@ class Watch:
 
 
 UNWATCHED = Watch()
+Asked = tuple[Tensor, Mapping[str, Tensor]]  # predictions for the texts of a step, and its attention maps by text
 
 
 def invert(
@@ -77,16 +78,16 @@ def edit(
     evaluate = Evaluator(network, phase, schedule.timesteps, x_T.device, watch.evaluations)
     x_source = x_T
 
-    def branches(i: int, x_t: Tensor) -> Tensor:
+    def branches(i: int, x_t: Tensor) -> Asked:
         nonlocal x_source
         group = phase.groups[i]
         if not lends(group):
-            return evaluate(x_t[None])
+            return evaluate(x_t[None]), evaluate.maps
         assert lending is not None
         predicted = dict(zip(group, evaluate(torch.stack([x_source, x_t]), partial(lending.control, i)), strict=True))
         eps = source_eps({row.text: eps for row, eps in predicted.items() if row.reads == SOURCE}, inversion)
         x_source = of_source.mean(i, x_source, eps) + residuals[i]
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
 
     state, finite = _denoise(steps, x_T, residuals, schedule.timesteps, branches, watch)
     evaluate.check(finite)
@@ -111,7 +112,7 @@ def invert_and_edit(
     steps = EditSteps(running.solver.levels, settings, running.solver.weights)
     evaluate = Evaluator(network, phase, schedule.timesteps, x_0.device, watch.evaluations)
 
-    def branches(i: int, x_t: Tensor) -> Tensor:
+    def branches(i: int, x_t: Tensor) -> Asked:
         group = phase.groups[i]
         predicted: dict[Row, Tensor] = {}
         if group:  # empty where the inversion has asked for all of it
@@ -122,9 +123,9 @@ def invert_and_edit(
             predicted.update(zip(group[:own], eps[:own], strict=True))
             running.file(of_inversion, eps[own:])
         else:
-            evaluate.groups_done += 1
+            evaluate.skip_empty()
         predicted |= {Row(i, text): eps for text, eps in running.take(i).items() if Row(i, text) not in predicted}
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
 
     state, finite = _denoise(steps, running.x[0], running.residuals, schedule.timesteps, branches, watch)
     evaluate.check(finite)
@@ -173,19 +174,20 @@ def _denoise(
     x_T: Tensor,
     residuals: Tensor,
     timesteps: Tensor,
-    branches: Callable[[int, Tensor], Tensor],
+    branches: Callable[[int, Tensor], Asked],
     watch: Watch,
 ) -> tuple[EditState, Tensor]:
     """The last state, and for every step whether the latents behind it are finite.
 
-    branches(i, x_t) predicts for `settings.texts(i)`; when it returns, residuals[i] is there.
+    branches(i, x_t) predicts for `settings.texts(i)`, and brings the maps for `settings.attending(i)`; when it returns,
+    residuals[i] is there.
     """
     state = ops.start(steps, x_T)
     finite = torch.ones(len(residuals), dtype=torch.bool, device=x_T.device)
     for i in range(len(residuals)):
-        eps = branches(i, state.x_t)
-        seen = observe(steps.settings, state, eps, i) if watch.step and watch.predictions else ({}, None, [])
-        ops.sega_step(steps, state, eps, residuals, i)
+        eps, maps = branches(i, state.x_t)
+        seen = observe(steps.settings, state, eps, i, maps) if watch.step and watch.predictions else ({}, None, [])
+        ops.sega_step(steps, state, eps, residuals, i, maps)
         finite[i] = state.x_t.isfinite().all()
         if watch.step:
             watch.step(Step(i, int(timesteps[i]), *seen, state.x_t.clone()))
@@ -193,9 +195,9 @@ def _denoise(
 
 
 def observe(
-    settings: EditSettings, state: EditState, branches: Tensor, step: int
+    settings: EditSettings, state: EditState, branches: Tensor, step: int, maps: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None, list[Tensor | None]]:
     """Predictions by text, gamma and masks of the step to come, which `ops.sega_step` does not hand out."""
     eps = dict(zip(settings.texts(step), branches, strict=True))
-    _, added = edited_eps(eps, settings, step, state.momentum)
+    _, added = edited_eps(eps, settings, step, state.momentum, maps)
     return (eps, None, []) if added is None else (eps, added.gamma, added.masks)

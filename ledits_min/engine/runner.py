@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from ledits_min.engine.denoiser import Denoiser
 from ledits_min.engine.evaluate import Network
 from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.engine.graphs import Graphed, use_graphs
+from ledits_min.engine.maps import Recording, recording
 from ledits_min.engine.memory import free_memory, is_out_of_memory
 from ledits_min.engine.overhead import Overhead
 from ledits_min.engine.plan import Phase, editing_phase, inversion_phase, one_pass_phase
@@ -95,6 +97,7 @@ class Runner:
         """`edit.edit`, as a phase called `name`; with `lending` Prompt-to-Prompt."""
         x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
         phase = editing_phase(name, inversion, settings, len(x_T), self.batch_limit(x_T), lending)
+        phase = replace(phase, recording=self.recording(settings, contexts, x_T))
         for attempt in self.attempts(phase, x_T, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_T.device)
@@ -109,6 +112,7 @@ class Runner:
     ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
         """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
         phase = one_pass_phase(inversion, settings, len(x_0), self.batch_limit(x_0))
+        phase = replace(phase, recording=self.recording(settings, contexts, x_0))
         for attempt in self.attempts(phase, x_0, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_0.device)
@@ -116,6 +120,9 @@ class Runner:
                 watch = loop.Watch(advance, on_step, reporting.trace)
                 x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
         return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
+
+    def recording(self, settings: EditSettings, contexts: Contexts, latents: Tensor) -> Recording | None:
+        return recording(self.unet.config, settings, contexts, latents)
 
     def network(
         self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device

@@ -72,7 +72,8 @@ class RayWorkers:
             self.device = "cuda" if gpus else "cpu" if args.device == "auto" else args.device
             # One precision for all, whatever each finds where it runs; the driver needs no GPU of its own.
             dtype = "float16" if args.dtype == "auto" and gpus else args.dtype
-            self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
+            ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, dtype, **parts(args))
+            self.ledits = ledits.with_preset(args.preset)
             self.ledits.runner.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:
             self._ended.close()
