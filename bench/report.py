@@ -165,7 +165,7 @@ def edits_text(edits: Json) -> list[str]:
     header = ["edit", "kind", "success", "kept", "outside, dB", "nearer", "gain, dB"]
     header += ["inside to ideal, dB, before / after", "the same, SSIM", "outside, SSIM"]
     return [
-        "## Workflow 1: concepts alone (T7)",
+        "## Are edits faithful to the request, the subtle and the substantial? Concepts alone",
         "",
         *table(header, [row(name, line) for name, line in edits.items()]),
         VAGUE,
@@ -174,7 +174,7 @@ def edits_text(edits: Json) -> list[str]:
 
 
 def claims_text(study: Json) -> list[str]:
-    lines = ["## The paper's other claims", ""]
+    lines = ["## Is SEGA robust and monotone inside LEDITS?", ""]
     lines += ["**Monotone in scale.** Spearman of the oracle's log probability with the concept's scale.", ""]
     swept = {**{n: c["monotone"] for n, c in study["curves"].items()}, **study["reverse"]}
     lines += table(
@@ -190,6 +190,7 @@ def claims_text(study: Json) -> list[str]:
             for name, m in swept.items()
         ],
     )
+    lines += ["## Is fidelity kept while the target changes, and do edits leave each other alone?", ""]
     lines += ["**Concepts keep the target prompt's edit.** Success of the target's edit.", ""]
     lines += table(
         ["target under concept", "without the concept", "with it"],
@@ -266,7 +267,7 @@ def winners(found: Mapping[str, Mapping[str, float | None]], name: str, margin: 
 def methods_text(curves: Json) -> list[str]:
     compared = {edit: found["compared"] for edit, found in curves.items()}
     methods = list(next(iter(compared.values())))
-    lines = ["## LEDITS beside its baselines", "", COMPARING, ""]
+    lines = ["## Flexible and under control, beside pure inversion and Prompt-to-Prompt?", "", COMPARING, ""]
     for name, title, form, margin in (
         ("success", "Success at equal fidelity", percent, 0.02),
         ("gain_db", "Gain towards the ideal edit at equal fidelity", decibel, LEVEL_DB),
@@ -351,6 +352,46 @@ def tuning_text(stem: str, found: Json) -> list[str]:
     return [f"## {stem}.json", "", f"{note}`{found['command']}`", "", *table(list(found["rows"][0]), rows)]
 
 
+def options_text(methods: Json | None, removals: Json | None) -> list[str]:
+    """LEDITS++'s options beside LEDITS, and the ways to remove something: written by bench/study/options.py."""
+    lines: list[str] = []
+    if methods:
+        lines += ["## LEDITS++'s masks and solver, and few steps: what they buy, evaluation by evaluation", ""]
+        lines += [f"`{methods['command']}`: {methods['portraits']} unseen portraits of each edit.", ""]
+        header = ["method", "evaluations", "success", "nearer", "outside", "gain", "add", "change", "remove", "seconds"]
+        rows = [
+            [
+                line["method"],
+                f"{line['evaluations']:.0f}",
+                f"{percent(line['success'])} {spread(line['success_interval'], 100.0, 0)}",
+                f"{percent(line['closer'])} {spread(line['closer_interval'], 100.0, 0)}",
+                decibel(line["outside_db"]),
+                decibel(line["gain_db"]),
+                *(f"{line[f'gain_db_{group}']:.2f}" for group in ("add", "change", "remove")),
+                f"{line['seconds']:.2f}",
+            ]
+            for line in methods["rows"]
+        ]
+        lines += table(header, rows)
+    if removals:
+        lines += ["## Removing: in reverse, by a phrase of absence, by both", ""]
+        lines += [f"`{removals['command']}`: {removals['portraits']} unseen portraits of each edit.", ""]
+        rows = [
+            [
+                line["edit"],
+                line["way"],
+                f"{line['evaluations']:.0f}",
+                f"{percent(line['success'])} {spread(line['success_interval'], 100.0, 0)}",
+                ratio(line["kept_ratio"]),
+                decibel(line["outside_db"]),
+                decibel(line["gain_db"]),
+            ]
+            for line in removals["rows"]
+        ]
+        lines += table(["edit", "way", "evaluations", "success", "kept", "outside", "gain"], rows)
+    return lines
+
+
 def kind_of(found: Any) -> str:
     """What a result file holds, told by its shape."""
     if not isinstance(found, dict):
@@ -386,6 +427,7 @@ def report(folder: Path, tiny: Path) -> str:
         lines += table(["figure", "wanted", "measured, mean", ""], rows) + conditions_text(study)
         lines += edits_text(study["edits"]) + methods_text(study["curves"]) + pictures_text(folder)
         lines += claims_text(study) + elsewhere_text(study)
+    lines += options_text(files.pop("study_options_methods", None), files.pop("study_options_removals", None))
     for stem, found in files.items():
         if kind_of(found) == "tuning":
             lines += tuning_text(stem, found)

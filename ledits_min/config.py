@@ -120,6 +120,9 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False  # pure noise at the last timestep, see schedule.rescaled
 
 
+MASKS = ("percentile", "noise", "attention", "both")  # what decides where a concept acts, see sega.concept_mask
+
+
 @dataclass(frozen=True)
 class EditDefaults:
     """What `None` stands for in the public interface: LEDITS Table 1, or a checkpoint's own `ledits.json`."""
@@ -132,6 +135,9 @@ class EditDefaults:
     threshold: float = 0.95
     warmup_steps: int = 1
     solver_order: int = 1
+    mask: str = "percentile"
+    attention_level: int = 2  # where words' maps are read: how often the latents are halved there, and on which way
+    attention_places: tuple[str, ...] = ("down", "up")
 
 
 # --- the published families -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,21 @@ from ledits_min.guidance import EditSettings, edited_eps, guided_eps, guided_tex
 from ledits_min.inversion import InversionSettings, Solver, trajectory
 
 EpsModel = Callable[[Tensor, Tensor, Any], Tensor]
-# (step, x_t, t) -> predictions by text that are made otherwise than by asking `eps_model` about one text at a time.
 Predict = Callable[[int, Tensor, Tensor], Mapping[str, Tensor]]
+
+
+class Hooks(NamedTuple):
+    """What an edit may be given besides.
+
+    predict  (step, x_t, t) -> predictions by text that are not asked of `eps_model` (see `p2p.lend_maps`)
+    maps     attention maps (B, h', w') by text, as an eps_model that looks at them has left them, for masks
+    """
+
+    predict: Predict = lambda step, x_t, t: {}
+    maps: Mapping[str, Tensor] = {}
+
+
+NO_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,11 @@ def edit(
     inversion: InversionSettings,
     settings: EditSettings,
     on_step: Callable[[Step], None] = lambda step: None,
-    predict: Predict = lambda step, x_t, t: {},
+    hooks: Hooks = NO_HOOKS,
 ) -> Tensor:
     """Algorithm 1, the editing: denoise x_T again, guided by the target prompt and by every concept; returns x_0.
 
-    x_T and residuals come from `invert` with the settings `inversion`. `predict` is the loop's hook: what it returns
-    is not asked of `eps_model` (Prompt-to-Prompt's prediction for the target, see `p2p.lend_maps`).
+    x_T and residuals come from `invert` with the settings `inversion`.
     """
     schedule = inversion.make_schedule()
     x_t, momentum, solver = x_T, torch.zeros_like(x_T), Solver(inversion)
@@ -87,11 +99,11 @@ def edit(
         t = timestep.to(x_t.device).expand(len(x_t))
 
         # Predict with each text once.
-        eps = dict(predict(i, x_t, t))
+        eps = dict(hooks.predict(i, x_t, t))
         eps |= {text: eps_model(x_t, t, contexts[text]) for text in settings.texts(i) if text not in eps}
 
         # Guide: eps_uncond + guidance_scale (eps_target - eps_uncond) + gamma_t.
-        guided, added = edited_eps(eps, settings, i, momentum)
+        guided, added = edited_eps(eps, settings, i, momentum, hooks.maps)
         if added is not None:
             momentum = added.momentum
 

@@ -5,11 +5,11 @@ at a step, and what their predictions become.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ledits_min.sega import ConceptTerm, Guidance, semantic_guidance
+from ledits_min.sega import ConceptTerm, Guidance, Where, semantic_guidance
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class EditSettings:
     negative                the text of eps_uncond
     concepts                what to add or remove
     momentum_scale, momentum_beta   SEGA's momentum, 0 <= value < 1
+    attention_level, attention_places   where words' attention maps are read, as in `EditDefaults`
+    region                  limits every concept, as in `sega.Where`
     """
 
     target: str = ""
@@ -28,11 +30,18 @@ class EditSettings:
     concepts: tuple[ConceptTerm, ...] = ()
     momentum_scale: float = 0.0
     momentum_beta: float = 0.6
+    attention_level: int = 2
+    attention_places: tuple[str, ...] = ("down", "up")
+    region: Tensor | None = field(default=None, compare=False)
 
     @property
     def terms(self) -> tuple[ConceptTerm, ...]:
         """The concepts that can have an effect: one with the text of eps_uncond has no direction, and is dropped."""
         return tuple(term for term in self.concepts if term.text != self.negative)
+
+    def attending(self, step: int) -> set[str]:
+        """The texts whose attention maps make masks at one step."""
+        return {term.text for term in self.terms if term.attends and term.matters(step, self.momentum_scale)}
 
     def texts(self, step: int) -> tuple[str, ...]:
         """The distinct texts to evaluate at one step; equal texts are one branch, idle concepts are none."""
@@ -64,13 +73,13 @@ def guided_eps(eps: Mapping[str, Tensor], base: str, text: str, scale: float) ->
 
 
 def edited_eps(
-    eps: Mapping[str, Tensor], settings: EditSettings, step: int, momentum: Tensor
+    eps: Mapping[str, Tensor], settings: EditSettings, step: int, momentum: Tensor, maps: Mapping[str, Tensor]
 ) -> tuple[Tensor, Guidance | None]:
     """The prediction that an editing step follows, and what SEGA added to it (None without concepts).
 
     eps = eps_uncond + guidance_scale (eps_target - eps_uncond) + gamma_t        [2307.00522, Algorithm 1]
 
-    `eps` holds the predictions for `settings.texts(step)`, keyed by text.
+    `eps` holds the predictions for `settings.texts(step)`, `maps` the attention maps for `settings.attending(step)`.
     """
     guided = guided_eps(eps, settings.negative, settings.target, settings.guidance_scale)
     if not settings.terms:
@@ -80,6 +89,7 @@ def edited_eps(
         eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms
     ]
     added = semantic_guidance(
-        uncond, concepts, settings.terms, step, momentum, settings.momentum_scale, settings.momentum_beta
-    )
+        uncond, concepts, settings.terms, step, momentum, settings.momentum_scale, settings.momentum_beta,
+        Where(maps, settings.region),
+    )  # fmt: skip
     return guided + added.gamma, added

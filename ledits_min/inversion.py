@@ -94,10 +94,8 @@ def posterior_mean(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar, alpha_bar_prev
 def second_order_eps(
     x_t: Tensor, eps: Tensor, last_pred_x0: Tensor | float, alpha_bar_t: float, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """eps' = eps - weight (pred_x0 - last_pred_x0), and pred_x0.
-
-    The posterior mean of eps' with eta = 1 is SDE-DPM-Solver++'s step of second order [2211.01095] where `weight` is of
-    `Schedule.second_order_weights`; with weight 0 it is that of first order, which is LEDITS' own.
+    """eps' = eps - weight (pred_x0 - last_pred_x0), whose posterior mean with eta = 1 is SDE-DPM-Solver++'s step
+    [2211.01095], and pred_x0. `weight` is of `Schedule.second_order_weights`; 0 is first order, LEDITS' own step.
     """
     pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
     return eps - weight * (pred_x0 - last_pred_x0), pred_x0

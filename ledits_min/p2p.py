@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,15 +44,21 @@ class PromptToPrompt:
     Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
     64 that are executed. Prompts with equally many words are edited by word swap ("replace"), all others by prompt
     refinement ("refine"). The inversion must have been made with a source prompt, and the edit needs a target. The
-    defaults are those of LEDITS, Table 1. InputError for a value out of range.
+    defaults are those of LEDITS, Table 1. `reweight` names words of the target, and what their cross-attention is
+    multiplied by while maps are lent, -10 .. 10. InputError for a value out of range.
     """
 
     cross: float = 0.6
     self: float = 0.2
+    reweight: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_number("attention: cross", self.cross, 0.0, 1.0)
         check_number("attention: self", self.self, 0.0, 1.0)
+        if not isinstance(self.reweight, Mapping):
+            raise InputError(f"attention: reweight is {self.reweight!r}; words and their factors are wanted")
+        for word, factor in self.reweight.items():
+            check_number(f"attention: reweight of {word!r}", factor, -10.0, 10.0)
 
     def lending(self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor) -> Lending:
         """What is lent, and for how long, between two prompts of `length` tokens L each, padding included.
@@ -66,16 +72,6 @@ class PromptToPrompt:
             self_steps=int(self.self * num_steps),
             self_tokens=height * width,
         )
-
-
-def check_prompts(source: str, target: str, negative: str) -> None:
-    """InputError where Prompt-to-Prompt has no two prompts to work with."""
-    if not source.strip():
-        raise InputError("Prompt-to-Prompt: the source prompt is empty; invert with a description of the picture")
-    if not target.strip():
-        raise InputError("Prompt-to-Prompt: the target prompt is empty; give a description of the new picture")
-    if target == negative:
-        raise InputError(f"Prompt-to-Prompt: target and negative prompt are both {target[:40]!r}; give different ones")
 
 
 # --- which token lends to which -------------------------------------------------------------------------------------
@@ -93,6 +89,10 @@ class TokenMapper(NamedTuple):
 
     def to(self, device: torch.device) -> TokenMapper:
         return TokenMapper(self.lend.to(device), self.own.to(device))
+
+    def reweighted(self, factors: Tensor) -> TokenMapper:
+        """M*[.., n] becomes factors[n] M*[.., n], factors (L,)        [2208.01626, attention re-weighting]"""
+        return TokenMapper(self.lend * factors, self.own * factors)
 
 
 def token_mapper(source: Words, target: Words, length: int) -> TokenMapper:
@@ -263,9 +263,7 @@ def source_eps(eps: Mapping[str, Tensor], inversion: InversionSettings) -> Tenso
 class ControlledEpsModel(Protocol):
     """An `edit.EpsModel` whose attention can be controlled; given a list of N contexts, the batch is N equal parts."""
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor, context: Any, attention: AttentionControl | None = None, /
-    ) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, context: Any, attention: Any = None, /) -> Tensor: ...
 
 
 def lend_maps(

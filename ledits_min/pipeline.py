@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from ledits_min.config import EditDefaults, ScheduleConfig
 from ledits_min.engine.ahead import Ahead
+from ledits_min.engine.maps import check_masks
 from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
 from ledits_min.engine.ops import kernel_calls
 from ledits_min.engine.plain import PlainRunner
+from ledits_min.engine.presets import preset_defaults
 from ledits_min.engine.progress import Callback, Reporting
 from ledits_min.engine.record import Edited
 from ledits_min.engine.request import (
@@ -26,9 +29,11 @@ from ledits_min.engine.request import (
     check_noise,
     check_output_size,
     check_prompt,
+    check_prompts,
     check_seeds,
     edit_settings,
     edit_texts,
+    tokens_of,
     warn_of_idle,
 )
 from ledits_min.engine.runner import Runner
@@ -39,9 +44,10 @@ from ledits_min.files.display import Figure, figures, overlay
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
+from ledits_min.files.region import MaskLike, open_region
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
-from ledits_min.p2p import Lending, PromptToPrompt, check_prompts
+from ledits_min.p2p import Lending, PromptToPrompt
 from ledits_min.sega import Concept, ConceptTerm
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
@@ -131,6 +137,7 @@ class LEdits:
         insist: bool = False,
         compile: bool = False,
         engine: str = "fast",
+        preset: str | None = None,
     ) -> LEdits:
         """Load a checkpoint. Never touches a network.
 
@@ -150,6 +157,7 @@ class LEdits:
         compile          run the UNet through torch.compile: a minute or more per batch size at first, faster then
         engine           "fast", or "plain": the loops of `edit.py` through the plain networks, one evaluation after the
                          other, the reference that "fast" is tested against
+        preset           as in `with_preset`
         InputError names anything that does not fit.
         """
         if engine not in RUNNERS:
@@ -167,7 +175,7 @@ class LEdits:
         if compile:
             ledits.unet.compile(dynamic=False)  # a batch size at a time: the few there are come again and again
             ledits.runner.compiled = True
-        return ledits
+        return ledits.with_preset(preset)
 
     @classmethod
     def from_checkpoint(
@@ -237,6 +245,22 @@ class LEdits:
             if dtype is not None:
                 self.runner.tf32 = dtype == "tf32"
         return self
+
+    def with_preset(self, preset: str | None) -> LEdits:
+        """The same networks under other defaults, which is what every None stands for; None: these.
+
+        "leditspp"  those of LEDITS++ [2311.16711] in diffusers: scale 5, threshold 0.9, no warm-up, masks of attention
+                    and noise, the second-order solver, 30 executed steps (50 with SDXL)
+        "fast"      10 steps of the embedded model, which lose little
+
+        InputError for another name, and where the preset is not for this model.
+        """
+        if preset is None:
+            return self
+        other = copy(self)
+        is_sdxl = self.unet.add_embedding is not None
+        other.defaults = preset_defaults(preset, self.defaults, self.embedded, is_sdxl)
+        return other
 
     def close(self) -> None:
         """Free the networks' memory, whoever still refers to them; the editor cannot be used any more.
@@ -352,6 +376,7 @@ class LEdits:
         output_size: str = "input",
         attention: PromptToPrompt | None = None,
         callback: Callback | None = None,
+        mask_image: MaskLike | Sequence[MaskLike] | None = None,
     ) -> Result:
         """Denoise the inverted picture again under a target prompt, concepts, or both: the second half of Algorithm 1.
 
@@ -366,6 +391,9 @@ class LEdits:
         output_size     "input": the change, laid over the original's pixels at the original's size, by
                         `files.picture.lay_change`; "model": the model's own picture at the size it worked at
         attention       a `PromptToPrompt`: the attention maps of the inversion's source prompt, lent to the target
+        mask_image      limits every concept to where it is white: a grey picture of the picture's shape, of any size
+                        and with soft edges, or one per picture; or arrays (H, W) of bool, uint8, or float in 0 .. 1.
+                        The concepts' thresholds are taken inside it
         callback        a `Callback`, called with a `Progress` after every step
         Returns a `Result`: images, masks, latents, trace. InputError for what does not fit; Stopped where the callback
         returns true.
@@ -383,6 +411,7 @@ class LEdits:
         settings = edit_settings(
             self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
         )  # fmt: skip
+        settings = self._limited(settings, mask_image, inversion.original_sizes, inversion.x_T)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
@@ -414,6 +443,7 @@ class LEdits:
         attention: PromptToPrompt | None = None,
         callback: Callback | None = None,
         solver_order: int | None = None,
+        mask_image: MaskLike | Sequence[MaskLike] | None = None,
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
@@ -441,15 +471,16 @@ class LEdits:
             )  # fmt: skip
             return inversion, self.edit(
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
-                progress, trace, output_size, attention, callback,
+                progress, trace, output_size, attention, callback, mask_image,
             )  # fmt: skip
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
-        x_0 = self._encode(pictures, size)
-        noise = self._noise(noise, inverting, x_0)
         sizes = [picture.size for picture in pictures]
+        x_0 = self._encode(pictures, size)
+        settings = self._limited(settings, mask_image, sizes, x_0)
+        noise = self._noise(noise, inverting, x_0)
         contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
             contexts, x_0, noise, inverting, settings, Reporting(progress, trace, callback)
@@ -491,6 +522,7 @@ class LEdits:
         settings = edit_settings(
             self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta
         )  # fmt: skip
+        check_masks(self.unet.config, settings)
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
@@ -504,6 +536,20 @@ class LEdits:
         start, reporting = Start(noise[0], residuals, levels), Reporting(progress, trace, callback)
         edited = self._denoise("generating", start, settings, [(width, height)], reporting)
         return self._result(edited, None, settings, "model")
+
+    def _limited(
+        self,
+        settings: EditSettings,
+        mask_image: MaskLike | Sequence[MaskLike] | None,
+        sizes: Sequence[tuple[int, int]],
+        latents: Tensor,
+    ) -> EditSettings:
+        """With the user's mask as the concepts' region; InputError for that mask, and for masks this UNet has not."""
+        check_masks(self.unet.config, settings)
+        if mask_image is None:
+            return settings
+        height, width = latents.shape[-2:]
+        return replace(settings, region=open_region(mask_image, sizes, (height, width)).to(self.device))
 
     def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> Tensor:
         """Scaled latents of all pictures, float32 (B, C, h, w) on the device; `size` as in `invert`."""
@@ -556,8 +602,12 @@ class LEdits:
 
         inversion, settings  what the picture was inverted with, and the edit; latents  (B, C, h, w), for their size
         """
-        words = self.text.words(inversion.source), self.text.words(settings.target)
-        return attention.lending(*words, self.text.length, inversion.num_steps, latents.to(self.device))
+        source, target = self.text.words(inversion.source), self.text.words(settings.target)
+        lending = attention.lending(source, target, self.text.length, inversion.num_steps, latents.to(self.device))
+        factors = torch.ones(self.text.length)
+        for phrase, factor in attention.reweight.items():
+            factors[tokens_of(phrase, self.text.words(phrase), target)] *= factor
+        return replace(lending, mapper=lending.mapper.reweighted(factors.to(self.device)))
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""

@@ -53,19 +53,16 @@ class Schedule:
         return [Level(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
     def second_order_weights(self) -> list[float]:
-        """What the second-order solver's eps' = eps - weight (pred_x0 - pred_x0 of the step before) weighs with.
+        """Weights of `inversion.second_order_eps`, one per step        [2211.01095, midpoint, sde form]
 
         weight_i = sqrt(alpha_bar_t / (1 - alpha_bar_t)) min(h_i / (2 h_{i-1}), 1/2),  h_i = lambda_{i+1} - lambda_i
 
-        lambda = ln(alpha_bar / (1 - alpha_bar)) / 2 [2211.01095, midpoint, sde form]. The first step has none before
-        it; the last is of first order too, since behind it h may be infinite. The table's last interval is several
-        times its neighbours: 1/2 is the bound because that step would multiply the edit's last change otherwise.
+        lambda = ln(alpha_bar / (1 - alpha_bar)) / 2. The first step has none before it; behind the last h may be
+        infinite. Without the bound an interval several times its neighbours would multiply the edit's last change.
         """
-        levels = torch.stack([self.alpha_bar_t, self.alpha_bar_prev])
-        signal_to_noise = (levels / (1.0 - levels)).sqrt()
-        h = signal_to_noise[1].log() - signal_to_noise[0].log()
-        weights = torch.zeros_like(h)
-        weights[1:-1] = signal_to_noise[0, 1:-1] * (h[1:-1] / (2.0 * h[:-2])).clamp(max=0.5)
+        snr, snr_prev = (level / (1.0 - level) for level in (self.alpha_bar_t, self.alpha_bar_prev))
+        h, weights = 0.5 * (snr_prev / snr).log(), torch.zeros_like(snr)
+        weights[1:-1] = snr[1:-1].sqrt() * (h[1:-1] / (2.0 * h[:-2])).clamp(max=0.5)
         return weights.tolist()
 
 

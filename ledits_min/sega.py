@@ -6,13 +6,15 @@ Pure functions over predicted noise; no network, no text. `threshold` is the pap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.config import EditDefaults
+from ledits_min.config import MASKS, EditDefaults
 from ledits_min.errors import InputError, check_number, check_whole
 
 
@@ -27,8 +29,11 @@ class Concept:
     cooldown_steps  the first executed step in which it acts no more; None: it acts to the end
     weight          multiplies guidance_scale, 0 .. 1000
     reverse         move away from the concept
+    mask            where it acts: "percentile", SEGA's, a map per channel; "noise", "attention" or "both", LEDITS++'s
+                    [2311.16711]: where its direction is large, where its words are attended to, where both are
 
-    None in guidance_scale, threshold or warmup_steps means the checkpoint's default, else LEDITS Table 1: 7, 0.95, 1.
+    None in guidance_scale, threshold, warmup_steps or mask means the checkpoint's default, else LEDITS Table 1: 7,
+    0.95, 1, "percentile".
     InputError for a value out of range.
     """
 
@@ -39,6 +44,7 @@ class Concept:
     cooldown_steps: int | None = None
     weight: float = 1.0
     reverse: bool = False
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -51,6 +57,8 @@ class Concept:
         check_whole(f"{name}: cooldown_steps", self.cooldown_steps, 0, 100_000, optional=True)
         if not isinstance(self.reverse, bool):
             raise InputError(f"{name}: reverse is {self.reverse!r}; True or False is wanted")
+        if self.mask not in (None, *MASKS):
+            raise InputError(f"{name}: mask is {self.mask!r}; the choices are {', '.join(MASKS)}")
 
     def resolve(self, defaults: EditDefaults) -> ConceptTerm:
         """The same concept with every None replaced by its default."""
@@ -62,6 +70,7 @@ class Concept:
             self.cooldown_steps,
             self.weight,
             self.reverse,
+            defaults.mask if self.mask is None else self.mask,
         )
 
 
@@ -79,6 +88,12 @@ class ConceptTerm:
     cooldown_steps: int | None
     weight: float
     reverse: bool
+    mask: str = "percentile"
+
+    @property
+    def attends(self) -> bool:
+        """Whether its mask needs the attention maps of its words."""
+        return self.mask in ("attention", "both")
 
     @property
     def pulls(self) -> bool:
@@ -105,15 +120,60 @@ def edit_direction(eps_concept: Tensor, eps_uncond: Tensor, term: ConceptTerm) -
     return direction * term.guidance_scale * (eps_concept - eps_uncond)
 
 
-def percentile_mask(psi: Tensor, threshold: float) -> Tensor:
+def percentile_mask(psi: Tensor, threshold: float, inside: Tensor | None = None) -> Tensor:
     """mask = |psi| >= quantile(|psi|, threshold), per sample and per channel        [2301.12247, section 3]
 
     psi float32 or float64 (B, C, h, w); returns bool (B, C, h, w). The quantile interpolates linearly between order
     statistics, as torch.quantile does. threshold 0 keeps everything; on a constant map everything ties, and is kept.
+    With `inside`, bool, only its positions count.
     """
     magnitude = psi.abs()
-    cut = torch.quantile(magnitude.flatten(2), threshold, dim=-1)
-    return magnitude >= cut[..., None, None]
+    if inside is None:
+        return magnitude >= torch.quantile(magnitude.flatten(2), threshold, dim=-1)[..., None, None]
+    inside = inside.expand_as(magnitude)
+    cut = torch.nanquantile(magnitude.where(inside, math.nan).flatten(2), threshold, dim=-1)
+    return inside & (magnitude >= cut[..., None, None])
+
+
+def attention_mask(attention: Tensor, threshold: float, size: torch.Size, inside: Tensor | None = None) -> Tensor:
+    """Where a concept's words are attended to        [2311.16711, M1]
+
+    attention (B, h', w'); returns bool (B, 1, h, w), every pixel of the map grown to a block of `size` (h, w).
+    Smoothed before the cut: 3 x 3, the weights proportional to exp(-(dx^2 + dy^2)); a GPU's convolution would round.
+    """
+    few = min(attention.shape[-2:]) < 2
+    padded = F.pad(attention[:, None], (1, 1, 1, 1), mode="replicate" if few else "reflect")
+    rows = padded[..., 1:-1, :] + math.exp(-1.0) * (padded[..., :-2, :] + padded[..., 2:, :])
+    smooth = (rows[..., 1:-1] + math.exp(-1.0) * (rows[..., :-2] + rows[..., 2:])) / (1.0 + 2.0 * math.exp(-1.0)) ** 2
+    inside = None if inside is None else F.adaptive_max_pool2d(inside.to(smooth), smooth.shape[-2:]) > 0.0
+    mask = percentile_mask(smooth, threshold, inside)
+    return F.interpolate(mask.to(smooth), size=tuple(size), mode="nearest") > 0.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """How much a concept's words are attended to, by its text, (B, h', w'); and the region that limits all concepts:
+    (B or 1, 1, h, w) in [0, 1], the share of them that is wanted there, None: all of it, everywhere.
+    """
+
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    region: Tensor | None = None
+
+
+def concept_mask(psi: Tensor, term: ConceptTerm, where: Where) -> Tensor:
+    """Where a concept acts, bool (B, C, h, w); thresholds are taken inside the region.
+
+    "noise" is one map per picture, sum over channels of |psi|        [2311.16711, M2]
+    """
+    inside = None if where.region is None else where.region > 0.0
+    if term.mask == "percentile":
+        return percentile_mask(psi, term.threshold, inside)
+    magnitude = psi.abs().sum(dim=1, keepdim=True)
+    masks = [] if term.mask == "attention" else [percentile_mask(magnitude, term.threshold, inside)]
+    if term.attends:
+        mask = attention_mask(where.maps[term.text], term.threshold, psi.shape[-2:], inside)
+        masks.append(mask if inside is None else mask & inside)
+    return (masks[0] & masks[-1]).expand_as(psi)
 
 
 @dataclass(frozen=True)
@@ -138,6 +198,7 @@ def semantic_guidance(
     momentum: Tensor,
     momentum_scale: float,
     momentum_beta: float,
+    where: Where,
 ) -> Guidance:
     """The guidance term of one step and the momentum it leaves behind.
 
@@ -159,8 +220,9 @@ def semantic_guidance(
             masks.append(None)
             continue
         psi = edit_direction(eps_concept, eps_uncond, term)
-        mask = percentile_mask(psi, term.threshold)
+        mask = concept_mask(psi, term, where)
         contribution = term.weight * psi * mask
+        contribution = contribution if where.region is None else contribution * where.region
         raw = raw + contribution
         acting = acting + contribution if term.acts(step) else acting
         masks.append(mask if term.acts(step) else None)

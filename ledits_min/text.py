@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,16 +21,18 @@ class Context:
     tokens  (N, L, D), what the cross-attentions read
     added   (N, A), what is embedded beside the timestep; None where the family has no such thing. Of a single
             text it may have one row per image (SDXL: the sizes of each picture)
+    own     how many tokens of each text are its own; they stand behind the begin token
     """
 
     tokens: Tensor
     added: Tensor | None = None
+    own: tuple[int, ...] = ()
 
     def with_features(self, features: Tensor) -> Context:
         """With more features (B, F) behind what is embedded beside the timestep, added (1, A) -> (B, A + F)."""
         if self.added is None:
-            return Context(self.tokens, features)
-        return Context(self.tokens, torch.cat([self.added.expand(len(features), -1), features], dim=1))
+            return replace(self, added=features)
+        return replace(self, added=torch.cat([self.added.expand(len(features), -1), features], dim=1))
 
 
 class TextEncoder:
@@ -75,7 +77,9 @@ class TextEncoder:
         states = output.hidden_states[-2 - self.skipped_layers] if self.penultimate else output.last_hidden_state
         projection = getattr(self.model, "text_projection", None)
         pooled = None if projection is None else projection(output.pooler_output).float()
-        return Context(states.float(), pooled)
+        # Not the encoding's length, which counts the padding.
+        own = tuple(sum(map(len, self.words(prompt))) for prompt in prompts)
+        return Context(states.float(), pooled, own)
 
     def words(self, prompt: str) -> list[tuple[int, ...]]:
         """The token ids of each word of a prompt, those cut off left out; a punctuation mark counts as a word."""
@@ -117,7 +121,7 @@ class TextEncoderPair:
         if self.zeros_for_empty:
             said = torch.tensor([[bool(prompt)] for prompt in prompts], device=tokens.device)
             tokens, pooled = tokens * said[..., None], pooled * said
-        return Context(tokens, pooled)
+        return Context(tokens, pooled, one.own)
 
     def words(self, prompt: str) -> list[tuple[int, ...]]:
         return self.first.words(prompt)

@@ -51,28 +51,30 @@ TABLE: dict[str, set[str]] = {
     "engine.retry": {"errors"},
     "engine.usage": {"engine.progress", "errors"},
     "engine.cost": {"config", "engine.winograd"},
-    "engine.plan": {"p2p"} | SETTINGS,
+    "engine.maps": {"config", "errors", "guidance", "p2p", "text", "unet"},
+    "engine.presets": {"config", "errors"},
+    "engine.plan": {"engine.maps", "p2p"} | SETTINGS,
     "engine.budget": {"config", "engine.cost", "engine.memory", "engine.plan"} | SETTINGS,
     "engine.request": {"config", "errors", "p2p", "sega"} | SETTINGS,
     "engine.cpu": {"engine.torch_private", "engine.winograd"},
     "engine.ops": {"engine.cpu", "engine.torch_private", "errors", "kernels.*", "schedule"} | SETTINGS,
     "engine.sums": {"engine.ops", "engine.torch_private"},
     "engine.fast_networks": {"engine.ops", "engine.sums", "engine.torch_private", "unet", "vae"},
-    "engine.denoiser": {"engine.fast_networks", "inversion", "p2p", "schedule", "text", "unet"},
-    "engine.evaluate": {"engine.memory", "engine.plan", "engine.retry", "errors", "p2p"},
-    "engine.graphs": {"engine.evaluate", "engine.memory", "engine.overhead", "errors", "p2p"},
-    "engine.steps": {"engine.evaluate", "engine.graphs", "engine.memory", "engine.ops", "engine.overhead"}
-    | {"engine.plan", "engine.torch_private", "errors", "inversion", "p2p"},
+    "engine.denoiser": {"engine.fast_networks", "engine.maps", "inversion", "p2p", "schedule", "text", "unet"},
+    "engine.evaluate": {"engine.maps", "engine.memory", "engine.ops", "engine.plan", "engine.retry", "errors", "p2p"},
+    "engine.graphs": {"engine.evaluate", "engine.maps", "engine.memory", "engine.overhead", "errors", "p2p"},
+    "engine.steps": {"engine.evaluate", "engine.graphs", "engine.maps", "engine.memory", "engine.ops"}
+    | {"engine.overhead", "engine.plan", "engine.torch_private", "errors", "inversion", "p2p"},
     "engine.loop": {"edit", "engine.evaluate", "engine.ops", "engine.plan", "engine.steps", "p2p"} | SETTINGS,
     "engine.coding": {"engine.memory", "engine.retry", "engine.tiling", "errors", "vae"},
     "engine.record": {"edit", "engine.progress"} | SETTINGS,
     "engine.runner": {"errors", "p2p", "engine.budget", "engine.coding", "engine.cpu", "engine.denoiser"}
     | {"engine.evaluate", "engine.fast_networks", "engine.graphs", "engine.loop", "engine.memory", "engine.overhead"}
     | {"engine.plan", "engine.precision", "engine.progress", "engine.record", "engine.request", "engine.retry"}
-    | {"engine.ahead", "engine.steps", "engine.usage"}
+    | {"engine.ahead", "engine.maps", "engine.steps", "engine.usage"}
     | SETTINGS
     | NETWORKS,
-    "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.plan", "engine.progress"}
+    "engine.plain": {"edit", "p2p", "unet", "vae", "engine.denoiser", "engine.maps", "engine.plan", "engine.progress"}
     | {"engine.record", "engine.request", "engine.retry", "engine.runner"}
     | SETTINGS,
     # Where a checkpoint's tensors become networks on a device.
@@ -102,43 +104,44 @@ TABLE: dict[str, set[str]] = {
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
-    | {"files.configs", "files.display", "files.inversion", "files.opening", "files.picture"}
-    | {"engine.ahead", "engine.networks", "engine.ops", "engine.plain", "engine.progress", "engine.record"}
-    | {"engine.request", "engine.runner"}
-    | {"engine.usage", "weights.embedding", "weights.load", "weights.lora"}
+    | {"files.configs", "files.display", "files.inversion", "files.opening", "files.picture", "files.region"}
+    | {"engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain", "engine.presets"}
+    | {"engine.progress", "engine.record", "engine.request", "engine.runner", "engine.usage"}
+    | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
     | NETWORKS,
     "__main__": {"app.cli"},
     # What people touch: what several commands share, then each command in a room of its own.
     "app": set(),
     "app.terminal": {"errors"},
-    "app.values": {"errors"},
+    "app.values": {"config", "errors"},
     "app.words": {"errors", "weights.read.tokenizer_json", "weights.words"},
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"}
     | {"inversion", "p2p", "pipeline", "sega"},
     "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
-    | {"files.opening", "inversion", "weights.read.survey"},
+    | {"files.door", "files.opening", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},
     "app.cli.__main__": {"app.cli"},
-    "app.cli.options": {"", "app.values", "errors"},
+    "app.cli.options": {"", "app.values", "config", "errors"},
     "app.cli.command": {"app.cli.commands", "app.cli.options", "app.terminal", "errors"},
     "app.cli.explain": {"engine.budget", "engine.networks", "engine.plan", "engine.request", "files.inversion"}
     | {"files.picture", "inversion", "pipeline", "weights.load"},
     "app.cli.demo": {"app.sheet", "engine.progress", "files.display", "files.inversion", "pipeline", "sega"},
-    "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "errors", "p2p"}
+    "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "engine.request", "errors"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
-    | {"files.header", "files.write", "weights.inspect", "weights.read.survey"},
+    | {"files.header", "files.write", "p2p", "weights.inspect", "weights.read.survey"},
     "app.batch.*": {"app.batch.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.options"}
-    | {"app.cli.explain", "engine.budget", "engine.progress", "errors", "p2p", "pipeline", "sega"}
+    | {"app.cli.explain", "config", "engine.budget", "engine.progress", "engine.request", "errors", "p2p", "pipeline"}
+    | {"sega"}
     | {"files.door", "files.opening", "files.picture", "files.write"},
     "app.sweep.*": {"", "app.cli.options", "app.inputs", "app.outputs", "app.sheet", "app.terminal", "app.values"}
     | {"engine.progress", "errors"},
     "app.comfyui.*": {"", "app.cli.options", "app.comfyui.*", "app.inputs", "app.outputs", "app.sweep.*", "app.values"}
     | {"engine.progress", "errors", "files.opening"},
-    "app.web.*": {"", "app.web.*", "app.inputs", "app.outputs", "app.terminal", "app.cli.command", "app.cli.options"}
-    | {"config", "errors", "files.display", "files.opening", "files.write", "weights.read.survey"},
+    "app.web.*": {"", "app.web.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.command"}
+    | {"app.cli.options", "config", "errors", "files.display", "files.opening", "files.write", "weights.read.survey"},
 }
 CORE_LINES = 1600  # of the flat files without pipeline.py, blank ones not counted
 

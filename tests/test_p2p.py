@@ -283,7 +283,7 @@ def run(
         return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings)
     lending = attention.lending(SOURCE, SOURCE if same else TARGET, TOKENS, inversion.num_steps, x_T)
     hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
-    return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings, predict=hook)
+    return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings, hooks=plain.Hooks(hook))
 
 
 def largest(difference: Tensor) -> float:

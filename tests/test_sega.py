@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ledits_min.config import EditDefaults
 from ledits_min.errors import InputError
-from ledits_min.sega import Concept, ConceptTerm, Guidance, edit_direction, percentile_mask, semantic_guidance
+from ledits_min.sega import (
+    Concept,
+    ConceptTerm,
+    Guidance,
+    Where,
+    edit_direction,
+    percentile_mask,
+    semantic_guidance,
+)
 
 TERM = Concept("hat", guidance_scale=2.0, threshold=0.5, warmup_steps=0).resolve(EditDefaults())
 
@@ -166,7 +174,7 @@ def run(
     momentum, history = torch.zeros_like(uncond), []
     for step in range(steps):
         concepts = [eps[term.text] if term.matters(step, momentum_scale) else None for term in terms]
-        guidance = semantic_guidance(uncond, concepts, terms, step, momentum, momentum_scale, momentum_beta)
+        guidance = semantic_guidance(uncond, concepts, terms, step, momentum, momentum_scale, momentum_beta, Where())
         momentum = guidance.momentum
         history.append(guidance)
     return history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.terminal import notice, quiet_stderr, waiting
-from ledits_min.app.values import SOLVERS
+from ledits_min.app.values import CONCEPT_KEYS, SOLVERS
 from ledits_min.app.words import check_words
 from ledits_min.errors import InputError, quoted, warn
+from ledits_min.files.door import read_file
 from ledits_min.files.header import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ledits_min import Inversion, LEdits, Result
     from ledits_min.inversion import InversionSettings
 
+MAX_MASK = 256 * 2**20  # bytes
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 _MADE_WITH = ("source", "source-guidance-scale", "steps", "skip", "eta", "solver", "seed", "size", "save-inversion")
 
@@ -93,7 +96,8 @@ def load_model(args: argparse.Namespace) -> LEdits:
 
         engine = "plain" if getattr(args, "plain", False) else "fast"
         ledits = LEdits.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine, **parts(args)
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine,
+            preset=getattr(args, "preset", None), **parts(args),
         )  # fmt: skip
     for text in ledits.notes:
         notice(args, text)
@@ -103,6 +107,29 @@ def load_model(args: argparse.Namespace) -> LEdits:
 def check_prompt(ledits: LEdits, text: str) -> None:
     """InputError for words the model does not know, a warning for those it will not read."""
     ledits.text.check(text)
+
+
+def concept_fields(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The fields of each `Concept`; where one does not set a value, that of an option of its own, if there is one."""
+    given = {field: getattr(args, name, None) for name, (field, _) in CONCEPT_KEYS.items()}
+    shared = {field: value for field, value in given.items() if value is not None}
+    return [{**shared, **fields} for fields in args.concepts or []]
+
+
+def check_concept_options(args: argparse.Namespace) -> None:
+    """InputError for an option that is of concepts where there is none, and for a mask that cannot be read."""
+    for name in ("mask", "only_where"):
+        if getattr(args, name) is not None and not args.concepts:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is of concepts, and there is none; pass --add or --remove")
+    only_where(args)
+
+
+def only_where(args: argparse.Namespace) -> dict[str, Any]:
+    """What `outputs.settings` say of --only-where: a digest of the file, which decides pixels."""
+    if args.only_where is None:
+        return {}
+    return {"only_where": hashlib.sha256(read_file(args.only_where, "a mask", MAX_MASK)).hexdigest()}
 
 
 def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:

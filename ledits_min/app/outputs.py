@@ -109,16 +109,20 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
     for name in ("source", "target", "negative"):
         if values[name]:
             parts.append(f"{name} {quoted(values[name], 1000)}")
+    if "only_where" in values:
+        parts.append(f"only where mask {values['only_where'][:12]} is white")
     if values["target"]:
         parts += _told(values, guidance_scale="target scale {:g}")
     control = values["prompt_to_prompt"]
     if control is not None:
-        parts += [" ".join(["Prompt-to-Prompt", ", ".join(_told(control, cross="cross {:g}", self="self {:g}"))])]
+        told = _told(control, cross="cross {:g}", self="self {:g}")
+        told += [f"{quoted(word, 100)} times {factor:g}" for word, factor in (control.get("reweight") or {}).items()]
+        parts += [" ".join(["Prompt-to-Prompt", ", ".join(told)])]
     if values.get("momentum_scale") != 0.0:
         parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]
     second = "dpm++" if values.get("solver_order") == 2 else None
-    told = {**values, "second": second}
-    parts += [", ".join(_told(told, num_steps="{} steps", skip="skip {}", eta="eta {:g}", second="{}"))]
+    numbers = {**values, "second": second}
+    parts += [", ".join(_told(numbers, num_steps="{} steps", skip="skip {}", eta="eta {:g}", second="{}"))]
     if "seeds" in values:
         parts.append(f"seed {', '.join(map(str, values['seeds'])) or 'given as noise'}")
     parts.append(f"model {values['model'][:12]}, ledits_min {values['ledits_min']}")
@@ -128,10 +132,12 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
 def _concept_words(concept: Mapping[str, Any]) -> str:
     scale, weight = concept.get("guidance_scale"), concept.get("weight")
     strength = scale if scale is None or weight is None else scale * weight
+    seen = concept.get("mask") if concept.get("mask") != "percentile" else None
     numbers = _told(
-        {**concept, "strength": strength, "only_weight": weight if scale is None and weight != 1.0 else None},
+        {**concept, "strength": strength, "only_weight": weight if scale is None and weight != 1.0 else None,
+         "seen": seen},
         strength="scale {:g}", only_weight="weight {:g}", threshold="threshold {:g}",
-        warmup_steps="from step {}", cooldown_steps="to step {}",
+        warmup_steps="from step {}", cooldown_steps="to step {}", seen="mask {}",
     )  # fmt: skip
     named = f"{'-' if concept['reverse'] else '+'}{quoted(concept['text'], 1000)}"
     return f"{named} ({', '.join(numbers)})" if numbers else named

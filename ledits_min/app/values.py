@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ledits_min.config import MASKS
 from ledits_min.errors import quoted
 
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
@@ -15,13 +16,15 @@ _WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?", re.ASCII)
 
-Parse = Callable[[str], float]
+Parse = Callable[[str], Any]
 P2P_KEYS = ("cross", "self")
+PRESETS = ("leditspp", "fast")
 SOLVERS = ("ddpm", "dpm++")  # of order 1 and 2
 
 
 def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
-    """The fields of a `Concept` from "sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1".
+    """The fields of a `Concept` from "sunglasses" or "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1,
+    mask=both".
 
     What follows the last colon is options where it holds key=value pairs; a pair that is wrong is an error.
     """
@@ -48,14 +51,21 @@ def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
     return {"text": parse_prompt(words.strip()), **fields}
 
 
-def parse_p2p(text: str) -> dict[str, float]:
-    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2", either of them, or none."""
-    fields: dict[str, float] = {}
+def parse_p2p(text: str) -> dict[str, Any]:
+    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2,reweight=smiling:2", any of them, or none."""
+    fields: dict[str, Any] = {}
     for pair in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in pair.partition("="))
+        if key == "reweight":
+            word, colon, factor = value.rpartition(":")
+            if not word.strip() or not colon or word in fields.get(key, {}):
+                raise argparse.ArgumentTypeError(f"{quoted(pair.strip(), 60)} is not reweight=WORD:N, each word once")
+            fields[key] = {**fields.get(key, {}), parse_prompt(word.strip()): parse_number(factor)}
+            continue
         if key not in P2P_KEYS or not equals or key in fields:
             raise argparse.ArgumentTypeError(
-                f"{quoted(pair.strip() or text, 60)} is not cross=N or self=N, each once (a picture comes before --p2p)"
+                f"{quoted(pair.strip() or text, 60)} is not cross=N, self=N or reweight=WORD:N, each once "
+                "(a picture comes before --p2p)"
             )
         fields[key] = parse_number(value)
     return fields
@@ -92,10 +102,10 @@ def parse_embedding(text: str) -> tuple[str, str | None]:
     return path, word or None
 
 
-def parse_list(parse: Parse) -> Callable[[str], tuple[float, ...]]:
+def parse_list(parse: Parse) -> Callable[[str], tuple[Any, ...]]:
     """The reader of one or more values with commas between them, from the reader of one."""
 
-    def parse_all(text: str) -> tuple[float, ...]:
+    def parse_all(text: str) -> tuple[Any, ...]:
         values = tuple(parse(item.strip()) for item in text.split(","))
         if len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"a value is given twice in {quoted(text, 80)}; give each once")
@@ -114,6 +124,12 @@ def parse_whole(text: str) -> int:
     if not _WHOLE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is not a whole number")
     return int(text)
+
+
+def parse_mask(text: str) -> str:
+    if text not in MASKS:
+        raise argparse.ArgumentTypeError(f"{quoted(text, 60)} is none of {', '.join(MASKS)}")
+    return text
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -136,4 +152,5 @@ CONCEPT_KEYS: dict[str, tuple[str, Parse]] = {
     "warmup": ("warmup_steps", parse_whole),
     "cooldown": ("cooldown_steps", parse_whole),
     "weight": ("weight", parse_number),
+    "mask": ("mask", parse_mask),
 }

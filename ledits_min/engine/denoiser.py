@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine.fast_networks import FastUNet
+from ledits_min.engine.maps import Recorder
 from ledits_min.inversion import eps_from_v
 from ledits_min.p2p import AttentionControl, ControlledEpsModel
 from ledits_min.schedule import Schedule
@@ -52,7 +53,7 @@ class Denoiser:
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-        attention: AttentionControl | None = None,
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:  # fmt: skip
         read = self.tensors
         context = {
@@ -76,7 +77,10 @@ def plain_eps_model(unet: UNet, schedule: Schedule, prediction_type: str) -> Con
     alphas_cumprod = schedule.alphas_cumprod.to(unet.conv_in.weight.device, torch.float32)
 
     def eps_model(
-        x_t: Tensor, t: Tensor, context: Context | list[Context], attention: AttentionControl | None = None
+        x_t: Tensor,
+        t: Tensor,
+        context: Context | list[Context],
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:
         contexts = context if isinstance(context, list) else [context]
         batch = len(x_t) // len(contexts)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ledits_min.engine import ops
+from ledits_min.engine.maps import Recorder
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.plan import Phase, Row, inputs, lends, split_evenly
 from ledits_min.engine.retry import NotFinite
@@ -26,14 +29,15 @@ class Network(Protocol):
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-        attention: AttentionControl | None = None,
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
 class Evaluator:
     """Evaluates a phase's groups one after the other.
 
-    Whether a prediction is finite stays on the device, one flag per evaluation, until `check` reads them all.
+    Whether a prediction is finite stays on the device, one flag per evaluation, until `check` reads them all. `maps`
+    holds the attention maps (B, h', w') that the last group's rows were recorded for, by text.
     """
 
     def __init__(
@@ -47,11 +51,16 @@ class Evaluator:
         self.network, self.phase, self.timesteps, self.progress = network, phase, timesteps, progress
         self.capacity, self.done, self.groups_done = phase.capacity, 0, 0
         place = {text: n for n, text in enumerate(phase.texts)}
+        ordered = [each for group in phase.groups for each in _in_order(group, phase.images)]
         self.evaluations = [
-            (read * phase.images + image, row.step, place[row.text], image)
-            for group in phase.groups
-            for read, row, image in _in_order(group, phase.images)
+            (read * phase.images + image, row.step, place[row.text], image) for read, row, image in ordered
         ]
+        # Those whose attention is recorded, and how many words each has.
+        self.maps: dict[str, Tensor] = {}
+        self.recorded = [n for n, (_, row, _) in enumerate(ordered) if phase.records(row)]
+        tokens = {} if phase.recording is None else phase.recording.tokens
+        words = [[n, tokens[ordered[n][1].text]] for n in self.recorded]
+        self.words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
         self.numbers = torch.tensor(self.evaluations, device=device).view(-1, 4).T.contiguous()
         self.in_turn = torch.arange(max(2, phase.capacity), device=device)
         self.finite = torch.ones(phase.evaluations, dtype=torch.bool, device=device)
@@ -65,10 +74,13 @@ class Evaluator:
         assert lends(group) == (control is not None)
         end, pairs_end = self.done + len(group) * images, self.done + 2 * images * lends(group)
         parts: list[Tensor] = []
+        recorded: list[Tensor] = []
+        first_recorded = bisect_left(self.recorded, self.done)
         while self.done < end:
             size = split_evenly(end - self.done, self.capacity, pairs=lends(group))[0]
             attention = self._pairs(min(size, pairs_end - self.done), control)
-            eps = self._call(flat, size, attention)
+            recorder = self._recorder(size, attention)
+            eps = self._call(flat, size, recorder or attention, shared=attention is None)
             if eps is None:
                 self.capacity = (size + 1) // 2
                 warn(
@@ -76,12 +88,24 @@ class Evaluator:
                 )
                 continue
             parts.append(eps)
+            if recorder is not None:
+                recorded += recorder.maps(self.phase.recording.size)  # type: ignore[union-attr]
         self.groups_done += 1
+        texts = [self.phase.texts[self.evaluations[n][2]] for n in self.recorded[first_recorded:][: len(recorded)]]
+        self.maps = {
+            text: torch.stack([one for one, of in zip(recorded, texts, strict=True) if of == text])
+            for text in dict.fromkeys(texts)
+        }
         eps = torch.cat(parts) if len(parts) > 1 else parts[0]
         if lends(group):  # back from pairs, image by image
             pairs, others = eps.split([2 * images, len(eps) - 2 * images])
             eps = torch.cat([pairs.unflatten(0, (images, 2)).transpose(0, 1).flatten(0, 1), others])
         return eps.view(len(group), *x_t.shape[1:])
+
+    def skip_empty(self) -> None:
+        """The next group, in which nothing is asked."""
+        assert not self.phase.groups[self.groups_done]
+        self.groups_done, self.maps = self.groups_done + 1, {}
 
     def _pairs(self, evaluations: int, control: Control | None) -> AttentionControl | None:
         """What controls a call whose first evaluations are pairs of one that lends and one that receives."""
@@ -90,16 +114,26 @@ class Evaluator:
         rows = torch.arange(evaluations, device=self.finite.device)
         return control(rows[::2], rows[1::2])
 
-    def _call(self, x_t: Tensor, size: int, attention: AttentionControl | None) -> Tensor | None:
+    def _recorder(self, evaluations: int, control: AttentionControl | None) -> Recorder | None:
+        """What looks at the attention of the next evaluations, in whose place `control` attends; None: nobody looks."""
+        first, last = (bisect_left(self.recorded, n) for n in (self.done, self.done + evaluations))
+        if self.phase.recording is None or first == last:
+            return None
+        rows, tokens = self.words[:, first:last]
+        return self.phase.recording.recorder(rows - self.done, tokens, control, ops.attention)
+
+    def _call(
+        self, x_t: Tensor, size: int, attention: AttentionControl | Recorder | None, shared: bool
+    ) -> Tensor | None:
         """One call of the network with the next `size` evaluations; None where memory ran out and fewer may fit.
 
-        x_t holds the inputs of their whole group.
+        x_t holds the inputs of their whole group. `shared`: rows may share what is computed before the text is read.
         """
         here = slice(self.done, self.done + size)
         numbers = self.numbers[:, here]
         read = [evaluation[0] for evaluation in self.evaluations[here]]
         first, last = min(read), max(read)
-        if last - first + 1 < size and attention is None:
+        if last - first + 1 < size and shared:
             x_t, read_by = x_t[first : last + 1], numbers[0] - first
         else:
             x_t, read_by = x_t[numbers[0]], self.in_turn[:size]

@@ -103,7 +103,8 @@ class FastUNet(unet.UNet):
     """`UNet` that also takes time (B, time_width) in place of t, keys and values in place of the context, and `rows`.
 
     With rows int64 (B,), x_t (M, C, h, w) has fewer entries than t and context: row i is about x_t[rows[i]], and rows
-    about the same x_t, whose t and `added` must be the same, share what is computed before the text is looked at.
+    about the same x_t, whose t and `added` must be the same, share what is computed before the text is looked at. Then
+    `attention` must not tell rows apart in self-attention, whose first has one entry per input.
     """
 
     def forward(
@@ -115,7 +116,7 @@ class FastUNet(unet.UNet):
         attention: AttentionHook | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        assert rows is None or (len(x_t) < len(rows) and attention is None), "rows are for inputs that several share"
+        assert rows is None or len(x_t) < len(rows), "rows are for inputs that several share"
         dtype = self.conv_in.weight.dtype
         tokens, keys_values = (context.to(dtype), None) if isinstance(context, Tensor) else (x_t.new_empty(0), context)
         time = t if t.is_floating_point() else self.embed(t, added)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine.evaluate import Network
+from ledits_min.engine.maps import Recorder
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.overhead import Overhead
 from ledits_min.errors import InputError, warn
 from ledits_min.p2p import AttentionControl
 
 Replay = Callable[[], object]
-Recorder = Callable[[Callable[[], Tensor], list[Any]], tuple[Replay, Tensor]]
+Record = Callable[[Callable[[], Tensor], list[Any]], tuple[Replay, Tensor]]
 
 
 def use_graphs(device: torch.device) -> bool:
@@ -67,7 +68,7 @@ class Graphed:
         self,
         network: Network,
         overhead: Overhead,
-        record: Recorder = record_on_cuda,
+        record: Record = record_on_cuda,
     ) -> None:
         self.network, self.overhead, self.record = network, overhead, record
         self.met: set[tuple[int, int]] = set()
@@ -75,7 +76,7 @@ class Graphed:
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-        attention: AttentionControl | None = None,
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:  # fmt: skip
         numbers = (inputs, steps, texts, images)
         if attention is not None:  # it differs from step to step

@@ -6,7 +6,7 @@ calls, as the `plan.Phase` says. Prompt-to-Prompt is the same loop with more row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +39,7 @@ class Watch:
 
 
 UNWATCHED = Watch()
+Asked = tuple[Tensor, Mapping[str, Tensor]]  # predictions for the texts of a step, and its attention maps by text
 
 
 def invert(
@@ -78,16 +79,16 @@ def edit(
     evaluate = Evaluator(network, phase, schedule.timesteps, x_T.device, watch.evaluations)
     x_source = x_T
 
-    def branches(i: int, x_t: Tensor) -> Tensor:
+    def branches(i: int, x_t: Tensor) -> Asked:
         nonlocal x_source
         group = phase.groups[i]
         if not lends(group):
-            return evaluate(x_t[None])
+            return evaluate(x_t[None]), evaluate.maps
         assert lending is not None
         predicted = dict(zip(group, evaluate(torch.stack([x_source, x_t]), partial(lending.control, i)), strict=True))
         eps = source_eps({row.text: eps for row, eps in predicted.items() if row.reads == SOURCE}, inversion)
         x_source = of_source.mean(i, x_source, eps) + residuals[i]
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
 
     return _denoise(network, evaluate, steps, x_T, residuals, branches, watch)
 
@@ -110,7 +111,7 @@ def invert_and_edit(
     steps = EditSteps(running.solver.levels, settings, running.solver.weights)
     evaluate = Evaluator(network, phase, schedule.timesteps, x_0.device, watch.evaluations)
 
-    def branches(i: int, x_t: Tensor) -> Tensor:
+    def branches(i: int, x_t: Tensor) -> Asked:
         group = phase.groups[i]
         predicted: dict[Row, Tensor] = {}
         if group:  # empty where the inversion has asked for all of it
@@ -121,9 +122,9 @@ def invert_and_edit(
             predicted.update(zip(group[:own], eps[:own], strict=True))
             running.file(of_inversion, eps[own:])
         else:
-            evaluate.groups_done += 1
+            evaluate.skip_empty()
         predicted |= {Row(i, text): eps for text, eps in running.take(i).items() if Row(i, text) not in predicted}
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)])
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
 
     state = _denoise(network, evaluate, steps, running.x[0], running, branches, watch)
     return running.x[0], running.residuals, state
@@ -172,13 +173,13 @@ def _denoise(
     steps: EditSteps,
     x_T: Tensor,
     of: Tensor | RunningInversion,
-    branches: Callable[[int, Tensor], Tensor],
+    branches: Callable[[int, Tensor], Asked],
     watch: Watch,
 ) -> EditState:
     """The last state. NotFinite names the first value that is not.
 
-    of: the residuals, or the inversion that finds them. branches(i, x_t) predicts for `settings.texts(i)`; when it
-    returns, residuals[i] is there.
+    of: the residuals, or the inversion that finds them. branches(i, x_t) predicts for `settings.texts(i)`, and
+    brings the maps for `settings.attending(i)`; when it returns, residuals[i] is there.
     """
     state, traced = ops.start(steps, x_T), watch.step is not None and watch.predictions
     finite = torch.ones(len(steps.levels), dtype=torch.bool, device=x_T.device)
@@ -188,10 +189,10 @@ def _denoise(
         for i in range(len(steps.levels)):
             seen: tuple[dict[str, Tensor], Tensor | None, list[Tensor | None]] = {}, None, []
             if traced or whole is None or not whole(i):
-                eps = branches(i, state.x_t)
+                eps, maps = branches(i, state.x_t)
                 if traced:
-                    seen = observe(steps.settings, state, eps, i)
-                ops.sega_step(steps, state, eps, of if isinstance(of, Tensor) else of.residuals, i)
+                    seen = observe(steps.settings, state, eps, i, maps)
+                ops.sega_step(steps, state, eps, of if isinstance(of, Tensor) else of.residuals, i, maps)
                 finite[i] = state.x_t.isfinite().all()
             if watch.step:
                 watch.step(Step(i, int(evaluate.timesteps[i]), *seen, state.x_t.clone()))
@@ -202,9 +203,9 @@ def _denoise(
 
 
 def observe(
-    settings: EditSettings, state: EditState, branches: Tensor, step: int
+    settings: EditSettings, state: EditState, branches: Tensor, step: int, maps: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None, list[Tensor | None]]:
     """Predictions by text, gamma and masks of the step to come, which `ops.sega_step` does not hand out."""
     eps = dict(zip(settings.texts(step), branches, strict=True))
-    _, added = edited_eps(eps, settings, step, state.momentum)
+    _, added = edited_eps(eps, settings, step, state.momentum, maps)
     return (eps, None, []) if added is None else (eps, added.gamma, added.masks)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -263,6 +263,11 @@ class EditSteps:
     settings: EditSettings
     weights: Sequence[float] = ()
 
+    @property
+    def for_kernel(self) -> bool:
+        """Whether the kernel knows these masks: SEGA's, everywhere."""
+        return self.settings.region is None and all(term.mask == "percentile" for term in self.settings.terms)
+
     @cached_property
     def tables(self) -> dict[str, Tensor]:
         """The same as numbers, one row per step; the columns are those that `kernels/sega_step.py` names."""
@@ -333,24 +338,34 @@ def start(steps: EditSteps, x_t: Tensor, masks: bool = True) -> EditState:
     )
 
 
-def steps_by_kernel(state: EditState) -> bool:
+def steps_by_kernel(steps: EditSteps, state: EditState) -> bool:
     """Whether `sega_step` is a kernel's, which reads in the state itself how far the edit is."""
-    if not use_triton(state.x_t) or state.x_t.dtype != torch.float32:
+    if not steps.for_kernel or not use_triton(state.x_t) or state.x_t.dtype != torch.float32:
         return False
     from ledits_min.kernels import sega_step as kernel
 
     return kernel.fits(state.x_t)
 
 
-def sega_step(steps: EditSteps, state: EditState, branches: Tensor, residuals: Tensor, step: int | None = None) -> None:
+def sega_step(
+    steps: EditSteps,
+    state: EditState,
+    branches: Tensor,
+    residuals: Tensor,
+    step: int | None = None,
+    maps: Mapping[str, Tensor] | None = None,
+) -> None:
     """One editing step of Algorithm 1: state.x_t becomes x_{t-1}, and all else in `state` moves one step on.
 
     branches   (N, B, C, h, w): item n is the prediction for text n of `settings.texts(step)`; further items are ignored
     residuals  (T, B, C, h, w)
     step       what state.step holds, where the caller knows it: it saves torch from waiting for the device. The kernel
                reads state.step itself
+    maps       the attention maps (B, h', w') of `settings.attending(step)`
+
+    The kernel makes SEGA's masks; for others, and inside a region, torch computes.
     """
-    if use_triton(branches, state.x_t) and state.x_t.dtype == torch.float32:
+    if steps.for_kernel and use_triton(branches, state.x_t) and state.x_t.dtype == torch.float32:
         from ledits_min.kernels import sega_step as kernel
 
         if kernel.fits(state.x_t):
@@ -366,7 +381,7 @@ def sega_step(steps: EditSteps, state: EditState, branches: Tensor, residuals: T
     step = int(state.step[0, 0]) if step is None else step
     texts = steps.settings.texts(step)
     eps = dict(zip(texts, branches[: len(texts)].to(state.x_t.dtype), strict=True))
-    guided, added = edited_eps(eps, steps.settings, step, state.momentum)
+    guided, added = edited_eps(eps, steps.settings, step, state.momentum, maps or {})
     if added is not None:
         state.momentum.copy_(added.momentum)
         for i, mask in enumerate(added.masks):

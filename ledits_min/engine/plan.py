@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from ledits_min.engine.maps import Recording
 from ledits_min.guidance import EditSettings, guided_texts
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import Lending, source_texts
@@ -38,6 +39,7 @@ class Phase:
     images    pictures that every row is evaluated for: an evaluation is one row of one picture
     capacity  evaluations that one call of the network may hold
     naive     evaluations of the published loop: skipped steps inverted too, two branches and one per concept to edit
+    recording what is recorded of the attention of the edit's rows, for masks
     """
 
     name: str
@@ -45,6 +47,12 @@ class Phase:
     images: int
     capacity: int
     naive: int
+    recording: Recording | None = None
+
+    def records(self, row: Row) -> bool:
+        """Whether the attention of its words is looked at."""
+        recording = self.recording
+        return recording is not None and row.reads == EDIT and row.text in recording.settings.attending(row.step)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -131,7 +139,7 @@ def one_pass_phase(inversion: InversionSettings, settings: EditSettings, images:
     An editing step needs the inversion of the same step and of none behind it. So the inversion runs as far ahead as
     there is room in calls that are made anyway. As long as the edit retraces the inversion (both are guided alike, no
     concept acts and no momentum is let go) its predictions for the inversion's texts are the inversion's own, and not
-    evaluated again.
+    evaluated again, but where their attention is wanted too.
     """
     inverting = inversion_phase(inversion, images, capacity)
     editing = editing_phase("", inversion, settings, images, capacity)
@@ -141,7 +149,8 @@ def one_pass_phase(inversion: InversionSettings, settings: EditSettings, images:
     waiting, retraces = deque(inverting.rows), True  # both begin at x_T, however they are guided
     groups = []
     for step, wanted in enumerate(editing.groups):
-        rows = [row for row in wanted if not (retraces and row.text in source_texts)]
+        alone = settings.attending(step)
+        rows = [row for row in wanted if not (retraces and row.text in source_texts and row.text not in alone)]
         needed = sum(row.step == step for row in waiting)
         calls = -(-(len(rows) + needed) * images // capacity)
         room = calls * capacity // images - len(rows)

@@ -24,10 +24,13 @@ class Edited(NamedTuple):
 def mean_masks(counts: Sequence[Tensor], settings: EditSettings, steps: int) -> list[Tensor]:
     """The share of channels, and of the steps in which a concept acted, that its mask covered: (B, h, w) on the CPU.
 
+    Where a region limits the concepts, that share times the region's own.
+
     counts (B, C, h, w) per term: in how many of the `steps` executed steps its mask kept a position.
     """
     acted = [sum(term.acts(step) for step in range(steps)) for term in settings.terms]
-    return [count.float().mean(dim=1).cpu() / max(1, n) for count, n in zip(counts, acted, strict=True)]
+    region = 1.0 if settings.region is None else settings.region[:, 0].cpu()
+    return [count.float().mean(dim=1).cpu() / max(1, n) * region for count, n in zip(counts, acted, strict=True)]
 
 
 def observer(

@@ -13,7 +13,7 @@ from ledits_min.config import EditDefaults
 from ledits_min.errors import InputError, check_number, check_whole, quoted, short, warn
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import PromptToPrompt
+from ledits_min.p2p import PromptToPrompt, Words, word_spans
 from ledits_min.sega import Concept
 
 
@@ -53,7 +53,8 @@ def edit_settings(
     for concept in concepts:
         warn_of_syntax(concept.text)
     terms = tuple(concept.resolve(defaults) for concept in concepts)
-    return EditSettings(target, scale, negative, terms, momentum_scale, momentum_beta)
+    read = defaults.attention_level, defaults.attention_places
+    return EditSettings(target, scale, negative, terms, momentum_scale, momentum_beta, *read)
 
 
 def edit_texts(settings: EditSettings) -> list[str]:
@@ -76,6 +77,25 @@ def check_prompt(name: str, text: str) -> str:
         raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
     warn_of_syntax(text)
     return text
+
+
+def check_prompts(source: str, target: str, negative: str) -> None:
+    """InputError where Prompt-to-Prompt has no two prompts to work with."""
+    if not source.strip():
+        raise InputError("Prompt-to-Prompt: the source prompt is empty; invert with a description of the picture")
+    if not target.strip():
+        raise InputError("Prompt-to-Prompt: the target prompt is empty; give a description of the new picture")
+    if target == negative:
+        raise InputError(f"Prompt-to-Prompt: target and negative prompt are both {target[:40]!r}; give different ones")
+
+
+def tokens_of(phrase: str, words: Words, prompt: Words) -> list[int]:
+    """Where a phrase's tokens stand in a prompt, wherever its words follow each other; InputError where they do not."""
+    spans, count = word_spans(prompt), len(words)
+    starts = [n for n in range(len(prompt) - count + 1) if count and list(prompt[n : n + count]) == list(words)]
+    if not starts:
+        raise InputError(f"Prompt-to-Prompt: {quoted(phrase, 60)} is not in the target prompt; name words that are")
+    return [token for n in starts for token in range(spans[n].start, spans[n + count - 1].stop)]
 
 
 def check_attention(attention: object) -> None:

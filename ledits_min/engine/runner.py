@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from ledits_min.engine.denoiser import Denoiser
 from ledits_min.engine.evaluate import Network
 from ledits_min.engine.fast_networks import FastUNet, accelerate
 from ledits_min.engine.graphs import Graphed, use_graphs
+from ledits_min.engine.maps import Recorder, Recording, recording
 from ledits_min.engine.memory import free_memory, is_out_of_memory
 from ledits_min.engine.overhead import Overhead
 from ledits_min.engine.plan import Phase, editing_phase
@@ -109,6 +111,7 @@ class Runner:
         x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
         limit = batch_limit(self.costs_of(x_T), x_T.device)
         phase = editing_phase(name, inversion, settings, len(x_T), limit, lending)
+        phase = replace(phase, recording=self.recording(settings, contexts, x_T))
         for attempt in self.attempts(phase, x_T, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_T.device)
@@ -123,6 +126,7 @@ class Runner:
     ) -> tuple[Tensor, Tensor, Edited]:  # fmt: skip
         """`invert` and `edit` in the same calls: x_T, the residuals, and the edit."""
         phase = inverting_and_editing(inversion, settings, len(x_0), self.costs_of(x_0), x_0.device)
+        phase = replace(phase, recording=self.recording(settings, contexts, x_0))
         for attempt in self.attempts(phase, x_0, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_0.device)
@@ -130,6 +134,9 @@ class Runner:
                 watch = loop.Watch(advance, on_step, reporting.trace)
                 x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
         return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
+
+    def recording(self, settings: EditSettings, contexts: Contexts, latents: Tensor) -> Recording | None:
+        return recording(self.unet.config, settings, contexts, latents)
 
     def network(
         self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
@@ -148,7 +155,7 @@ class Runner:
     def _precise(self, network: Network) -> Network:
         def precise(
             x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-            attention: AttentionControl | None = None,
+            attention: AttentionControl | Recorder | None = None,
         ) -> Tensor:  # fmt: skip
             with self.precisely():
                 return network(x_t, inputs, steps, texts, images, attention)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ledits_min.engine import ops
 from ledits_min.engine.evaluate import Evaluator, Network
-from ledits_min.engine.graphs import Recorder, Replay, record_on_cuda
+from ledits_min.engine.graphs import Record, Replay, record_on_cuda
+from ledits_min.engine.maps import Recorder
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.ops import EditState, EditSteps
 from ledits_min.engine.overhead import Overhead
@@ -76,7 +77,7 @@ class Desk:
 class StepGraphs:
     """What is kept from edit to edit: desks by size, at most SIZES. One edit at a time; another meanwhile has none."""
 
-    def __init__(self, overhead: Overhead, record: Recorder = record_on_cuda) -> None:
+    def __init__(self, overhead: Overhead, record: Record = record_on_cuda) -> None:
         self.overhead, self.record = overhead, record
         self.desks: OrderedDict[object, Desk] = OrderedDict()
         self.pool: list[Any] = []  # the memory that all graphs share, once there is one
@@ -134,7 +135,7 @@ class GraphedSteps:
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-        attention: AttentionControl | None = None,
+        attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:  # fmt: skip
         return self.network(x_t, inputs, steps, texts, images, attention)
 
@@ -304,7 +305,7 @@ def whole_steps(
     of      the residuals, or the inversion that finds them on the way
     finite  bool (T,): whether the latents behind a step are. From here on these, and the state, are the desk's
     """
-    if not isinstance(network, GraphedSteps) or not ops.steps_by_kernel(state):
+    if not isinstance(network, GraphedSteps) or not ops.steps_by_kernel(steps, state):
         yield None
         return
     running = None if isinstance(of, Tensor) else of

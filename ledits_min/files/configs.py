@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from ledits_min.config import SD15_UNET, EditDefaults, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ledits_min.config import MASKS, SD15_UNET, EditDefaults, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ledits_min.errors import InputError, check_number, check_whole, short
 from ledits_min.files.reader import Reader
 from ledits_min.files.scheduler import read_schedule, schedule_json
@@ -232,6 +232,9 @@ def _read_edit_defaults(mapping: Mapping[str, Any], source: str) -> EditDefaults
         threshold=read.number("threshold", paper.threshold),
         warmup_steps=read.whole("warmup_steps", paper.warmup_steps),
         solver_order=read.whole("solver_order", paper.solver_order),
+        mask=read.string("mask", paper.mask),
+        attention_level=read.whole("attention_level", paper.attention_level),
+        attention_places=read.strings("attention_places", paper.attention_places),
     )
 
 
@@ -239,6 +242,13 @@ def _check_edit_defaults(config: EditDefaults) -> None:
     check_whole("default num_steps", config.num_steps, 1, 50_000)
     check_whole("default skip", config.skip, 0, config.num_steps - 1)
     check_whole("default warmup_steps", config.warmup_steps, 0, 100_000)
+    check_whole("default solver_order", config.solver_order, 1, 2)
+    check_whole("default attention_level", config.attention_level, 0, 15)
+    if config.mask not in MASKS:
+        raise InputError(f"default mask is {short(config.mask)}; the choices are {', '.join(MASKS)}")
+    if not config.attention_places or not set(config.attention_places) <= {"down", "up"}:
+        places = short(list(config.attention_places))
+        raise InputError(f"default attention_places is {places}; down, up or both is wanted")
     check_number("default threshold", config.threshold, 0.0, 1.0)
     for name in ("guidance_scale", "source_guidance_scale", "concept_guidance_scale"):
         check_number(f"default {name}", getattr(config, name), 0.0, 1000.0)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def concepts_of(*argv: str) -> list[Concept]:
 
 
 def test_concepts_with_and_without_options() -> None:
-    full = "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1"
+    full = "sunglasses:scale=10,threshold=0.9,warmup=2,cooldown=40,weight=1,mask=both"
     wanted = Concept("sunglasses", guidance_scale=10.0, threshold=0.9, warmup_steps=2, cooldown_steps=40, weight=1.0)
-    assert concepts_of("--add", full) == [wanted]
+    assert concepts_of("--add", full) == [replace(wanted, mask="both")]
     assert concepts_of("--add", " a hat : scale = 3 , weight=.5 ") == [Concept("a hat", guidance_scale=3.0, weight=0.5)]
     assert concepts_of("--remove", "a hat") == [Concept("a hat", reverse=True)]
 
@@ -77,10 +78,32 @@ def test_prompt_to_prompt_is_kept_in_the_report(place: Path) -> None:
     prompts = ["--source", "long brown hair", "--target", "long black hair"]
     assert main(["edit", "p.png", *prompts, "--p2p", "self=0.4", "--report", "r.json", *FAST]) == 0
     assert main(["edit", "p.png", *prompts, "-o", "pure.png", *FAST]) == 0
-    assert json.loads((place / "r.json").read_text())["settings"]["prompt_to_prompt"] == {"cross": 0.6, "self": 0.4}
+    assert json.loads((place / "r.json").read_text())["settings"]["prompt_to_prompt"] == {
+        "cross": 0.6, "self": 0.4, "reweight": {}
+    }  # fmt: skip
     with Image.open("p.ledits.png") as controlled, Image.open("pure.png") as pure:
         assert controlled.tobytes() != pure.tobytes()
         assert any("Prompt-to-Prompt cross 0.6, self 0.4" in str(value) for value in controlled.info.values())
+
+
+def test_masks_a_region_and_the_solver_are_kept_in_the_picture(place: Path) -> None:
+    Image.new("L", (32, 32), 255).crop((0, 0, 32, 16)).resize((32, 32)).save("everywhere.png")
+    options = ["--mask", "both", "--only-where", "everywhere.png", "--solver", "dpm++"]
+    assert main(["edit", "p.png", "--add", "sunglasses", "--add", "hat:mask=noise", *options, *FAST]) == 0
+    with Image.open("p.ledits.png") as edited:
+        settings, said = json.loads(str(edited.info["ledits"])), str(edited.info["parameters"])
+    assert [concept["mask"] for concept in settings["concepts"]] == ["both", "noise"]
+    assert settings["solver_order"] == 2 and len(settings["only_where"]) == 64
+    assert "mask both" in said and "mask noise" in said and "dpm++" in said and "only where mask" in said
+
+
+def test_a_preset_is_its_settings(place: Path) -> None:
+    assert main(["edit", "p.png", "--add", "sunglasses", "--preset", "fast"]) == 0
+    with Image.open("p.ledits.png") as edited:
+        settings = json.loads(str(edited.info["ledits"]))
+    concept = settings["concepts"][0]
+    assert (settings["num_steps"], settings["skip"], concept["warmup_steps"]) == (10, 1, 0)
+    assert (concept["guidance_scale"], concept["threshold"], concept["mask"]) == (1.5, 0.95, "percentile")
 
 
 def test_an_edit_writes_all_it_was_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

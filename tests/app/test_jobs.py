@@ -21,7 +21,7 @@ FULL = {
     "image": "p.png", "output": "o.png", "add": ["hat:scale=3", "beard"], "remove": "glasses", "source": "a face",
     "target": "a hat", "negative": "sad", "steps": 10, "skip": 3, "eta": 0.5, "seed": 7, "size": "256x128",
     "guidance_scale": 5, "source_guidance_scale": 2.5, "momentum_scale": 0.1, "momentum_beta": 0.2,
-    "output_size": "model", "solver": "ddpm",
+    "output_size": "model", "solver": "ddpm", "mask": "both", "only_where": "where.png",
 }  # fmt: skip
 
 

@@ -245,7 +245,8 @@ def test_what_a_browser_has_kept_brings_words_and_numbers_back(bench_web: Any, s
     [
         "no JSON", "[" * 5000, "{}", "[1, null, {}]", json.dumps([{"model": "tiny", "source": "x", "thumbnail": "y"}]),
         json.dumps([{"model": "tiny", "source": "../../etc/passwd", "thumbnail": "data:image/jpeg;base64,AAAA",
-                     "values": ["", "", "", 3.5, 6, 2, 0, 1, 0, 1, *["add", "hat", 1, 0.5, 1, 0] * 6]}]),
+                     "values": ["", "", "", 3.5, 6, 2, 0, 1, 0, "ddpm", 1,
+                                *["add", "hat", 1, 0.5, 1, 0, "both"] * 6]}]),
         json.dumps([{"model": "/etc", "source": 1, "thumbnail": [], "values": "x"}] * 1000),
     ],
 )  # fmt: skip
@@ -299,6 +300,8 @@ def test_an_index_of_nothing_is_refused(
     [
         ("steps", "x", "steps is"), ("steps", None, "steps is empty"), ("steps", 10**30, "steps is"),
         ("skip", -1, "skip"), ("seed", 1.5, "seed is"), ("eta", "1", "eta is"), ("eta", None, "eta is"),
+        ("solver", "ddim", "solver is 'ddim'"), ("solver", None, "solver is"),
+        ("mask", "words", "the mask of 'sunglasses'"), ("mask", None, "the mask of"),
         ("size", -5, "size is"), ("guidance", True, "target scale is"), ("target", 5, "target is no text"),
         ("source", None, "source is no text"), ("negative", "x" * 3000, "negative has 3000 characters"),
         ("count", 99, "number of concepts"), ("mode", "rm", "add or remove is wanted"),

@@ -279,12 +279,15 @@ def test_a_warning_reaches_the_visitor_it_concerns_once(session: Session) -> Non
 
 
 EDITS = [
-    (BASIS, GLASSES),
+    (replace(BASIS, solver_order=2), GLASSES),
     (
         Basis(num_steps=5, skip=1, source="a portrait", eta=0.3, seed=12345678901, size=192),
         Change(
             2.75,
-            (Concept("beard", 1 / 3, 0.85, 0, 3, reverse=True), Concept("a red hat", 3.0, 0.8, 1)),
+            (
+                Concept("beard", 1 / 3, 0.85, 0, 3, reverse=True, mask="both"),
+                Concept("a red hat", 3.0, 0.8, 1, mask="percentile"),
+            ),
             target="a portrait with a red hat",
             negative="glasses",
         ),

@@ -20,6 +20,7 @@ from ledits_min.edit import Step
 from ledits_min.engine import loop as engine
 from ledits_min.engine.evaluate import Network
 from ledits_min.engine.loop import Watch
+from ledits_min.engine.maps import Recording, looking_eps_model
 from ledits_min.engine.ops import EditState
 from ledits_min.engine.plan import Phase, Row, editing_phase, inversion_phase, one_pass_phase
 from ledits_min.engine.record import mean_masks
@@ -37,6 +38,10 @@ HAT = Concept("hat", guidance_scale=3.0, threshold=0.8, warmup_steps=0)
 BEARD = Concept("beard", guidance_scale=4.0, threshold=0.5, warmup_steps=2, cooldown_steps=6, reverse=True)
 GONE = Concept("hat", guidance_scale=3.0, threshold=0.7, warmup_steps=4, cooldown_steps=2)  # acts by its momentum alone
 SMILE = Concept("smile", guidance_scale=2.0, threshold=0.9, warmup_steps=3, weight=1.5)
+NOISE_HAT, BOTH_HAT = replace(HAT, mask="noise"), replace(HAT, mask="both")
+WORDS_SMILE = replace(SMILE, mask="attention")
+WORDS_CAT = Concept("a cat", guidance_scale=2.0, threshold=0.6, warmup_steps=1, mask="attention")
+OWN = {"hat": 1, "smile": 3, "a cat": 2, "a dog": 2, "beard": 1}  # tokens of a text
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -98,8 +103,11 @@ class Run:
         self.x_0 = torch.randn(self.images, *SHAPE, generator=generator).to(self.dtype)
         self.noise = draw_noise(range(self.images), steps, SHAPE).to(self.dtype)
         self.inverting = inversion_phase(self.inversion, *limits)
-        self.editing = editing_phase("editing", self.inversion, self.settings, *limits, self.lending)
-        self.one_pass = one_pass_phase(self.inversion, self.settings, *limits)
+        attends = any(term.attends for term in self.settings.terms)
+        self.recording = Recording(self.settings, OWN, frozenset([0]), SHAPE[1:]) if attends else None
+        editing = editing_phase("editing", self.inversion, self.settings, *limits, self.lending)
+        self.editing = replace(editing, recording=self.recording)
+        self.one_pass = replace(one_pass_phase(self.inversion, self.settings, *limits), recording=self.recording)
 
     def network(self, phase: Phase, spy: Callable[..., None] = lambda *seen: None) -> Network:
         values = torch.tensor([CONTEXTS[text] for text in phase.texts], dtype=torch.float64)
@@ -137,10 +145,13 @@ class Run:
     def plainly(self, on_step: Callable[[Step], None] = lambda step: None) -> tuple[Tensor, Tensor, Tensor]:
         """x_T, residuals and the edited x_0 of the plain loops."""
         x_T, residuals = plain.invert(eps_model, CONTEXTS, self.x_0, self.noise, self.inversion)
-        start, hook = (x_T, residuals, self.inversion, self.settings), {}
+        start, hooks, model = (x_T, residuals, self.inversion, self.settings), plain.Hooks(), eps_model
+        if self.recording is not None:
+            maps = dict[str, Tensor]()
+            hooks, model = hooks._replace(maps=maps), looking_eps_model(eps_model, CONTEXTS, self.recording, maps)
         if self.lending is not None:
-            hook["predict"] = lend_maps(eps_model, CONTEXTS, *start, self.lending)
-        return x_T, residuals, plain.edit(eps_model, CONTEXTS, *start, on_step, **hook)
+            hooks = hooks._replace(predict=lend_maps(model, CONTEXTS, *start, self.lending))
+        return x_T, residuals, plain.edit(model, CONTEXTS, *start, on_step, hooks)
 
     def masks(self, state: EditState) -> list[Tensor]:
         return mean_masks(list(state.kept), self.settings, len(self.timesteps))
@@ -158,7 +169,10 @@ class Run:
     guidance_scale=st.sampled_from([0.0, 1.0, 3.5, 7.0]),
     negative=st.sampled_from(["", "blurry"]),
     concepts=st.sampled_from(
-        [(), (HAT,), (GONE,), (HAT, BEARD), (GONE, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT)]
+        [
+            (), (HAT,), (GONE,), (HAT, BEARD), (GONE, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT),
+            (NOISE_HAT, BEARD), (BOTH_HAT,), (WORDS_SMILE, BOTH_HAT, BEARD), (WORDS_CAT, BOTH_HAT),
+        ]
     ),
     momentum_scale=st.sampled_from([0.0, 0.4]),
 )
@@ -408,6 +422,8 @@ LENT: dict[str, Any] = {
         {"lending": lending(cross_steps=9, self_steps=0), "images": 3, "eta": 0.5},
         {"lending": lending(cross_steps=0, self_steps=0)},
         {"solver_order": 2},
+        {"concepts": (BOTH_HAT, WORDS_SMILE)},
+        {"concepts": (replace(WORDS_CAT, text="a dog"), HAT), "images": 3},  # the target's own maps, while it borrows
     ],
 )
 def test_prompt_to_prompt_is_the_plain_loop_with_its_hook(more: dict[str, Any], capacity: int) -> None:

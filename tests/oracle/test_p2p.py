@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ledits_min.config import UNetConfig
-from ledits_min.edit import edit, invert
+from ledits_min.edit import Hooks, edit, invert
 from ledits_min.files.configs import config_json
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
@@ -170,7 +170,7 @@ def ours(case: Case, unet: UNet, table: dict[str, Tensor], x_0: Tensor, noise: T
     attention = PromptToPrompt(case.cross, case.self)
     lending = attention.lending(case.source, case.target, TOKENS, case.num_steps, x_T)
     hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
-    return edit(eps_model, table, x_T, residuals, inversion, settings, predict=hook)
+    return edit(eps_model, table, x_T, residuals, inversion, settings, hooks=Hooks(hook))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ledits_min.app.cli.options import check_ranges
 from ledits_min.app.values import SOLVERS, parse_concept, parse_number, parse_prompt, parse_size, parse_whole
+from ledits_min.config import MASKS
 from ledits_min.errors import InputError, quoted
 from ledits_min.files.door import read_file
 
@@ -50,6 +51,7 @@ def read_jobs(table: Path, args: argparse.Namespace) -> list[Job]:
     """Every row of the table, in its order; what a row does not set is as given on the command line."""
     given = {name: getattr(args, name) for name in (*OPTIONS, "concepts")}
     given["concepts"] = given["concepts"] or []
+    given["only_where"] = None if args.only_where is None else os.path.abspath(args.only_where)
     place = table.absolute()  # a worker may stand elsewhere
     if table.is_dir():
         jobs = [_job(number, {"image": name}, place, given) for number, name in _pictures(table)]
@@ -199,6 +201,8 @@ def _job(line: int, row: Row, folder: Path, given: Mapping[str, Any]) -> Job:
         faults.append(f"line {line}, column image: it is not set; a picture is wanted")
     image = values.pop("image", "")
     output = values.pop("output", f"{Path(image).stem}.png" if image and "output" not in row else "")
+    if "only_where" in values:
+        values["only_where"] = str(folder / values["only_where"])
     concepts = _merged(given["concepts"], values.pop("add", None), values.pop("remove", None))
     options = {**given, **values, "concepts": concepts}
     if not faults:
@@ -313,6 +317,8 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "source_guidance_scale": _number,
     "momentum_scale": _number,
     "momentum_beta": _number,
+    "mask": _one_of(MASKS),
+    "only_where": _image,
     "output_size": _one_of(("input", "model")),
 }
 COLUMNS: dict[str, Callable[[Any], Any]] = {

@@ -73,7 +73,8 @@ class RayWorkers:
             # One precision for all, whatever each finds where it runs; the driver needs no GPU of its own.
             dtype = "float16" if args.dtype == "auto" and gpus else args.dtype
             here = {"tf32": "float32"}.get(dtype, dtype) if gpus else dtype  # a name that is a GPU's alone
-            self.ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, here, **parts(args))
+            ledits, _ = without_weights(args.model, "cpu" if gpus else self.device, here, **parts(args))
+            self.ledits = ledits.with_preset(args.preset)
             self.ledits.runner.tf32 = dtype == "tf32"
             self.ledits.runner.compiled = args.compile  # a job's hash says how its pixels are computed, here too
         except BaseException:

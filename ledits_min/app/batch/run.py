@@ -37,15 +37,23 @@ from ledits_min.app.batch.folder import (
     write_errors,
 )
 from ledits_min.app.batch.jobs import Job
-from ledits_min.app.inputs import check_prompt, edit_settings, inversion_settings, load_model
+from ledits_min.app.inputs import (
+    check_prompt,
+    concept_fields,
+    edit_settings,
+    inversion_settings,
+    load_model,
+    only_where,
+)
 from ledits_min.app.terminal import disk_is_full, tell
 from ledits_min.engine.budget import count
 from ledits_min.engine.progress import progress_bar
+from ledits_min.engine.request import check_prompts
 from ledits_min.errors import InputError, RunError, quoted
 from ledits_min.files.opening import open_image, upright_size
 from ledits_min.files.picture import fit_size
 from ledits_min.files.write import save_image
-from ledits_min.p2p import PromptToPrompt, check_prompts
+from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 
 if TYPE_CHECKING:
@@ -152,11 +160,11 @@ def _task(
     """The job with every default resolved; InputError where the model refuses a value."""
     args = argparse.Namespace(**job.options)
     made = replace(inversion_settings(args, ledits), seeds=(args.seed or 0,))
-    edit = edit_settings(args, ledits)
+    edit = {**edit_settings(args, ledits), **only_where(args)}
     if attention is not None:
         check_prompts(made.source, edit["target"], edit["negative"])
     worked_at = fit_size(size, args.size, ledits.native_size, ledits.vae.config.factor)
-    concepts = [Concept(**fields) for fields in args.concepts]
+    concepts = [Concept(**fields) for fields in concept_fields(args)]
     return Task(job, picture, outputs.planned_settings(ledits, made, worked_at, concepts, attention, edit))
 
 
@@ -242,6 +250,7 @@ class Editor:
             size=tuple(settings["size"]),
             concepts=[Concept(**fields) for fields in settings["concepts"]],
             attention=self.attention,
+            mask_image=members[0][0].job.options["only_where"],  # the same content for all, as their settings say
             progress=False,
         )
         return result.images

@@ -12,9 +12,11 @@ from ledits_min.app.batch.folder import check_folder
 from ledits_min.app.batch.jobs import left_out, read_jobs
 from ledits_min.app.cli.options import check_attention, check_ranges
 from ledits_min.app.inputs import (
+    check_concept_options,
     check_inversion_options,
     check_model,
     check_prompt,
+    concept_fields,
     edit_picture,
     edit_settings,
     inversion_settings,
@@ -22,6 +24,7 @@ from ledits_min.app.inputs import (
     is_saved_inversion,
     load_inversion,
     load_model,
+    only_where,
     open_picture,
     parts,
     texts_of,
@@ -44,6 +47,7 @@ def run_edit(args: argparse.Namespace) -> None:
         raise InputError("--masks shows where concepts acted, and there is none; pass --add or --remove")
     saved = is_saved_inversion(args.image)
     check_attention(args, saved)
+    check_concept_options(args)
     out = Path(f"{Path(args.image).stem}.ledits.png" if args.output is None else args.output)
     if not args.explain:
         check_outputs(args, {
@@ -77,9 +81,9 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs
     from ledits_min.app.cli.explain import latent_size, plan_edit
-    from ledits_min.p2p import check_prompts
+    from ledits_min.engine.request import check_prompts
 
-    concepts = [Concept(**fields) for fields in args.concepts or []]
+    concepts = [Concept(**fields) for fields in concept_fields(args)]
     attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
     made = load_inversion(args) if picture is None else None
     if attention is not None:
@@ -95,6 +99,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     clock.lap("load")
     settings = edit_settings(args, ledits)
     edit = {**settings, "concepts": concepts, "trace": args.report is not None, "attention": attention}
+    edit["mask_image"] = args.only_where
     if made is None and args.save_inversion is None:
         inversion, result = edit_picture(args, ledits, picture, **edit)
     else:  # what is saved must give the same picture again, to the last bit, so it is not made in the edit's batches
@@ -104,7 +109,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     clock.lap("edit", ledits.runner.overhead.take())
 
     masks = [mask[0] for mask in result.masks]
-    values = outputs.settings(ledits, inversion, concepts, attention, settings)
+    values = outputs.settings(ledits, inversion, concepts, attention, {**settings, **only_where(args)})
     if args.masks is not None:
         save_image(outputs.mask_picture(picture, concepts, masks), args.masks)
     if args.save_inversion is not None:
@@ -127,11 +132,12 @@ def _tell_plan(args: argparse.Namespace, picture: Image.Image | None) -> None:
     """What the same command without --explain would evaluate. No weight is read and nothing is written."""
     from ledits_min import Concept, PromptToPrompt
     from ledits_min.app.cli.explain import fitted_size, latent_size, plan_edit, without_weights
-    from ledits_min.p2p import check_prompts
+    from ledits_min.engine.request import check_prompts
 
-    concepts = [Concept(**fields) for fields in args.concepts or []]
+    concepts = [Concept(**fields) for fields in concept_fields(args)]
     made = load_inversion(args) if picture is None else None
     ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
+    ledits = ledits.with_preset(args.preset)
     for text in texts_of(args):
         check_prompt(ledits, text)
     if made is not None:
@@ -154,6 +160,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     from ledits_min.app.sweep import grid as sweep
 
     grid = sweep.Grid.of(args)
+    check_concept_options(args)
     saved = is_saved_inversion(args.image)
     check_attention(args, saved)
     out = Path(f"{Path(args.image).stem}.sweep.png" if args.output is None else args.output)
@@ -165,7 +172,7 @@ def run_sweep(args: argparse.Namespace) -> None:
 
     from ledits_min import Concept
     from ledits_min.app import outputs
-    from ledits_min.p2p import check_prompts
+    from ledits_min.engine.request import check_prompts
 
     made = load_inversion(args) if picture is None else None
     if args.p2p is not None:
@@ -174,7 +181,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         picture = outputs.original_picture(made)
     assert picture is not None
     ledits = load_model(args)
-    concepts = [Concept(**fields) for fields in sweep.concepts_of(grid.cells[0][0])]
+    concepts = [Concept(**fields) for fields in concept_fields(grid.cells[0][0])]
     for text in texts_of(args):
         check_prompt(ledits, text)
     _warn_of_doubtful(args, concepts)

@@ -14,6 +14,7 @@ from ledits_min import __version__
 from ledits_min.app.values import (
     CONCEPT_KEYS,
     P2P_KEYS,
+    PRESETS,
     SOLVERS,
     Parse,
     parse_concept,
@@ -21,6 +22,7 @@ from ledits_min.app.values import (
     parse_embedding,
     parse_list,
     parse_lora,
+    parse_mask,
     parse_number,
     parse_p2p,
     parse_path,
@@ -28,6 +30,7 @@ from ledits_min.app.values import (
     parse_size,
     parse_whole,
 )
+from ledits_min.config import MASKS
 from ledits_min.errors import InputError, check_number, check_whole, quoted
 
 LIST = ",..."  # how --help marks an option that takes a list
@@ -61,6 +64,7 @@ _CONCEPT_HELP = {
     "warmup": "first executed step in which the concept acts",
     "cooldown": "first executed step in which the concept no longer acts",
     "weight": "factor on the scale",
+    "mask": f"what says where the concept acts: {', '.join(MASKS)}",
 }
 
 
@@ -209,6 +213,13 @@ def check_ranges(args: argparse.Namespace, named: Callable[[str], str] | None = 
     given = vars(args).get
     for name, high in _NUMBERS.items():
         check_number(named(name), given(name), 0.0, high, optional=True)
+    if given("preset") == "fast" and given("model") not in (None, "tiny"):
+        raise InputError(
+            f"--preset fast was measured on the embedded model alone; for {quoted(given('model'), 60)} try --steps 50 "
+            "--skip 18, and look at what it loses"
+        )
+    if given("preset") == "leditspp" and given("solver") is None and given("eta") not in (None, 1.0):
+        raise InputError("--preset leditspp takes the solver dpm++, for --eta 1 alone; add --solver ddpm")
     if given("solver") == "dpm++" and given("eta") not in (None, 1.0):
         raise InputError(f"{named('solver')} dpm++ is defined for {named('eta')} 1 alone, and it is {given('eta'):g}")
     steps = given("steps")
@@ -220,11 +231,17 @@ def check_ranges(args: argparse.Namespace, named: Callable[[str], str] | None = 
     for fields in given("concepts") or []:
         where = f"{named('remove' if fields['reverse'] else 'add')} {quoted(fields['text'], 60)}"
         for key, (field_name, _) in CONCEPT_KEYS.items():
+            if key == "mask":
+                continue  # one of a few words, as it was parsed
             if key in _NUMBERS:
                 check_number(f"{where}: {key}", fields.get(field_name), 0.0, _NUMBERS[key], optional=True)
             else:
                 check_whole(f"{where}: {key}", fields.get(field_name), 0, 100_000, optional=True)
     for key, share in (given("p2p") or {}).items():
+        if key == "reweight":
+            for word, factor in share.items():
+                check_number(f"--p2p reweight of {quoted(word, 60)}", factor, -10.0, 10.0)
+            continue
         check_number(f"--p2p {key}", share, 0.0, _NUMBERS[key])
 
 
@@ -248,6 +265,11 @@ def add_edit_options(parser: argparse.ArgumentParser, action: ValueAction = "sto
                        help=f"add a concept, such as {example}; can be given many times")  # fmt: skip
     group.add_argument("--remove", dest="concepts", action="append", type=remove, metavar="C",
                        help="remove a concept, written in the same way; can be given many times")  # fmt: skip
+    if action == "store":  # a sweep takes a list
+        group.add_argument("--mask", type=parse_mask, metavar="M",
+                           help=f"{_CONCEPT_HELP['mask']}; for every concept that does not set its own")  # fmt: skip
+    group.add_argument("--only-where", type=parse_path, metavar="MASK",
+                       help="a grey picture, white where concepts may act, in the picture's shape")  # fmt: skip
     group.add_argument("--target", type=parse_prompt, default="", metavar="T", help="description of the new picture")
     group.add_argument(
         "--negative", type=parse_prompt, default="", metavar="T", help="what the picture should not show"
@@ -255,7 +277,8 @@ def add_edit_options(parser: argparse.ArgumentParser, action: ValueAction = "sto
     number = functools.partial(group.add_argument, action=action, type=parse_number)
     number("--guidance-scale", metavar="S", help="strength of --target (default: the model's, else 15)")
     group.add_argument("--p2p", nargs="?", const="", type=parse_p2p, metavar="P",
-                       help="use Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2")  # fmt: skip
+                       help="use Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2, and "
+                            "reweight=WORD:2 for words of --target")  # fmt: skip
     number("--momentum-scale", default=0.0, metavar="S", help="strength of SEGA's momentum (default: 0)")
     number("--momentum-beta", default=0.6, metavar="B", help="how long the momentum lasts (default: 0.6)")
 
@@ -264,7 +287,8 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     """The numbers of --add, --remove and --p2p as options of their own, for those that do not set theirs."""
     group = parser.add_argument_group("every concept that does not set its own")
     for name, (_, parse) in CONCEPT_KEYS.items():
-        group.add_argument(f"--{name}", action=Listed, type=parse, metavar="N", help=_CONCEPT_HELP[name])
+        metavar = "M" if name == "mask" else "N"
+        group.add_argument(f"--{name}", action=Listed, type=parse, metavar=metavar, help=_CONCEPT_HELP[name])
     group = parser.add_argument_group("--p2p where it does not set its own")
     for name in P2P_KEYS:
         group.add_argument(f"--{name}", action=Listed, type=parse_number, metavar="N",
@@ -274,6 +298,8 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 def add_inversion_options(parser: argparse.ArgumentParser, action: ValueAction = "store") -> None:
     group = parser.add_argument_group("the inversion")
     number = functools.partial(group.add_argument, action=action)
+    group.add_argument("--preset", choices=PRESETS, help="other defaults, for every option that is not given: "
+                       "leditspp, those of LEDITS++; fast, 10 steps of the embedded model")  # fmt: skip
     group.add_argument("--source", type=parse_prompt, metavar="T", help="description of the picture as it is")
     number("--source-guidance-scale", type=parse_number, metavar="S", help="strength of --source")
     number("--steps", type=parse_whole, metavar="N", help="denoising steps, 1 .. 500 (default: the model's, else 100)")

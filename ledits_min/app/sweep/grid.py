@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.cli.options import check_ranges
-from ledits_min.app.inputs import edit_settings, inversion_settings, invert_picture
+from ledits_min.app.inputs import concept_fields, edit_settings, inversion_settings, invert_picture, only_where
 from ledits_min.app.values import CONCEPT_KEYS, P2P_KEYS
 from ledits_min.errors import InputError
 
@@ -36,14 +36,14 @@ class Axis:
     """An option, by its name in the namespace, and the values it takes in turn."""
 
     name: str
-    values: tuple[float, ...]
+    values: tuple[Any, ...]
 
     @property
     def option(self) -> str:
         return f"--{self.name.replace('_', '-')}"
 
-    def heading(self, value: float) -> str:
-        number = str(value) if isinstance(value, int) else f"{value:.10g}"
+    def heading(self, value: Any) -> str:
+        number = str(value) if isinstance(value, int | str) else f"{value:.10g}"
         return f"{NAMES.get(self.name, self.name.replace('_', ' '))} {number}"
 
 
@@ -82,7 +82,7 @@ class Grid:
             raise InputError(f"{count} cells are asked for and a sheet holds {MAX_CELLS}; shorten a list")
         _refuse_idle(args)
         across, down = axes[0], axes[1] if len(axes) == 2 else None
-        rows: list[dict[str, float]] = [{}] if down is None else [{down.name: value} for value in down.values]
+        rows: list[dict[str, Any]] = [{}] if down is None else [{down.name: value} for value in down.values]
         cells = [[_with(args, {**row, across.name: value}) for value in across.values] for row in rows]
         grid = cls(across, down, cells)
         for _, _, cell in grid:
@@ -90,7 +90,7 @@ class Grid:
         return grid
 
 
-def _with(args: argparse.Namespace, values: Mapping[str, float]) -> argparse.Namespace:
+def _with(args: argparse.Namespace, values: Mapping[str, Any]) -> argparse.Namespace:
     cell = copy.copy(args)
     vars(cell).update(values)
     return cell
@@ -118,13 +118,6 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     ):
         if name in listed and not there:
             raise InputError(f"--{name.replace('_', '-')} is swept and has no effect without {needs}; pass that too")
-
-
-def concepts_of(cell: argparse.Namespace) -> list[dict[str, Any]]:
-    """The fields of each `Concept`; where one does not set a number, that of the options."""
-    given = {field_name: getattr(cell, name) for name, (field_name, _) in CONCEPT_KEYS.items()}
-    shared = {field_name: value for field_name, value in given.items() if value is not None}
-    return [{**shared, **fields} for fields in cell.concepts or []]
 
 
 def attention_of(cell: argparse.Namespace) -> dict[str, float] | None:
@@ -198,15 +191,16 @@ def _edited(
     from ledits_min.app import outputs
     from ledits_min.app.sheet import fitted
 
-    concepts = [Concept(**fields) for fields in concepts_of(cell)]
+    concepts = [Concept(**fields) for fields in concept_fields(cell)]
     shared = attention_of(cell)
     attention = None if shared is None else PromptToPrompt(**shared)
     options, start = edit_settings(cell, ledits), time.perf_counter()
     result = ledits.edit(
-        inversion, concepts=concepts, attention=attention, progress=False, callback=follow, **options
+        inversion, concepts=concepts, attention=attention, progress=False, callback=follow,
+        mask_image=cell.only_where, **options,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    settings = outputs.settings(ledits, inversion, concepts, attention, options)
+    settings = outputs.settings(ledits, inversion, concepts, attention, {**options, **only_where(cell)})
     numbers = {
         # Prompt-to-Prompt keeps to the plain loop, which counts nothing.
         "evaluations": None if attention else ledits.runner.evaluations["editing"],
@@ -242,7 +236,7 @@ def draw(
     lead = Cell("original", picture)
     derived = all(cell.skip is None for _, _, cell in grid)
 
-    def heading(axis: Axis, value: float, one: Edited) -> str:
+    def heading(axis: Axis, value: Any, one: Edited) -> str:
         of_its_own = axis.name == "steps" and derived
         return axis.heading(value) + (f" (skip {one.settings['skip']})" if of_its_own else "")
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import gradio as gr
 
+from ledits_min.app.values import SOLVERS
 from ledits_min.app.web import views
 from ledits_min.app.web.form import ADD, REMOVE, ROWS, default_numbers, kind_of
 from ledits_min.app.web.models import CUSTOM, Facts
+from ledits_min.config import MASKS
 from ledits_min.weights.read.survey import TINY
 
 SAMPLES = sorted((TINY / "samples").glob("*.png"))
@@ -32,11 +34,12 @@ class Row:
     threshold: gr.Slider
     warmup: gr.Slider
     cooldown: gr.Number
+    mask: gr.Radio
 
     @property
     def fields(self) -> list[Any]:
         """What an edit asks for; the preset's name only says where the numbers are from."""
-        return [self.mode, self.text, self.scale, self.threshold, self.warmup, self.cooldown]
+        return [self.mode, self.text, self.scale, self.threshold, self.warmup, self.cooldown, self.mask]
 
 
 class Layout:
@@ -120,6 +123,10 @@ class Layout:
                     info="Noise kept in each step. Less: smoother, fewer changes.",
                 )  # fmt: skip
                 self.size = _whole("Size", 0, "size", size_info(self.first))
+            self.solver = gr.Radio(
+                list(SOLVERS), value=SOLVERS[defaults.solver_order - 1], label="Solver", elem_id="solver",
+                info="dpm++: steps of second order, with eta 1 alone.",
+            )  # fmt: skip
         with gr.Accordion("Copy as", open=False, visible=False, elem_id="copy") as self.copy, gr.Tabs():
             with gr.Tab("Command"):
                 self.command = _code("shell", "command", "The edit as a command")
@@ -141,10 +148,15 @@ class Layout:
             with gr.Row(elem_classes="numbers"):
                 scale = _dial("Scale", 20, defaults.concept_guidance_scale, 0.1, "More: a stronger change.")
                 threshold = _dial("Threshold", 1, defaults.threshold, 0.01, "More: a smaller part of the picture.")
-            with gr.Accordion("When", open=False, elem_classes="timing"), gr.Row():
-                warmup = _dial("From step", 100, defaults.warmup_steps, 1, "Later: only details change.")
-                cooldown = gr.Number(0, label="To step", precision=0, min_width=100, info="0: to the last.")
-        return Row(box, mode, text, remove, kind, scale, threshold, warmup, cooldown)
+            with gr.Accordion("When and where", open=False, elem_classes="timing"):
+                with gr.Row():
+                    warmup = _dial("From step", 100, defaults.warmup_steps, 1, "Later: only details change.")
+                    cooldown = gr.Number(0, label="To step", precision=0, min_width=100, info="0: to the last.")
+                mask = gr.Radio(
+                    list(MASKS), value=defaults.mask, label="Mask", elem_classes="mask",
+                    info="Where it acts: noise, where its direction is large; attention, where its words are seen.",
+                )  # fmt: skip
+        return Row(box, mode, text, remove, kind, scale, threshold, warmup, cooldown, mask)
 
 
 NO_PICTURE, NO_WORDS, READY = "Take a picture first", "Say what to add or remove", "Edit"

@@ -13,6 +13,7 @@ import gradio as gr
 
 from ledits_min import InputError, Stopped
 from ledits_min.app.cli.command import exit_and_line
+from ledits_min.app.values import SOLVERS
 from ledits_min.app.web import views
 from ledits_min.app.web.form import (
     ROWS,
@@ -67,7 +68,7 @@ class Page:
         fields = [part for row in parts.rows for part in row.fields]
         boxes, names = [row.box for row in parts.rows], [row.kind for row in parts.rows]
         numbers = [parts.target, parts.source, parts.negative, parts.guidance]
-        numbers += [parts.steps, parts.skip, parts.seed, parts.eta, parts.size]
+        numbers += [parts.steps, parts.skip, parts.seed, parts.eta, parts.size, parts.solver]
         rows = [parts.count, parts.more, *boxes, *names, *fields]
         view = [parts.empty, parts.stage, parts.slider, parts.masks, parts.status, parts.download, parts.ready]
         past = [parts.history, parts.forget, parts.kept]
@@ -215,8 +216,9 @@ class Page:
         session.open(path, str(path))
         preset, defaults = facts.presets[example.preset], facts.defaults
         skip = round(preset.skip * defaults.num_steps)
-        row = ["add", example.text, *preset.numbers, 0]
-        numbers = ["", "", "", defaults.guidance_scale, defaults.num_steps, skip, 0, 1, 0]
+        row = ["add", example.text, *preset.numbers, 0, defaults.mask]
+        solver = SOLVERS[defaults.solver_order - 1]
+        numbers = ["", "", "", defaults.guidance_scale, defaults.num_steps, skip, 0, 1, 0, solver]
         return Answer([*self._view(session), *self._past(session), *numbers, *_shown_rows(1, [row], facts)], ())
 
     def _take_suggestion(
@@ -232,7 +234,7 @@ class Page:
         name = SUGGESTIONS[text]
         if name not in facts.presets:
             raise InputError("these words are the embedded model's")
-        rows[free] = ["add", text, *facts.presets[name].numbers, 0]
+        rows[free] = ["add", text, *facts.presets[name].numbers, 0, facts.defaults.mask]
         kinds_now[free], count = name, max(count, free + 1)
         least, notices = _skip_of(facts, kinds_now[:count], free, steps, skip)
         return Answer([least, *_shown_rows(count, rows, facts)], notices)

@@ -56,6 +56,7 @@ class Basis:
     eta: float = 1.0
     seed: int = 0
     size: int | None = None
+    solver_order: int = 1
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class Session:
                 report(0.0, "inverting")
                 inversion = ledits.invert(
                     picture.image, basis.source, num_steps=basis.num_steps, skip=basis.skip, eta=basis.eta,
-                    seed=basis.seed, size=basis.size, progress=False, callback=callback,
+                    seed=basis.seed, size=basis.size, solver_order=basis.solver_order, progress=False,
+                    callback=callback,
                 )  # fmt: skip
                 inverted = time.perf_counter() - started
                 self._keep(key, inversion)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ledits_min import Concept
 from ledits_min.app.cli.options import add_model_options
+from ledits_min.app.values import SOLVERS
 from ledits_min.app.web.session import Edit
 
 
@@ -23,6 +24,7 @@ def as_command(made: Edit, given: Mapping[str, Any]) -> str:
     options: list[tuple[str, Any]] = [("--source", basis.source)]
     options += [("--steps", basis.num_steps), ("--skip", basis.skip), ("--seed", basis.seed)]
     options += [("--eta", None if basis.eta == 1.0 else basis.eta), ("--size", basis.size)]
+    options += [("--solver", SOLVERS[1] if basis.solver_order == 2 else None)]
     options += [("--remove" if concept.reverse else "--add", _concept(concept)) for concept in change.concepts]
     options += [("--target", change.target), ("--negative", change.negative)]
     options += [("--guidance-scale", change.guidance_scale)]
@@ -36,7 +38,7 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
     basis, change = made.basis, made.change
     loaded = {name: value for name, value in given.items() if value not in (None, "auto", False, [], ())}
     inverted = {"source": basis.source, "num_steps": basis.num_steps, "skip": basis.skip, "eta": basis.eta}
-    inverted |= {"seed": basis.seed, "size": basis.size}
+    inverted |= {"seed": basis.seed, "size": basis.size, "solver_order": basis.solver_order}
     edited = {"target": change.target, "negative": change.negative, "guidance_scale": change.guidance_scale}
     lines = ["from ledits_min import Concept, LEdits", ""]
     lines += [f"ledits = LEdits.from_pretrained({_arguments(made.model, loaded)})"]
@@ -44,7 +46,7 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
     lines += ["concepts = ["]
     for concept in change.concepts:
         fields = {"guidance_scale": concept.guidance_scale, "threshold": concept.threshold}
-        fields |= {"warmup_steps": concept.warmup_steps, "cooldown_steps": concept.cooldown_steps}
+        fields |= {"warmup_steps": concept.warmup_steps, "cooldown_steps": concept.cooldown_steps, "mask": concept.mask}
         lines += [f"    Concept({_arguments(concept.text, fields | ({'reverse': True} if concept.reverse else {}))}),"]
     lines += ["]", f"result = ledits.edit(inversion, concepts=concepts, {_arguments(None, edited)})"]
     return "\n".join([*lines, f"result.images[0].save({_literal(_output(made))})"]) + "\n"
@@ -93,7 +95,8 @@ def _concept(concept: Concept) -> str:
     """What --add and --remove read back."""
     numbers = {"scale": concept.guidance_scale, "threshold": concept.threshold}
     numbers |= {"warmup": concept.warmup_steps, "cooldown": concept.cooldown_steps}
-    return f"{concept.text}:" + ",".join(f"{key}={_number(n)}" for key, n in numbers.items() if n is not None)
+    options = [f"{key}={_number(n)}" for key, n in numbers.items() if n is not None]
+    return f"{concept.text}:" + ",".join([*options, f"mask={concept.mask}"] if concept.mask else options)
 
 
 def _number(value: float) -> str:
