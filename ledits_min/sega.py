@@ -33,8 +33,7 @@ class Concept:
                     [2311.16711]: where its direction is large, where its words are attended to, where both are
 
     None in guidance_scale, threshold, warmup_steps or mask means the checkpoint's default, else LEDITS Table 1: 7,
-    0.95, 1, "percentile".
-    InputError for a value out of range.
+    0.95, 1, "percentile". InputError for a value out of range.
     """
 
     text: str
