@@ -131,6 +131,7 @@ class EditDefaults:
     concept_guidance_scale: float = 7.0
     threshold: float = 0.95
     warmup_steps: int = 1
+    one_size: bool = False  # the model knows squares of its native size alone, see files/square.py
 
 
 # --- the published families -------------------------------------------------------------------------------------------

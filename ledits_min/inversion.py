@@ -26,6 +26,7 @@ class InversionSettings:
     source                 the prompt that describes the picture, "" for none
     source_guidance_scale  how strongly eps_source follows it
     seeds                  one number per picture; empty where the noise was given
+    squared                whether the latents are of squares that were cut from the pictures, or padded to
     """
 
     fingerprint: str = ""
@@ -36,6 +37,7 @@ class InversionSettings:
     source: str = ""
     source_guidance_scale: float = 3.5
     seeds: tuple[int, ...] = ()
+    squared: bool = False
 
     @property
     def executed_steps(self) -> int:

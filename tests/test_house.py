@@ -95,7 +95,7 @@ TABLE: dict[str, set[str]] = {
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
-    | {"files.configs", "files.inversion", "files.opening", "files.picture"}
+    | {"files.configs", "files.inversion", "files.opening", "files.picture", "files.square"}
     | {"engine.networks", "engine.plain", "engine.progress", "engine.record", "engine.request", "engine.runner"}
     | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
@@ -115,14 +115,14 @@ TABLE: dict[str, set[str]] = {
     "app.cli.options": {"", "app.values", "errors"},
     "app.cli.command": {"app.cli.commands", "app.cli.options", "app.terminal", "errors"},
     "app.cli.explain": {"engine.budget", "engine.networks", "engine.plan", "engine.request", "files.inversion"}
-    | {"files.picture", "inversion", "pipeline", "weights.load"},
+    | {"inversion", "pipeline", "weights.load"},
     "app.cli.demo": {"app.outputs", "app.sheet", "engine.progress", "files.inversion", "pipeline", "sega"},
     "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "errors", "p2p"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
     | {"files.header", "files.write", "weights.inspect", "weights.read.survey"},
     "app.batch.*": {"app.batch.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.options"}
     | {"app.cli.explain", "engine.budget", "engine.progress", "errors", "p2p", "pipeline", "sega"}
-    | {"files.door", "files.opening", "files.picture", "files.write"},
+    | {"files.door", "files.opening", "files.write"},
     "app.sweep.*": {"", "app.cli.options", "app.inputs", "app.outputs", "app.sheet", "app.terminal", "app.values"}
     | {"engine.progress", "errors"},
     "app.web.*": {"", "app.web.*", "app.inputs", "app.outputs", "app.terminal", "app.cli.command", "app.cli.options"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ def test_images_may_be_paths_pictures_or_arrays(ledits: LEdits, inversion: Inver
         ledits.invert([], **QUICK)
 
 
-def test_pictures_of_different_sizes_are_refused_unless_a_size_is_given(ledits: LEdits) -> None:
+def test_pictures_of_different_sizes_are_refused_unless_a_size_is_given(
+    ledits: LEdits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledits, "defaults", replace(ledits.defaults, one_size=False))
     side = ledits.native_size
     wide = Image.open(SAMPLES[0]).resize((3 * side // 2, side))
     with pytest.raises(InputError, match="different sizes"):

@@ -231,6 +231,7 @@ def _read_edit_defaults(mapping: Mapping[str, Any], source: str) -> EditDefaults
         concept_guidance_scale=read.number("concept_guidance_scale", paper.concept_guidance_scale),
         threshold=read.number("threshold", paper.threshold),
         warmup_steps=read.whole("warmup_steps", paper.warmup_steps),
+        one_size=read.flag("one_size", paper.one_size),
     )
 
 
