@@ -598,7 +598,7 @@ class LEdits:
 
 def _over_pictures(masks: Tensor, squares: Sequence[Square]) -> Tensor:
     """Masks (B, h, w) of squares as those of the whole pictures, in as many places."""
-    size = masks.shape[-2:]
+    size = masks.shape[-2], masks.shape[-1]
     large = F.interpolate(masks[:, None], squares[0].side)
     return torch.cat([F.adaptive_avg_pool2d(one.spread(mask), size) for one, mask in zip(squares, large, strict=True)])
 
