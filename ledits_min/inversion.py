@@ -27,6 +27,7 @@ class InversionSettings:
     source_guidance_scale  how strongly eps_source follows it
     seeds                  one number per picture; empty where the noise was given
     solver_order           1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, with eta 1 alone
+    squared                whether the latents are of squares that were cut from the pictures, or padded to
     """
 
     fingerprint: str = ""
@@ -38,6 +39,7 @@ class InversionSettings:
     source_guidance_scale: float = 3.5
     seeds: tuple[int, ...] = ()
     solver_order: int = 1
+    squared: bool = False
 
     @property
     def executed_steps(self) -> int:

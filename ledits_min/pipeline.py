@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -45,6 +46,7 @@ from ledits_min.files.inversion import Inversion, check_inversion, check_inversi
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
 from ledits_min.files.region import MaskLike, open_region
+from ledits_min.files.square import Square, find_square
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, PromptToPrompt
@@ -321,7 +323,8 @@ class LEdits:
         noise      float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
         solver_order  1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, as LEDITS++ has it, with eta 1 alone; None:
                    the checkpoint's own, else 1
-        size       what is worked at: the longer side in pixels, or (width, height); None: the model's native size
+        size       what is worked at: the longer side in pixels, or (width, height). None: the model's native size for
+                   the longer side; a model that knows squares alone is given one, which is said
         progress   show a bar on a terminal
         callback   a `Callback`, called with a `Progress` after every call of the UNet
         Returns an `Inversion`, to edit as often as wanted. InputError for what does not fit; Stopped where the callback
@@ -331,7 +334,8 @@ class LEdits:
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
-        x_0 = self._encode(pictures, size)
+        x_0, squares = self._encode(pictures, size)
+        settings = replace(settings, squared=bool(squares))
         noise = self._noise(noise, settings, x_0)
         contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
         x_T, residuals = self.runner.invert(contexts, x_0, noise, settings, Reporting(progress, callback=callback))
@@ -411,7 +415,9 @@ class LEdits:
         settings = edit_settings(
             self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
         )  # fmt: skip
-        settings = self._limited(settings, mask_image, inversion.original_sizes, inversion.x_T)
+        settings = self._limited(
+            settings, mask_image, inversion.original_sizes, inversion.x_T, self._squares(inversion)
+        )  # fmt: skip
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
@@ -477,9 +483,10 @@ class LEdits:
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
+        x_0, squares = self._encode(pictures, size)
+        inverting = replace(inverting, squared=bool(squares))
         sizes = [picture.size for picture in pictures]
-        x_0 = self._encode(pictures, size)
-        settings = self._limited(settings, mask_image, sizes, x_0)
+        settings = self._limited(settings, mask_image, sizes, x_0, squares)
         noise = self._noise(noise, inverting, x_0)
         contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
@@ -528,6 +535,7 @@ class LEdits:
         check_number("eta", eta, 0.0, 1.0)
         factor = self.vae.config.factor
         width, height = fit_size((self.native_size, self.native_size), size, self.native_size, factor)
+        self._warn_of_size((width, height))
         shape = (self.unet.config.in_channels, height // factor, width // factor)
         levels = InversionSettings(self.fingerprint, self.schedule, num_steps, skip=0, eta=eta, seeds=seeds)
         # Item 0 starts the trajectory, the others are z_t.
@@ -543,21 +551,43 @@ class LEdits:
         mask_image: MaskLike | Sequence[MaskLike] | None,
         sizes: Sequence[tuple[int, int]],
         latents: Tensor,
+        squares: Sequence[Square],
     ) -> EditSettings:
         """With the user's mask as the concepts' region; InputError for that mask, and for masks this UNet has not."""
         check_masks(self.unet.config, settings)
         if mask_image is None:
             return settings
         height, width = latents.shape[-2:]
-        return replace(settings, region=open_region(mask_image, sizes, (height, width)).to(self.device))
+        return replace(settings, region=open_region(mask_image, sizes, (height, width), squares).to(self.device))
 
-    def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> Tensor:
-        """Scaled latents of all pictures, float32 (B, C, h, w) on the device; `size` as in `invert`."""
-        sizes = {fit_size(picture.size, size, self.native_size, self.vae.config.factor) for picture in pictures}
+    def worked_at(
+        self, picture: tuple[int, int], size: int | tuple[int, int] | None = None
+    ) -> tuple[tuple[int, int], bool]:
+        """What `invert` works at, (width, height) in pixels, and whether a picture is made a square for it.
+
+        picture  its width and height; size  as in `invert`
+        """
+        if size is not None or not self.defaults.one_size:
+            return fit_size(picture, size, self.native_size, self.vae.config.factor), False
+        return (self.native_size, self.native_size), picture[0] != picture[1]
+
+    def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[Tensor, list[Square]]:
+        """Scaled latents of all pictures, float32 (B, C, h, w) on the device, and the squares that they are of, if they
+        were made some; `size` as in `invert`."""
+        found = [self.worked_at(picture.size, size) for picture in pictures]
+        sizes, squared = {worked_at for worked_at, _ in found}, any(made for _, made in found)
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
             raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
-        image = to_tensor(pictures, sizes.pop()).to(self.device)
+        worked_at = sizes.pop()
+        squares = [find_square(picture, worked_at[0]) for picture in pictures] if squared else []
+        self._warn_of_size(worked_at, squares)
+        if squares:
+            pairs = zip(squares, pictures, strict=True)
+            image = torch.cat([square.cut(to_tensor([picture], square.whole)) for square, picture in pairs])
+        else:
+            image = to_tensor(pictures, worked_at)
+        image = image.to(self.device)
         x_0 = self.runner.encode(image)
         if self.embedded:
             error = (self.runner.decode(x_0).clamp(-1.0, 1.0) - image).square().mean(dim=(1, 2, 3)).max()
@@ -567,7 +597,20 @@ class LEdits:
                     f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
                     f"({psnr:.0f} dB); it wants a larger model, such as a Stable Diffusion checkpoint"
                 )
-        return x_0
+        return x_0, squares
+
+    def _warn_of_size(self, size: tuple[int, int], squares: Sequence[Square] = ()) -> None:
+        """Say what a model of one size is given: a part of the picture, a padded one, or a size it does not know."""
+        known = f"this model knows squares of {self.native_size} x {self.native_size} pixels alone"
+        if any(square.padded for square in squares):
+            warn(f"{known}: the picture is padded to one, its edges drawn out")
+        if any(not square.padded and square.whole != size for square in squares):
+            warn(f"{known}: it works at the one around what is drawn, and the rest follows its edges")
+        if self.defaults.one_size and size != (self.native_size, self.native_size):
+            warn(
+                f"{size[0]} x {size[1]} is worked at, but {known} and may not do what is asked; leave the size out, "
+                "and it is given such a square"
+            )
 
     def _noise(self, noise: Tensor | None, settings: InversionSettings, x_0: Tensor) -> Tensor:
         """n_t of every executed step beside x_0: the given noise, else what the seeds draw."""
@@ -642,13 +685,28 @@ class LEdits:
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
         masks = [nothing if term.text == settings.negative else next(found) for term in settings.concepts]
         after = self.runner.decode(edited.latents)
-        originals = [] if inversion is None else [Image.fromarray(original.numpy()) for original in inversion.originals]
-        if inversion is None or output_size == "model":
-            images = to_images(after)
+        if inversion is None:
+            return Result(to_images(after), edited.latents.cpu(), masks, edited.trace, [], settings.concepts)
+        before = self.runner.decode(inversion.latents.to(self.device)) if output_size == "input" else after
+        originals, squares = _originals(inversion), self._squares(inversion)
+        pairs = list(zip(before.cpu(), after.cpu(), strict=True))
+        if squares:
+            masks = [_over_pictures(mask, squares) for mask in masks]
+            pairs = [(one.spread(old), one.spread(new)) for one, (old, new) in zip(squares, pairs, strict=True)]
+        if output_size == "model":
+            images = [to_images(new[None])[0] for _, new in pairs]
         else:
-            before = self.runner.decode(inversion.latents.to(self.device))
-            images = [lay_change(*pair) for pair in zip(originals, before, after, strict=True)]
+            images = [lay_change(original, *pair) for original, pair in zip(originals, pairs, strict=True)]
         return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
+
+    def _squares(self, inversion: Inversion) -> list[Square]:
+        """Those that were made of the pictures, found again."""
+        side = inversion.latents.shape[-1] * self.vae.config.factor
+        return [find_square(original, side) for original in _originals(inversion)] if inversion.settings.squared else []
+
+
+def _originals(inversion: Inversion) -> list[Image.Image]:
+    return [Image.fromarray(original.numpy()) for original in inversion.originals]
 
 
 def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
@@ -656,6 +714,13 @@ def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     unet = checkpoint.unet_config
     latents = unet.in_channels, unet.sample_size, unet.sample_size
     return kernel_calls(device, dtype, unet.block_out_channels, unet.norm_num_groups, latents)
+
+
+def _over_pictures(masks: Tensor, squares: Sequence[Square]) -> Tensor:
+    """Masks (B, h, w) of squares as those of the whole pictures, in as many places."""
+    size = masks.shape[-2], masks.shape[-1]
+    large = F.interpolate(masks[:, None], squares[0].side)
+    return torch.cat([F.adaptive_avg_pool2d(one.spread(mask), size) for one, mask in zip(squares, large, strict=True)])
 
 
 def _inversion(

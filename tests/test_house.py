@@ -105,8 +105,8 @@ TABLE: dict[str, set[str]] = {
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
     | {"files.configs", "files.display", "files.inversion", "files.opening", "files.picture", "files.region"}
-    | {"engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain", "engine.presets"}
-    | {"engine.progress", "engine.record", "engine.request", "engine.runner", "engine.usage"}
+    | {"files.square", "engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain"}
+    | {"engine.presets", "engine.progress", "engine.record", "engine.request", "engine.runner", "engine.usage"}
     | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS
     | NETWORKS,
@@ -127,7 +127,7 @@ TABLE: dict[str, set[str]] = {
     "app.cli.options": {"", "app.values", "config", "errors"},
     "app.cli.command": {"app.cli.commands", "app.cli.options", "app.terminal", "errors"},
     "app.cli.explain": {"engine.budget", "engine.networks", "engine.plan", "engine.request", "files.inversion"}
-    | {"files.picture", "inversion", "pipeline", "weights.load"},
+    | {"inversion", "pipeline", "weights.load"},
     "app.cli.demo": {"app.sheet", "engine.progress", "files.display", "files.inversion", "pipeline", "sega"},
     "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "engine.request", "errors"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
@@ -135,7 +135,7 @@ TABLE: dict[str, set[str]] = {
     "app.batch.*": {"app.batch.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.options"}
     | {"app.cli.explain", "config", "engine.budget", "engine.progress", "engine.request", "errors", "p2p", "pipeline"}
     | {"sega"}
-    | {"files.door", "files.opening", "files.picture", "files.write"},
+    | {"files.door", "files.opening", "files.write"},
     "app.sweep.*": {"", "app.cli.options", "app.inputs", "app.outputs", "app.sheet", "app.terminal", "app.values"}
     | {"engine.progress", "errors"},
     "app.comfyui.*": {"", "app.cli.options", "app.comfyui.*", "app.inputs", "app.outputs", "app.sweep.*", "app.values"}

@@ -171,7 +171,8 @@ def _pixels(survey: Survey) -> str:
     if not isinstance(unet, UNetConfig) or not isinstance(vae, VAEConfig):
         return ""
     side = unet.sample_size * vae.factor
-    return f"trained at {side} x {side}"
+    alone = survey.defaults.get("one_size") is True
+    return f"trained at {side} x {side}" + (" alone; of other pictures it is given a square" if alone else "")
 
 
 def _oddities(

@@ -177,7 +177,7 @@ def _inversion_options(args: argparse.Namespace, ledits: LEdits) -> dict[str, An
     """The arguments of `LEdits.invert` besides the picture."""
     size = args.size
     longer = max(size) if isinstance(size, tuple) else size or 0
-    if longer > 1.5 * ledits.native_size:
+    if longer > 1.5 * ledits.native_size and not ledits.defaults.one_size:  # which says so itself
         warn(f"--size asks for {longer} pixels, the model was trained at {ledits.native_size}; expect repeated shapes")
     return {
         "source": args.source or "",

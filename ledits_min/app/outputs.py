@@ -65,6 +65,7 @@ def planned_settings(
         **({"engine": "plain"} if ledits.runner.name == "plain" else {}),
         "prediction_type": made.schedule.prediction_type,
         "size": list(size),
+        **({"squared": True} if made.squared else {}),
         "num_steps": made.num_steps,
         "skip": made.skip,
         "eta": made.eta,

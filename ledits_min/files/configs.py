@@ -235,6 +235,7 @@ def _read_edit_defaults(mapping: Mapping[str, Any], source: str) -> EditDefaults
         mask=read.string("mask", paper.mask),
         attention_level=read.whole("attention_level", paper.attention_level),
         attention_places=read.strings("attention_places", paper.attention_places),
+        one_size=read.flag("one_size", paper.one_size),
     )
 
 

@@ -127,6 +127,8 @@ def check_inversion_settings(settings: InversionSettings, where: str) -> None:
     check_number(f"{where}: source_guidance_scale", settings.source_guidance_scale, 0.0, 1000.0)
     for seed in settings.seeds:
         check_whole(f"{where}: seed", seed, 0, 2**63 - 1)
+    if type(settings.squared) is not bool:
+        raise InputError(f"{where}: squared is {short(settings.squared)}; true or false is wanted")
     for name in ("source", "fingerprint"):
         if not isinstance(getattr(settings, name), str):
             raise InputError(f"{where}: {name} is not a string")

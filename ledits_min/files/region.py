@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ledits_min.errors import InputError
 from ledits_min.files.opening import ImageLike, open_image
+from ledits_min.files.square import Square
 
 MaskLike = ImageLike  # an array may also be (H, W): bool, uint8, or float in 0 .. 1
 MAX_PIXELS = 64_000_000
@@ -20,12 +21,15 @@ SHAPE = 0.02  # by which its aspect ratio may differ from the picture's: both ha
 
 
 def open_region(
-    masks: MaskLike | Sequence[MaskLike], sizes: Sequence[tuple[int, int]], latents: tuple[int, int]
+    masks: MaskLike | Sequence[MaskLike],
+    sizes: Sequence[tuple[int, int]],
+    latents: tuple[int, int],
+    squares: Sequence[Square] = (),
 ) -> Tensor:
     """One mask for all pictures or one per picture, white where concepts may act: float32 (1 or B, 1, h, w), 0 .. 1.
 
-    sizes (width, height) of the pictures; latents (h, w). InputError for a mask that is no grey picture, has another
-    shape than its picture, or is black.
+    sizes (width, height) of the pictures; latents (h, w), of the `squares` in them where there are any. InputError for
+    a mask that is no grey picture, has another shape than its picture, or is black.
     """
     many = list(masks) if isinstance(masks, list | tuple) else [masks]
     if len(many) not in (1, len(sizes)):
@@ -38,11 +42,14 @@ def open_region(
                 f"mask is {wide} x {high}, and its picture {width} x {height}, of another shape; draw the mask over "
                 "the whole picture, at any scale"
             )
-    resized = [
-        F.interpolate(plane[None, None], size=latents, mode="bilinear", antialias=True).clamp(0.0, 1.0)
-        for plane in planes
-    ]
-    return torch.cat(resized)
+    if squares:
+        planes = planes if len(planes) > 1 else planes * len(squares)
+        planes = [one.cut(_resized(plane, one.whole[::-1])) for one, plane in zip(squares, planes, strict=True)]
+    return torch.stack([_resized(plane, latents)[None] for plane in planes])
+
+
+def _resized(plane: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(plane[None, None], size=size, mode="bilinear", antialias=True)[0, 0].clamp(0.0, 1.0)
 
 
 def _plane(mask: MaskLike) -> Tensor:

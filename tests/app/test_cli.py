@@ -203,7 +203,7 @@ def test_doubtful_wishes_are_warned_of(place: Path, capsys: pytest.CaptureFixtur
     assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "b.png", "--add", "hat", "--remove", "hat"]) == 0
     assert "ledits: warning: 'hat' is both added and removed" in capsys.readouterr().err
     assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "c.png", "--add", "hat", "--size", "256"]) == 0
-    assert "ledits: warning: --size asks for 256 pixels" in capsys.readouterr().err
+    assert "ledits: warning: 256 x 256 is worked at, but this model knows squares" in capsys.readouterr().err
     assert main(["edit", "p.png", "--steps", "2", "--skip", "1", "-o", "d.png", "--add", "hat", "--size", "61"]) == 0
     assert "ledits: --size 61: this model works in steps of" in capsys.readouterr().err
 
@@ -214,9 +214,10 @@ def test_a_photograph_keeps_its_size_and_its_notices(place: Path, capsys: pytest
     assert main(["edit", "photo.png", "--add", "hat", *FAST, "-o", "o.webp", "--report", "r.json"]) == 0
     error = capsys.readouterr().err
     assert "ledits: 'photo.png' is partly transparent" in error
+    assert "ledits: warning: this model knows squares of 128 x 128 pixels alone" in error
     assert "ledits: warning: the embedded model was trained on drawn portraits" in error
     assert Image.open("o.webp").size == (150, 90)
-    assert len(json.loads((place / "r.json").read_text())["notices"]) == 2
+    assert len(json.loads((place / "r.json").read_text())["notices"]) == 3
 
 
 @pytest.mark.parametrize(

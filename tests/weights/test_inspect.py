@@ -441,5 +441,8 @@ def test_a_lone_part_far_from_its_checkpoint(tmp_path: Path) -> None:
     assert inspect(tmp_path / "my-vae").verdict == "refused"
 
 
-def test_the_size_that_a_model_knows() -> None:
-    assert inspect("tiny").pixels == "trained at 128 x 128"
+def test_the_size_that_a_model_knows(tmp_path: Path) -> None:
+    assert inspect("tiny").pixels == "trained at 128 x 128 alone; of other pictures it is given a square"
+    shutil.copytree(TINY, tmp_path / "m")
+    (tmp_path / "m/ledits.json").unlink()
+    assert inspect(tmp_path / "m").pixels == "trained at 128 x 128"

@@ -43,6 +43,7 @@ DEFAULTS = {
     "concept_guidance_scale": 2.0,
     "threshold": 0.9,
     "warmup_steps": 1,
+    "one_size": True,
 }
 
 _BARE = {"eyewear": "none", "hat": "none", "beard": "none"}

@@ -51,7 +51,6 @@ from ledits_min.engine.progress import progress_bar
 from ledits_min.engine.request import check_prompts
 from ledits_min.errors import InputError, RunError, quoted
 from ledits_min.files.opening import open_image, upright_size
-from ledits_min.files.picture import fit_size
 from ledits_min.files.write import save_image
 from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
@@ -163,7 +162,8 @@ def _task(
     edit = {**edit_settings(args, ledits), **only_where(args)}
     if attention is not None:
         check_prompts(made.source, edit["target"], edit["negative"])
-    worked_at = fit_size(size, args.size, ledits.native_size, ledits.vae.config.factor)
+    worked_at, squared = ledits.worked_at(size, args.size)
+    made = replace(made, squared=squared)
     concepts = [Concept(**fields) for fields in concept_fields(args)]
     return Task(job, picture, outputs.planned_settings(ledits, made, worked_at, concepts, attention, edit))
 
@@ -247,7 +247,7 @@ class Editor:
             [picture for _, picture in members],
             **{name: settings[name] for name in (*names, "momentum_scale", "momentum_beta", "output_size")},
             seed=seeds,
-            size=tuple(settings["size"]),
+            size=None if settings.get("squared") else tuple(settings["size"]),
             concepts=[Concept(**fields) for fields in settings["concepts"]],
             attention=self.attention,
             mask_image=members[0][0].job.options["only_where"],  # the same content for all, as their settings say

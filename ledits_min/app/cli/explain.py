@@ -10,7 +10,6 @@ import torch
 from ledits_min.engine.budget import Plan, batch_limit, inverting, inverting_and_editing
 from ledits_min.engine.plan import Phase, editing_phase
 from ledits_min.engine.request import edit_settings
-from ledits_min.files.picture import fit_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +41,7 @@ def latent_size(inversion: Inversion) -> tuple[int, int]:
 def fitted_size(ledits: LEdits, picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Of the latents that a picture would have at `--size`, (h, w)."""
     factor = ledits.vae.config.factor
-    width, height = fit_size(picture.size, size, ledits.native_size, factor)
+    (width, height), _ = ledits.worked_at(picture.size, size)
     return height // factor, width // factor
 
 

@@ -196,6 +196,8 @@ def kinds(facts: Facts) -> list[str]:
 
 
 def size_info(facts: Facts) -> str:
+    if facts.defaults.one_size:
+        return f"Longer side in pixels. 0: squares of {facts.native_size}, all that the model knows."
     return f"Longer side in pixels. 0: {facts.native_size}, which the model was trained at."
 
 
