@@ -15,6 +15,7 @@ from PIL import Image
 from ledits_min import Concept, InputError, Inversion, LEdits
 from ledits_min.app.cli import main
 from ledits_min.files.picture import to_tensor
+from ledits_min.files.region import open_region
 from ledits_min.files.square import Square, find_square
 
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait2.png"
@@ -192,3 +193,29 @@ def test_a_folder_of_every_shape(tmp_path: Path) -> None:
     assert main(batch) == 0
     for index, shape in enumerate(DRAWN):
         assert has_glasses(Image.open(tmp_path / f"out/{index}.png"), shape)
+
+
+def test_a_users_mask_lies_over_the_square_as_over_the_whole_picture() -> None:
+    """Each in its own picture, also where one mask is given for pictures whose squares lie in different places."""
+    mask = np.zeros((300, 400), dtype=np.float32)
+    mask[:, 200:] = 1.0
+    left, right, padded = Square(30, (40, 30), 0, 0), Square(30, (40, 30), 10, 0), Square(40, (40, 30), 0, -5)
+    sizes = [(400, 300)] * 3
+    regions = open_region(mask, sizes, (6, 6), [left, right, padded])
+    assert regions.shape == (3, 1, 6, 6)
+    for region, white in zip(regions, (2, 4, 3), strict=True):  # columns of six
+        assert region.round().sum(dim=-1).unique().tolist() == [white]
+    assert torch.equal(open_region([mask] * 3, sizes, (6, 6), [left, right, padded]), regions)
+
+
+def test_an_edit_of_a_squared_picture_stays_in_the_users_mask(ledits: LEdits) -> None:
+    picture = canvas("4:3")
+    mask = np.zeros((picture.height, picture.width), dtype=bool)
+    mask[: picture.height // 2] = True
+    asked = {"concepts": [Concept("sunglasses", threshold=0.0)], "mask_image": mask, **QUIET}
+    inversion, result = ledits.invert_and_edit(picture, num_steps=6, skip=1, **asked)
+    assert inversion.settings.squared
+    again = ledits.edit(inversion, **asked)
+    torch.testing.assert_close(result.masks[0], again.masks[0], rtol=0.0, atol=1e-6)
+    acted = result.masks[0][0]
+    assert acted[: len(acted) // 2 - 1].mean() > 0.5 and float(acted[len(acted) // 2 + 1 :].max()) == 0.0

@@ -107,7 +107,8 @@ class Recorder:
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """(P, h', w'): summed over a row's own words, then the mean over the heads of all layers [2311.16711]."""
-        return torch.cat(self.seen, dim=1).mean(dim=1).unflatten(1, size)
+        maps: Tensor = torch.cat(self.seen, dim=1).mean(dim=1).unflatten(1, size)
+        return maps
 
 
 @dataclass(frozen=True)

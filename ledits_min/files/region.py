@@ -70,7 +70,8 @@ def _of_picture(mask: MaskLike) -> np.ndarray[Any, Any]:
         raise InputError("mask is partly transparent; save it grey: white where concepts may act, black elsewhere")
     if (pixels.max(axis=2) - pixels.min(axis=2)).max() > GREY:
         raise InputError("mask has colours; a grey picture is wanted: white where concepts may act, black elsewhere")
-    return (pixels.mean(axis=2) / 255.0).astype(np.float32)
+    plane: np.ndarray[Any, Any] = (pixels.mean(axis=2) / 255.0).astype(np.float32)
+    return plane
 
 
 def _of_array(mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -16,6 +16,7 @@ from ledits_min import Concept, Inversion, LEdits, PromptToPrompt
 from ledits_min.app import outputs
 from ledits_min.app.cli import main
 from ledits_min.app.cli.options import build_parser
+from ledits_min.app.inputs import concept_fields
 from ledits_min.app.sheet import fitted
 from ledits_min.app.sweep import grid as sweep
 
@@ -74,7 +75,7 @@ def test_the_first_list_runs_across_and_the_second_down() -> None:
 
 def test_a_concept_keeps_what_it_sets_itself() -> None:
     found = grid("--add", "hat:scale=9", "--remove", "beard", "--scale", "1,2", "--threshold", "0.5", "--weight", "2")
-    fields = [sweep.concepts_of(cell) for _, _, cell in found]
+    fields = [concept_fields(cell) for _, _, cell in found]
     assert [[Concept(**each) for each in cell] for cell in fields] == [
         [Concept("hat", 9.0, 0.5, weight=2.0), Concept("beard", scale, 0.5, weight=2.0, reverse=True)]
         for scale in (1.0, 2.0)

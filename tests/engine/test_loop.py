@@ -27,7 +27,7 @@ from ledits_min.engine.record import mean_masks
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
-from ledits_min.p2p import AttentionControl, Lending, lend_maps, token_mapper
+from ledits_min.p2p import AttentionControl, ControlledEpsModel, Lending, lend_maps, token_mapper
 from ledits_min.sega import Concept
 from ledits_min.unet import Attend
 
@@ -114,7 +114,7 @@ class Run:
 
         def network(
             x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
-            attention: AttentionControl | None = None,
+            attention: Any = None,
         ) -> Tensor:  # fmt: skip
             assert len(x_t) < len(inputs) or inputs.tolist() == list(range(len(x_t)))
             spy(x_t[inputs], steps, texts, images, attention)
@@ -145,7 +145,8 @@ class Run:
     def plainly(self, on_step: Callable[[Step], None] = lambda step: None) -> tuple[Tensor, Tensor, Tensor]:
         """x_T, residuals and the edited x_0 of the plain loops."""
         x_T, residuals = plain.invert(eps_model, CONTEXTS, self.x_0, self.noise, self.inversion)
-        start, hooks, model = (x_T, residuals, self.inversion, self.settings), plain.Hooks(), eps_model
+        start, hooks = (x_T, residuals, self.inversion, self.settings), plain.Hooks()
+        model: ControlledEpsModel = eps_model
         if self.recording is not None:
             maps = dict[str, Tensor]()
             hooks, model = hooks._replace(maps=maps), looking_eps_model(eps_model, CONTEXTS, self.recording, maps)

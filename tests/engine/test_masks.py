@@ -54,8 +54,8 @@ class TestEngines:
         assert apart(found, wanted) < 1e-4
         for one, other in zip(found.masks, wanted.masks, strict=True):
             assert one.shape == (1, size[1] // 8, size[0] // 8) and (one - other).abs().mean() < 0.02
-        for one, other in zip(found.trace, wanted.trace, strict=True):
-            assert one["mask_fraction"] == pytest.approx(other["mask_fraction"], abs=0.01)
+        for step, again in zip(found.trace, wanted.trace, strict=True):
+            assert step["mask_fraction"] == pytest.approx(again["mask_fraction"], abs=0.01)
 
     def test_with_prompt_to_prompt(self, fast: LEdits, plain: LEdits) -> None:
         edit: dict[str, Any] = {

@@ -99,7 +99,7 @@ def option_rows() -> list[Row]:
         ("--preset quick --add hat", "invalid choice: 'quick'"),
         ("--preset fast --model x.safetensors --add hat", "--preset fast was measured on the embedded model alone"),
         ("--preset leditspp --eta 0.5 --add hat", "--preset leditspp takes the solver dpm.., for --eta 1 alone"),
-        ("--p2p q.png", "'q.png' is not cross=N .*a picture comes before --p2p"),
+        ("--p2p q.png", "'q.png' is not cross=N, .*a picture comes before --p2p"),
         ("q.png", "unrecognized arguments: q.png"),
         ("--scale 3", r'--scale 3 \(it belongs to a concept: --add "hat:scale=3" \(`ledits edit --help`\)'),
         ("--threshold=0.9", 'it belongs to a concept: --add "hat:threshold=0.9"'),

@@ -43,6 +43,8 @@ DEFAULTS = {
     "concept_guidance_scale": 2.0,
     "threshold": 0.9,
     "warmup_steps": 1,
+    "attention_level": 1,
+    "attention_places": ["up"],
     "one_size": True,
 }
 

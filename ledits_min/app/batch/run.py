@@ -241,8 +241,8 @@ class Editor:
 
     def _edit_together(self, members: Sequence[tuple[Task, Image.Image]]) -> list[Image.Image]:
         settings, seeds = members[0][0].settings, [task.settings["seeds"][0] for task, _ in members]
-        names = ("source", "source_guidance_scale", "num_steps", "skip", "eta", "solver_order")
-        names += ("target", "guidance_scale", "negative")
+        names = ["source", "source_guidance_scale", "num_steps", "skip", "eta", "solver_order"]
+        names += ["target", "guidance_scale", "negative"]
         _, result = self.ledits.invert_and_edit(
             [picture for _, picture in members],
             **{name: settings[name] for name in (*names, "momentum_scale", "momentum_beta", "output_size")},

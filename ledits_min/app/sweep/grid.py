@@ -120,7 +120,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is swept and has no effect without {needs}; pass that too")
 
 
-def attention_of(cell: argparse.Namespace) -> dict[str, float] | None:
+def attention_of(cell: argparse.Namespace) -> dict[str, Any] | None:
     """The fields of its `PromptToPrompt`, likewise."""
     if cell.p2p is None:
         return None

@@ -45,7 +45,7 @@ def as_python(made: Edit, given: Mapping[str, Any]) -> str:
     lines += [f"inversion = ledits.invert({_arguments(made.source, inverted)})"]
     lines += ["concepts = ["]
     for concept in change.concepts:
-        fields = {"guidance_scale": concept.guidance_scale, "threshold": concept.threshold}
+        fields: dict[str, Any] = {"guidance_scale": concept.guidance_scale, "threshold": concept.threshold}
         fields |= {"warmup_steps": concept.warmup_steps, "cooldown_steps": concept.cooldown_steps, "mask": concept.mask}
         lines += [f"    Concept({_arguments(concept.text, fields | ({'reverse': True} if concept.reverse else {}))}),"]
     lines += ["]", f"result = ledits.edit(inversion, concepts=concepts, {_arguments(None, edited)})"]
