@@ -116,8 +116,7 @@ class Solver:
         """mu_t of an executed step that follows eps."""
         level = self.levels[step]
         if self.weights:
-            weight = self.weights[step]
-            eps, self.last_pred_x0 = second_order_eps(x_t, eps, self.last_pred_x0, level.alpha_bar_t, weight)
+            eps, self.last_pred_x0 = second_order_eps(x_t, eps, self.last_pred_x0, level.alpha_bar_t, self.weights[step])
         return posterior_mean(x_t, eps, *level)
 
 

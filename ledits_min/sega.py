@@ -129,7 +129,6 @@ def percentile_mask(psi: Tensor, threshold: float, inside: Tensor | None = None)
     magnitude = psi.abs()
     if inside is None:
         return magnitude >= torch.quantile(magnitude.flatten(2), threshold, dim=-1)[..., None, None]
-    inside = inside.expand_as(magnitude)
     cut = torch.nanquantile(magnitude.where(inside, math.nan).flatten(2), threshold, dim=-1)
     return inside & (magnitude >= cut[..., None, None])
 
@@ -220,8 +219,7 @@ def semantic_guidance(
             continue
         psi = edit_direction(eps_concept, eps_uncond, term)
         mask = concept_mask(psi, term, where)
-        contribution = term.weight * psi * mask
-        contribution = contribution if where.region is None else contribution * where.region
+        contribution = term.weight * psi * mask * (1.0 if where.region is None else where.region)
         raw = raw + contribution
         acting = acting + contribution if term.acts(step) else acting
         masks.append(mask if term.acts(step) else None)
