@@ -116,7 +116,8 @@ class Solver:
         """mu_t of an executed step that follows eps."""
         level = self.levels[step]
         if self.weights:
-            eps, self.last_pred_x0 = second_order_eps(x_t, eps, self.last_pred_x0, level.alpha_bar_t, self.weights[step])
+            weight = self.weights[step]
+            eps, self.last_pred_x0 = second_order_eps(x_t, eps, self.last_pred_x0, level.alpha_bar_t, weight)
         return posterior_mean(x_t, eps, *level)
 
 

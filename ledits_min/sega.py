@@ -144,8 +144,8 @@ def attention_mask(attention: Tensor, threshold: float, size: torch.Size, inside
     rows = padded[..., 1:-1, :] + math.exp(-1.0) * (padded[..., :-2, :] + padded[..., 2:, :])
     smooth = (rows[..., 1:-1] + math.exp(-1.0) * (rows[..., :-2] + rows[..., 2:])) / (1.0 + 2.0 * math.exp(-1.0)) ** 2
     inside = None if inside is None else F.adaptive_max_pool2d(inside.to(smooth), smooth.shape[-2:]) > 0.0
-    mask = percentile_mask(smooth, threshold, inside)
-    return F.interpolate(mask.to(smooth), size=tuple(size), mode="nearest") > 0.0
+    mask = percentile_mask(smooth, threshold, inside).to(smooth)
+    return F.interpolate(mask, size=tuple(size), mode="nearest") > 0.0
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ class TextEncoder:
         states = output.hidden_states[-2 - self.skipped_layers] if self.penultimate else output.last_hidden_state
         projection = getattr(self.model, "text_projection", None)
         pooled = None if projection is None else projection(output.pooler_output).float()
-        # Not the encoding's length, which counts the padding.
-        own = tuple(sum(map(len, self.words(prompt))) for prompt in prompts)
+        own = tuple(sum(map(len, self.words(prompt))) for prompt in prompts)  # an encoding's length counts the padding
         return Context(states.float(), pooled, own)
 
     def words(self, prompt: str) -> list[tuple[int, ...]]:
