@@ -246,7 +246,8 @@ CATALOGUE: dict[int, Kind] = {
 TYPING = ("option: q.png", "option: no *", "option: unknown *", "option: invert *", "option: inspect nothing",
           "option: misspelt *", "option: word in *", "option: --prediction-type *", "option: --target *",
           "option: --negative *", "option: --source zeppelin", "option: --p2p *", "option: --scale *",
-          "option: --threshold=*", "option: --cross *", "option: --guidance-scal *", "option: --prompt *")  # fmt: skip
+          "option: --threshold=*", "option: --cross *", "option: --guidance-scal *", "option: --prompt *",
+          "option: --solver *", "option: --mask *", "option: --only-where *", "option: --preset *")  # fmt: skip
 
 
 @cache

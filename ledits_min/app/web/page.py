@@ -16,6 +16,7 @@ from ledits_min.app.cli.command import exit_and_line
 from ledits_min.app.values import SOLVERS
 from ledits_min.app.web import views
 from ledits_min.app.web.form import (
+    NUMBERS,
     ROWS,
     Row,
     filled,
@@ -319,7 +320,8 @@ class Page:
     def _filled_in(self, entry: Edit | Remembered) -> list[Any]:
         facts = self.models.facts(entry.model)
         values = write_form(entry.basis, entry.change, facts)
-        return [entry.model, *values[:9], *_shown_rows(values[9], in_rows(values[10:]), facts)]
+        numbers, count, rows = values[:NUMBERS], values[NUMBERS], in_rows(values[NUMBERS + 1 :])
+        return [entry.model, *numbers, *_shown_rows(count, rows, facts)]
 
     def _view(self, session: Session, made: Edit | None = None) -> list[Any]:
         picture = session.picture if made is None else made.picture
