@@ -141,3 +141,14 @@ def test_only_a_file_that_passed_as_a_whole_is_noted() -> None:
     aside = ["k/test_a.py::test_compiles_without_spills", "k/test_c.py::two"]
     assert tests.passed_files(ran, aside, set(ran) - {"k/test_b.py::one"}) == {"test_a.py"}
     assert tests.state(path) == tests.state(path) != tests.state(Path(__file__))
+
+
+def test_maps_are_copied_only_where_one_stride_cannot_walk_them() -> None:
+    from ledits_min.kernels import _launch
+
+    maps = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    for walked in (maps, maps.to(memory_format=torch.channels_last), maps[:, :2], maps[..., :1], maps[:, :, :1, :3]):
+        assert _launch.walkable(walked) is walked
+    cropped = maps[..., :3]
+    copied = _launch.walkable(cropped)
+    assert torch.equal(copied, cropped) and copied.is_contiguous() and copied is not cropped
