@@ -249,8 +249,9 @@ class LEdits:
         return self
 
     def with_preset(self, preset: str | None) -> LEdits:
-        """The same networks under other defaults, which is what every None stands for; None: these.
+        """The same networks under other defaults, which is what every None stands for.
 
+        preset      None: these, or one of
         "leditspp"  those of LEDITS++ [2311.16711] in diffusers: scale 5, threshold 0.9, no warm-up, masks of attention
                     and noise, the second-order solver, 30 executed steps (50 with SDXL)
         "fast"      10 steps of the embedded model, which lose little
@@ -353,7 +354,8 @@ class LEdits:
     ) -> InversionSettings:
         """What `invert` would note down, every default resolved; it refuses what `invert` refuses.
 
-        source, source_guidance_scale, num_steps, skip and eta as there; seeds  one per picture, () for given noise
+        source, source_guidance_scale, num_steps, skip, eta, solver_order as there
+        seeds  one per picture, () for given noise
         """
         num_steps, skip = self._steps(num_steps, skip)
         scale = self.defaults.source_guidance_scale if source_guidance_scale is None else source_guidance_scale
@@ -453,8 +455,9 @@ class LEdits:
     ) -> tuple[Inversion, Result]:
         """`invert` and `edit` for whoever edits a picture once: the same in fewer calls of the UNet.
 
-        image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size    as in `invert`
-        target, guidance_scale, negative, concepts, momentum_scale, momentum_beta, trace, output_size    as in `edit`
+        image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, solver_order    as in `invert`
+        target, guidance_scale, negative, concepts, momentum_scale, momentum_beta    as in `edit`
+        trace, output_size, mask_image    as in `edit`
         progress   show a bar on a terminal
         callback   a `Callback`, called with a `Progress` after every step
         attention  as in `edit`. Prompt-to-Prompt shares nothing with the inversion: one runs after the other, and each
