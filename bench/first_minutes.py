@@ -78,7 +78,7 @@ def main() -> None:
                     "least_s": round(min(seconds for seconds, _, _ in each), 3),
                     "median_s": round(median(seconds for seconds, _, _ in each), 3),
                     "exit_code": each[0][1],
-                    "line": each[0][2][:200],
+                    "line": each[0][2].replace(str(ROOT), "...")[:200],
                 }
                 for when, each in runs.items()
             }

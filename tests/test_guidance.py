@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ledits_min.config import EditDefaults
-from ledits_min.guidance import EditSettings, classifier_free_guidance, guided_eps, guided_texts
+from ledits_min.guidance import EditSettings, classifier_free_guidance, edited_eps, guided_eps, guided_texts
 from ledits_min.sega import ConceptTerm
 
 TEXT = st.sampled_from(["", "a cat", "ugly", "hat", "beard"])
@@ -104,3 +104,15 @@ def test_a_concept_with_the_text_of_eps_uncond_is_none_at_all() -> None:
     assert EditSettings(concepts=(empty, hat, ugly, *weak)).terms == (hat, ugly, *weak)
     assert EditSettings(negative="ugly", concepts=(empty, hat, ugly, *weak)).terms == (empty, hat, *weak)
     assert EditSettings(concepts=weak, momentum_scale=0.3).texts(0) == ("",)
+
+
+def test_an_edit_follows_target_and_concept_at_once() -> None:
+    """eps_uncond + s (eps_target - eps_uncond) + gamma_t, where everything is kept and the concept pulls forwards."""
+    eps = {"": torch.tensor(1.0), "a man": torch.tensor(3.0), "a hat": torch.tensor(5.0)}
+    eps = {text: value.expand(1, 4, 2, 2) for text, value in eps.items()}
+    hat = ConceptTerm("a hat", 2.0, 0.0, 0, None, 0.5, False)
+    settings_ = EditSettings("a man", 3.0, concepts=(hat,))
+    found, added = edited_eps(eps, settings_, 0, torch.zeros(1, 4, 2, 2), {})
+    assert added is not None
+    assert torch.equal(added.gamma, torch.full((1, 4, 2, 2), 0.5 * 2.0 * (5.0 - 1.0)))
+    assert torch.equal(found, torch.full((1, 4, 2, 2), 1.0 + 3.0 * (3.0 - 1.0) + 4.0))
