@@ -10,8 +10,9 @@ from ledits_min.errors import InputError
 if TYPE_CHECKING:
     from ledits_min.engine.progress import Progress, Stopped
     from ledits_min.files.inversion import Inversion
+    from ledits_min.files.result import Result
     from ledits_min.p2p import PromptToPrompt
-    from ledits_min.pipeline import LEdits, Result
+    from ledits_min.pipeline import LEdits
     from ledits_min.sega import Concept
 
 __all__ = ["Concept", "InputError", "Inversion", "LEdits", "Progress", "PromptToPrompt", "Result", "Stopped"]
@@ -24,7 +25,7 @@ _HOMES = {
     "LEdits": "ledits_min.pipeline",
     "Progress": "ledits_min.engine.progress",
     "PromptToPrompt": "ledits_min.p2p",
-    "Result": "ledits_min.pipeline",
+    "Result": "ledits_min.files.result",
     "Stopped": "ledits_min.engine.progress",
 }
 

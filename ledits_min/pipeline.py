@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -41,16 +39,16 @@ from ledits_min.engine.runner import Runner
 from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
-from ledits_min.files.display import Figure, figures, overlay
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
 from ledits_min.files.region import MaskLike, open_region
-from ledits_min.files.square import Square, find_square
+from ledits_min.files.result import Result
+from ledits_min.files.square import Square, find_square, over_pictures
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, PromptToPrompt
-from ledits_min.sega import Concept, ConceptTerm
+from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
 from ledits_min.vae import VAE
@@ -60,39 +58,6 @@ from ledits_min.weights.lora import LoraSource
 
 RUNNERS = {"fast": Runner, "plain": PlainRunner}
 EMBEDDED_MIN_PSNR = 25.0  # below it a picture is outside what the embedded model's VAE has learned
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an edit gives back.
-
-    images   B PIL images, RGB
-    latents  float32 (B, C, h, w), scaled, on the CPU
-    masks    K float32 tensors (B, h, w) in [0, 1], on the CPU: the share of channels, and of the steps in which the
-             concept acted, that its mask covered; zero for a concept that never acted
-    trace    with trace=True one dict per step: t, alpha_bar, sigma, eps_rms {branch: value}, mask_fraction [K],
-             gamma_rms, x_rms
-    originals, concepts   B PIL images as they came in, none for a generated picture; the K concepts
-    """
-
-    images: list[Image.Image]
-    latents: Tensor = field(repr=False)
-    masks: list[Tensor] = field(repr=False)
-    trace: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    originals: list[Image.Image] = field(default_factory=list, repr=False)
-    concepts: tuple[ConceptTerm, ...] = field(default=(), repr=False)
-
-    def _repr_html_(self) -> str:
-        """Before, after, and where each concept acted, for a notebook."""
-        rows: list[list[Figure]] = []
-        for i, after in enumerate(self.images):
-            before = self.originals[i] if self.originals else after
-            where = [
-                (f"{'-' if concept.reverse else '+'} {concept.text}", overlay(before, mask[i]))
-                for concept, mask in zip(self.concepts, self.masks, strict=True)
-            ]
-            rows.append([*([("before", before)] if self.originals else []), ("after", after), *where])
-        return figures(rows)
 
 
 class LEdits:
@@ -417,13 +382,13 @@ class LEdits:
         settings = edit_settings(
             self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
         )  # fmt: skip
-        settings = self._limited(
-            settings, mask_image, inversion.original_sizes, inversion.x_T, self._squares(inversion)
-        )  # fmt: skip
+        side = inversion.latents.shape[-1] * self.vae.config.factor
+        squares = [find_square(each, side) for each in inversion.pictures] if inversion.settings.squared else []
+        settings = self._limited(settings, mask_image, inversion.original_sizes, inversion.x_T, squares)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
-        return self._result(edited, inversion, settings, output_size)
+        return self._result(edited, settings, output_size, inversion, squares)
 
     @running
     @torch.no_grad()
@@ -496,7 +461,7 @@ class LEdits:
             contexts, x_0, noise, inverting, settings, Reporting(progress, trace, callback)
         )
         inversion = _inversion(pictures, x_0, x_T, residuals, inverting)
-        return inversion, self._result(edited, inversion, settings, output_size)
+        return inversion, self._result(edited, settings, output_size, inversion, squares)
 
     @running
     @torch.no_grad()
@@ -546,7 +511,7 @@ class LEdits:
         residuals = levels.make_schedule().sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
         start, reporting = Start(noise[0], residuals, levels), Reporting(progress, trace, callback)
         edited = self._denoise("generating", start, settings, [(width, height)], reporting)
-        return self._result(edited, None, settings, "model")
+        return self._result(edited, settings, "model")
 
     def _limited(
         self,
@@ -682,7 +647,14 @@ class LEdits:
         features = sinusoids(torch.tensor(numbers, device=contexts[texts[0]].tokens.device), waves).flatten(1)
         return {one: context.with_features(features) for one, context in contexts.items()}
 
-    def _result(self, edited: Edited, inversion: Inversion | None, settings: EditSettings, output_size: str) -> Result:
+    def _result(
+        self,
+        edited: Edited,
+        settings: EditSettings,
+        output_size: str,
+        inversion: Inversion | None = None,
+        squares: Sequence[Square] = (),
+    ) -> Result:
         """Pictures, and a mask for concepts that are none too; without an inversion at the model's own size."""
         found = iter(edited.masks)
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
@@ -691,10 +663,10 @@ class LEdits:
         if inversion is None:
             return Result(to_images(after), edited.latents.cpu(), masks, edited.trace, [], settings.concepts)
         before = self.runner.decode(inversion.latents.to(self.device)) if output_size == "input" else after
-        originals, squares = _originals(inversion), self._squares(inversion)
+        originals = inversion.pictures
         pairs = list(zip(before.cpu(), after.cpu(), strict=True))
         if squares:
-            masks = [_over_pictures(mask, squares) for mask in masks]
+            masks = [over_pictures(mask, squares) for mask in masks]
             pairs = [(one.spread(old), one.spread(new)) for one, (old, new) in zip(squares, pairs, strict=True)]
         if output_size == "model":
             images = [to_images(new[None])[0] for _, new in pairs]
@@ -702,28 +674,12 @@ class LEdits:
             images = [lay_change(original, *pair) for original, pair in zip(originals, pairs, strict=True)]
         return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
 
-    def _squares(self, inversion: Inversion) -> list[Square]:
-        """Those that were made of the pictures, found again."""
-        side = inversion.latents.shape[-1] * self.vae.config.factor
-        return [find_square(original, side) for original in _originals(inversion)] if inversion.settings.squared else []
-
-
-def _originals(inversion: Inversion) -> list[Image.Image]:
-    return [Image.fromarray(original.numpy()) for original in inversion.originals]
-
 
 def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
     """What has the kernels compiled that an edit at the checkpoint's own size needs."""
     unet = checkpoint.unet_config
     latents = unet.in_channels, unet.sample_size, unet.sample_size
     return kernel_calls(device, dtype, unet.block_out_channels, unet.norm_num_groups, latents)
-
-
-def _over_pictures(masks: Tensor, squares: Sequence[Square]) -> Tensor:
-    """Masks (B, h, w) of squares as those of the whole pictures, in as many places."""
-    size = masks.shape[-2], masks.shape[-1]
-    large = F.interpolate(masks[:, None], squares[0].side)
-    return torch.cat([F.adaptive_avg_pool2d(one.spread(mask), size) for one, mask in zip(squares, large, strict=True)])
 
 
 def _inversion(

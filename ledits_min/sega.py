@@ -151,8 +151,7 @@ def attention_mask(attention: Tensor, threshold: float, size: torch.Size, inside
 @dataclass(frozen=True)
 class Where:
     """How much a concept's words are attended to, by its text, (B, h', w'); and the region that limits all concepts:
-    (B or 1, 1, h, w) in [0, 1], the share of them that is wanted there, None: all of it, everywhere.
-    """
+    (B or 1, 1, h, w) in [0, 1], the share of them that is wanted there, None: all of it, everywhere."""
 
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     region: Tensor | None = None
@@ -219,7 +218,7 @@ def semantic_guidance(
             continue
         psi = edit_direction(eps_concept, eps_uncond, term)
         mask = concept_mask(psi, term, where)
-        contribution = term.weight * psi * mask * (1.0 if where.region is None else where.region)
+        contribution = term.weight * (1.0 if where.region is None else where.region) * psi * mask
         raw = raw + contribution
         acting = acting + contribution if term.acts(step) else acting
         masks.append(mask if term.acts(step) else None)

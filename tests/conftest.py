@@ -24,6 +24,7 @@ import torch  # it reads that when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from ledits_min import LEdits
 
 # No test depends on a quiet machine: an example may take as long as it takes.
 settings.register_profile("no clock", deadline=None)
@@ -40,6 +41,12 @@ def checkpoints() -> ModuleType:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def ledits() -> LEdits:
+    """The embedded model in float32; each file's own, so that what one does to it no other sees."""
+    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

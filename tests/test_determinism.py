@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ledits_min import Concept, Inversion, LEdits
+from ledits_min import Concept, Inversion, LEdits, Result
 from ledits_min.app.cli import main
-from ledits_min.pipeline import Result
 
 SAMPLES = sorted((Path(__file__).parents[1] / "weights/tiny/samples").glob("*.png"))
 QUICK: dict[str, Any] = {"num_steps": 10, "skip": 3, "progress": False}

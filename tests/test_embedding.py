@@ -29,11 +29,6 @@ CONCEPTS = [Concept("sunglasses", warmup_steps=0)]
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def inversion(ledits: LEdits) -> Inversion:
     return ledits.invert(PORTRAIT, num_steps=STEPS, skip=SKIP)
 

@@ -24,7 +24,7 @@ SETTINGS = {"guidance", "inversion"}  # they travel whole
 NETWORKS = {"text", "unet", "vae"}
 READ = {"config", "errors", "files.configs", "files.header", "files.reader", "files.scheduler", "weights.names.*"}
 TABLE: dict[str, set[str]] = {
-    "": {"engine.progress", "errors", "files.inversion", "p2p", "pipeline", "sega"},
+    "": {"engine.progress", "errors", "files.inversion", "files.result", "p2p", "pipeline", "sega"},
     # The core.
     "errors": set(),
     "config": set(),
@@ -84,6 +84,7 @@ TABLE: dict[str, set[str]] = {
     # What is read and written.
     "files.*": {"config", "errors", "files.*"},
     "files.inversion": {"config", "errors", "files.*", "inversion"},
+    "files.result": {"files.display", "sega"},
     "weights.clip_bpe": set(),
     "weights.words": {"errors"},
     "weights.tokenizer": {"config", "errors", "files.reader", "weights.clip_bpe", "weights.words"}
@@ -104,7 +105,7 @@ TABLE: dict[str, set[str]] = {
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
-    | {"files.configs", "files.display", "files.inversion", "files.opening", "files.picture", "files.region"}
+    | {"files.configs", "files.inversion", "files.opening", "files.picture", "files.region", "files.result"}
     | {"files.square", "engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain"}
     | {"engine.presets", "engine.progress", "engine.record", "engine.request", "engine.runner", "engine.usage"}
     | {"weights.embedding", "weights.load", "weights.lora"}
@@ -128,7 +129,8 @@ TABLE: dict[str, set[str]] = {
     "app.cli.command": {"app.cli.commands", "app.cli.options", "app.terminal", "errors"},
     "app.cli.explain": {"engine.budget", "engine.networks", "engine.plan", "engine.request", "files.inversion"}
     | {"inversion", "pipeline", "weights.load"},
-    "app.cli.demo": {"app.sheet", "engine.progress", "files.display", "files.inversion", "pipeline", "sega"},
+    "app.cli.demo": {"app.sheet", "engine.progress", "files.display", "files.inversion", "files.result", "pipeline"}
+    | {"sega"},
     "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "engine.request", "errors"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
     | {"files.header", "files.write", "p2p", "weights.inspect", "weights.read.survey"},

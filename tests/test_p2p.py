@@ -335,11 +335,6 @@ PROMPT, CHANGED = "a portrait with long brown hair", "a portrait with long blond
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def inversion(ledits: LEdits) -> Inversion:
     return ledits.invert(SAMPLES[:2], source=PROMPT, **QUICK)
 

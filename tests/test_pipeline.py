@@ -23,11 +23,6 @@ QUICK = {"num_steps": 10, "skip": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def inversion(ledits: LEdits) -> Inversion:
     return ledits.invert(SAMPLES[0], **QUICK)
 

@@ -32,11 +32,6 @@ GLASSES = [Concept("sunglasses")]
 QUIET: dict[str, Any] = {"progress": False}
 
 
-@pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
 def canvas(shape: str) -> Image.Image:
     """The portrait in a larger or smaller drawing on its own background."""
     size, corner = DRAWN[shape]

@@ -36,7 +36,7 @@ from bench.study.scoring import (
 )
 from ledits_min import Inversion, LEdits
 from ledits_min.errors import InputError
-from ledits_min.pipeline import Result
+from ledits_min.files.result import Result
 from ledits_min.weights.train_tiny.classifier import Classifier, load_classifier, see
 from ledits_min.weights.train_tiny.export import TINY, write_json
 from ledits_min.weights.train_tiny.portraits import (

@@ -95,7 +95,7 @@ class PlainRunner(Runner):
 def _observe(phase: str, counts: list[Tensor], tell_step: Callable[[Step], None] | None, step: Step) -> None:
     """What every step is looked at for: values that are not finite, masks, whoever wants to hear of it."""
     _check(phase, step.index, step.t, {**_named(step.eps), "the latents": step.x_prev})
-    for count, mask in zip(counts, step.masks, strict=False):  # there are no masks where no concept is
+    for count, mask in zip(counts, step.masks, strict=True):
         if mask is not None:
             count += mask
     if tell_step is not None:

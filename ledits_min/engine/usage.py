@@ -25,7 +25,7 @@ class Usage:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """A run; InputError where the editor is closed. The last one behind a closing frees the memory."""
+        """One run of the networks; InputError where the editor is closed. Once it is, its last run frees the memory."""
         with self._lock:
             self._check_open()
             self._runs += 1

@@ -49,14 +49,18 @@ class Inversion:
         """(width, height) of every picture as it came in."""
         return [(original.shape[1], original.shape[0]) for original in self.originals]
 
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """`originals` as PIL images."""
+        return [Image.fromarray(original.cpu().numpy()) for original in self.originals]
+
     def _repr_html_(self) -> str:
         """The pictures and how they were inverted, for a notebook."""
         made = self.settings
         seeds = f", seed {', '.join(map(str, made.seeds))}" if made.seeds else ""
         source = f", source {quoted(made.source)}" if made.source else ""
         note = f"inversion of {made.num_steps} steps, skip {made.skip}, eta {made.eta:g}{seeds}{source}"
-        pictures = [Image.fromarray(original.cpu().numpy()) for original in self.originals]
-        return figures([[(f"{picture.width} x {picture.height}", picture)] for picture in pictures], note)
+        return figures([[(f"{picture.width} x {picture.height}", picture)] for picture in self.pictures], note)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. OSError where the folder cannot be written."""

@@ -56,7 +56,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a git-lfs pointer, not the picture"),
 )
 # What Pillow's readers raise on damaged files: they parse with struct, indices and int(), and rarely wrap it.
-_DAMAGED = (
+DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AssertionError, AttributeError,
     struct.error, zlib.error,
 )  # fmt: skip
@@ -131,7 +131,7 @@ class _Opened:
         if not self.kind:  # somebody's own image: it may hold EXIF data that are in no file
             try:
                 return int(self.image.getexif().get(0x0112, 1))
-            except _DAMAGED:
+            except DAMAGED:
                 return None
         exif = self.promise.exif or info.get("exif") or b""
         if not exif and isinstance(profile := info.get("Raw profile type exif"), str):
@@ -196,7 +196,7 @@ def _open_file(source: str | os.PathLike[str]) -> _Opened:
         raise InputError(f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture, which {error}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name} is far above {MAX_PIXELS / 1e6:.0f} megapixels; scale it down") from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _damaged(name, error) from error
     check_size(image.size, name)  # before decoding: a small file can promise gigabytes
     if kind in ("TIFF", "WEBP", "AVIF", "HEIC"):  # these know without counting to the end
@@ -251,7 +251,7 @@ def _read(opened: _Opened, notices: list[str]) -> Image.Image:
         rgb = _upright(opened, _to_srgb(image, reading, name, notices), notices)
     except InputError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _damaged(name, error) from error
     rgb.info = {}  # an orientation left here would be saved, and applied a second time
     return rgb
@@ -340,7 +340,7 @@ def _apply_profile(image: Image.Image, name: str, notices: list[str]) -> Image.I
             raise ImageCms.PyCMSError(f"a {space} profile in a picture of mode {image.mode}")
         srgb = ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(colour, profile, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, *_DAMAGED):
+    except (ImageCms.PyCMSError, *DAMAGED):
         notices.append(f"{name} has a colour profile that cannot be used; its colours are taken as sRGB")
         return image
     return image if converted is None else converted

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -61,6 +63,13 @@ def find_square(picture: Image.Image, side: int) -> Square:
     shown = max(1, round(side * shorter / max(picture.size)))
     margin = -((side - shown) // 2)
     return Square(side, *(((side, shown), 0, margin) if wide else ((shown, side), margin, 0)))
+
+
+def over_pictures(masks: Tensor, squares: Sequence[Square]) -> Tensor:
+    """Masks (B, h, w) of squares as those of the whole pictures, in as many places."""
+    size = masks.shape[-2], masks.shape[-1]
+    large = F.interpolate(masks[:, None], squares[0].side)
+    return torch.cat([F.adaptive_avg_pool2d(one.spread(mask), size) for one, mask in zip(squares, large, strict=True)])
 
 
 def _drawn(levels: np.ndarray[tuple[int, int, int], np.dtype[np.int16]]) -> tuple[int, int]:

@@ -112,11 +112,6 @@ def comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comfy:
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def batch() -> torch.Tensor:
     """Two portraits as an IMAGE, float32 (2, 128, 128, 3)."""
     return pictures.to_image([Image.open(path).convert("RGB") for path in SAMPLES[:2]])

@@ -56,11 +56,6 @@ class Shown(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def inversion(ledits: LEdits) -> Inversion:
     return ledits.invert([str(path) for path in SAMPLES[:2]], num_steps=6, skip=2, seed=[3, 4])
 

@@ -99,11 +99,6 @@ SWEEPS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
 @pytest.mark.parametrize(
     ("argv", "wanted"), SWEEPS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )

@@ -25,11 +25,6 @@ QUICK: dict[str, Any] = {"num_steps": 3, "skip": 1, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def ledits() -> LEdits:
-    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def inversion(ledits: LEdits) -> Inversion:
     return ledits.invert(SAMPLE, **QUICK)
 

@@ -338,20 +338,29 @@ PEFT_SETTINGS: list[tuple[dict[str, Any], dict[str, float]]] = [
 ]
 
 
-@pytest.mark.parametrize(("found", "alphas"), PEFT_SETTINGS)
-def test_alpha_from_the_metadata_of_diffusers(
-    checkpoints: ModuleType, pristine: Path, tmp_path: Path, found: dict[str, Any], alphas: dict[str, float]
-) -> None:
+def merges_as(
+    alphas: dict[str, float], metadata: dict[str, str] | None, checkpoints: ModuleType, pristine: Path, file: Path
+) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Write a LoRA whose tensors hold no alpha, and hold its merge against these; returns what it should be."""
     states = checkpoints.random_states()
     shapes = {name: tuple(states["unet"][f"{name}.weight"].shape) for name in ATTENTION}
     lora = {"unet": {name: factors(shape, 5, 3, None) for name, shape in shapes.items()}}
     tensors = {
         spell("peft", "unet", n, r, checkpoints): t for n, parts in lora["unet"].items() for r, t in parts.items()
     }
-    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(found)} if found else None)
+    save_file(tensors, file, metadata)
     for name, alpha in alphas.items():
         lora["unet"][name]["alpha"] = torch.tensor(alpha)
-    assert_merged(load_checkpoint(pristine, lora=[tmp_path / "x.safetensors"]), states, [(lora, 1.0)])
+    assert_merged(load_checkpoint(pristine, lora=[file]), states, [(lora, 1.0)])
+    return lora
+
+
+@pytest.mark.parametrize(("found", "alphas"), PEFT_SETTINGS)
+def test_alpha_from_the_metadata_of_diffusers(
+    checkpoints: ModuleType, pristine: Path, tmp_path: Path, found: dict[str, Any], alphas: dict[str, float]
+) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps(found)} if found else None
+    merges_as(alphas, metadata, checkpoints, pristine, tmp_path / "x.safetensors")
 
 
 PLAIN_METADATA: list[tuple[dict[str, str], dict[str, float]]] = [
@@ -369,16 +378,8 @@ def test_alpha_from_plain_metadata(
     checkpoints: ModuleType, pristine: Path, tmp_path: Path, metadata: dict[str, str], alphas: dict[str, float]
 ) -> None:
     """An alpha that only the file's metadata says; where tensors say it too, they count."""
+    lora = merges_as(alphas, metadata, checkpoints, pristine, tmp_path / "x.safetensors")
     states = checkpoints.random_states()
-    shapes = {name: tuple(states["unet"][f"{name}.weight"].shape) for name in ATTENTION}
-    lora = {"unet": {name: factors(shape, 5, 3, None) for name, shape in shapes.items()}}
-    tensors = {
-        spell("peft", "unet", n, r, checkpoints): t for n, parts in lora["unet"].items() for r, t in parts.items()
-    }
-    save_file(tensors, tmp_path / "x.safetensors", metadata)
-    for name, alpha in alphas.items():
-        lora["unet"][name]["alpha"] = torch.tensor(alpha)
-    assert_merged(load_checkpoint(pristine, lora=[tmp_path / "x.safetensors"]), states, [(lora, 1.0)])
     own = {n: dict(parts, alpha=torch.tensor(5.0)) for n, parts in lora["unet"].items()}
     tensors = {spell("kohya", "unet", n, r, checkpoints): t for n, parts in own.items() for r, t in parts.items()}
     save_file(tensors, tmp_path / "y.safetensors", metadata)

@@ -397,7 +397,7 @@ _LONE = {
 
 
 def _refuse_other_folders(path: Path, insist: bool) -> None:
-    """Name the folders that people pass by mistake; `insist`: one beside a unet is only left over."""
+    """Name the folders that people pass by mistake. With `insist` those beside a unet/ are taken as left over."""
     source = quoted(path)
     if (path / "snapshots").is_dir():
         raise InputError(f"{source} is a hub cache folder; pass the folder inside its snapshots/ instead")

@@ -80,11 +80,14 @@ def found_at(path: Path) -> Found | None:
 
 
 def _is_whole(data: bytes) -> bool:
-    from PIL.PngImagePlugin import PngImageFile  # not above: the command reads this file before any other
+    # Not above: the command reads this file before any other.
+    from PIL.PngImagePlugin import PngImageFile
+
+    from ledits_min.files.opening import DAMAGED
 
     try:
         PngImageFile(io.BytesIO(data)).verify()  # the checksums of all that follows, the last one aside
-    except Exception:  # noqa: BLE001 - whatever Pillow says of a damaged file: it is not whole
+    except DAMAGED:
         return False
     return data.endswith(_PNG_END)
 

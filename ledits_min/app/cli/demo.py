@@ -11,7 +11,8 @@ from ledits_min.app.sheet import Cell, contact_sheet
 from ledits_min.engine.progress import progress_bar
 from ledits_min.files.display import overlay
 from ledits_min.files.inversion import Inversion
-from ledits_min.pipeline import LEdits, Result
+from ledits_min.files.result import Result
+from ledits_min.pipeline import LEdits
 from ledits_min.sega import Concept
 
 CONCEPTS = ("sunglasses", "glasses", "beard", "smile")
