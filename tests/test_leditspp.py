@@ -7,13 +7,13 @@ What was found wrong in public code for LEDITS++ [2311.16711], and the tests tha
     the last three residuals of SDXL set to 0                        TestIdentity; oracle/test_leditspp
     the prompt and the empty one swapped in the inversion            TestSource
     a source scale of 1 or less crashes, or drops the source         TestSource; test_guidance
-    begin, end and padding counted as words of a concept             test_masks.TestRecorder; engine/test_masks.TestWords
+    begin, end and padding counted as words of a concept             test_masks.TestRecorder; engine/test_masks
     maps, heads and token counts of a batch mixed                    TestBatch; engine/test_masks.TestEngines
     a negative prompt only for one picture                           TestBatch
     width and height swapped in what SDXL is told                    oracle/test_family_edit
     `skip` leaves out other steps than it says                       engine/test_presets
     attention exchanged in the network and left there                engine/test_masks.TestEngines
-    the maps of every layer and row kept                             test_masks.TestRecorder; engine/test_masks.TestLayers
+    the maps of every layer and row kept                             test_masks.TestRecorder; engine/test_masks
     equal channels in the quantile, ties lost in half precision      test_masks.TestNoise, TestRecorder
     a host copy every step, which a compiler cannot follow           engine/test_masks.TestEngines
     the picture cast to the text encoder's dtype                     oracle/test_family_edit
@@ -161,7 +161,7 @@ class TestBatch:
 
 def test_a_second_inversion_changes_no_first(ledits: LEdits) -> None:
     one, other = (TINY / "samples" / f"portrait{number}.png" for number in (1, 2))
-    asked: dict[str, Any] = {"num_steps": 3, "skip": 0, "solver_order": 2, "size": 64, "progress": False}
+    asked: dict[str, Any] = {"num_steps": 3, "skip": 0, "solver_order": 2, "progress": False}
     first = ledits.invert(one, **asked)
     before = ledits.edit(first, target="a hat", progress=False).latents
     ledits.invert(other, **asked)
