@@ -74,7 +74,7 @@ class Visits:
 
     @property
     def memory(self) -> int:
-        """Bytes of all pictures and inversions."""
+        """Bytes of all inversions."""
         with self._lock:
             return sum(visit.session.memory for visit in self._visits.values())
 
