@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ from PIL import Image
 
 from ledits_min import InputError, Inversion
 from ledits_min.app.web.models import Models
+from ledits_min.app.web.server import give_memory_back
 from ledits_min.app.web.session import Basis, Session
 from ledits_min.app.web.visits import Limits, Visits
 from ledits_min.inversion import InversionSettings
@@ -218,6 +221,16 @@ def test_two_hundred_visits_leave_a_flat_line(begin: Callable[..., Visits], cloc
     assert list(visits.place.iterdir()) == []
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_freed_memory_is_given_back() -> None:
+    kept = [bytearray(100_000) for _ in range(1000)]
+    del kept[::2]  # holes between what stays
+    before = resident()
+    give_memory_back()
+    assert resident() < before - 25_000_000
+    assert len(kept) == 500
+
+
 def test_an_upload_is_its_senders_alone_and_goes_when_nobody_opens_it(
     begin: Callable[..., Visits], clock: Clock
 ) -> None:
@@ -243,6 +256,11 @@ def invert(session: Session, picture: Path) -> None:
     nothing, original = torch.empty(0), torch.zeros((SIDE, SIDE, 3), dtype=torch.uint8)
     inversion = Inversion(nothing, nothing, nothing, (original,), InversionSettings())
     session._keep((session.open(picture), "", Basis(4, 1)), inversion)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def names(visits: Visits) -> set[str]:
