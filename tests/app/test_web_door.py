@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,6 +329,23 @@ def test_no_path_of_this_machine_is_told(served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
     visitor.edit("sunglasses")
     assert str(served.page.visits.place) not in json.dumps(visitor.values)
+
+
+def test_nothing_is_kept_of_visits_that_are_over(bench_web: Any, models: Models, tmp_path: Path) -> None:
+    with serving(models, tmp_path.resolve(), Limits(visits=2)) as served:
+        queue = served.page.blocks._queue
+        for number in range(6):
+            visitor = bench_web.Visitor(served.browser())
+            if number % 2:
+                visitor._wait_for = lambda event: None  # asks, and never reads the answer
+            visitor.open_sample(0)
+        kept = queue.pending_event_ids_session, queue.pending_messages_per_session
+        assert [len(each) for each in kept] == [6, 6]
+        while queue.event_ids_to_events:
+            time.sleep(0.01)
+        served.page.sweep()
+        assert [len(each) for each in kept] == [2, 2] == [len(served.page.blocks.state_holder.session_data)] * 2
+        assert all(name in served.page.visits for each in kept for name in each)
 
 
 def test_uploads_are_bounded(bench_web: Any, models: Models, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def serve(args: argparse.Namespace) -> None:
                     tell(f"ledits is at http://{shown}:{port}/  (Ctrl-C ends it)")
                     waiting = threading.Event()
                     while not waiting.wait(SWEEP):
-                        page.visits.sweep()
+                        page.sweep()
                         give_memory_back()
             finally:
                 page.visits.close()

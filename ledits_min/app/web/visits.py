@@ -72,6 +72,9 @@ class Visits:
     def __len__(self) -> int:
         return len(self._visits)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._visits
+
     @property
     def memory(self) -> int:
         """Bytes of all inversions."""
