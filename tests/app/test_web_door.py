@@ -20,6 +20,8 @@ from ledits_min.weights.read.survey import TINY
 pytest.importorskip("gradio", reason="the [web] extra is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx, the test client, is not installed")
 
+from starlette.responses import PlainTextResponse  # noqa: E402
+
 from ledits_min.app.web import door as web_door  # noqa: E402
 from ledits_min.app.web.page import Page  # noqa: E402
 from ledits_min.app.web.server import door, listening, names_of, quiet_gradio, running  # noqa: E402
@@ -347,7 +349,7 @@ def test_who_is_here_does_not_wait_for_those_who_arrive(
             names.append(json.loads((await receive())["body"])["session_hash"])
         elif begun.count("/") == 2:  # the first of those who arrive
             await go_on.wait()
-        await web_door.PlainTextResponse("")(scope, receive, send)
+        await PlainTextResponse("")(scope, receive, send)
 
     async def crowd() -> None:
         way = httpx.ASGITransport(web_door.Door(gradio, visits, {0: 0}, ["here"], 80, []))
