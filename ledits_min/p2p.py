@@ -192,9 +192,9 @@ class LocalBlend:
     words      bool (2, L): w, tokens of the source prompt, and w*, of the target prompt; one of them may be none
     threshold  the paper's k
 
-    M_t and M_t* are averages over the steps so far. M_t* is the target's own map, as in the paper: the authors' code
-    writes the lent one over it. A second-order solver goes on with the target's own pred_x0 of the step before: like
-    the next one it was guided by the target.
+    M_t and M_t* are summed over the words, averaged over heads, layers and the steps so far. M_t* is the target's own
+    map, as in the paper; the authors' code writes the lent one over it. A second-order solver goes on with the target's
+    own pred_x0 of the step before: like the next one it was guided by the target.
     """
 
     words: Tensor

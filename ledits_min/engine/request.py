@@ -37,9 +37,9 @@ class PromptToPrompt:
     self      tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
               quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
     reweight  words of the target, and what their cross-attention is multiplied by while maps are lent, -10 .. 10
-    blend     words of the source, the target or both, one string or several: the edit stays where they are looked at,
-              in either row, and the source is left alone everywhere else; none: it may change everything
-    blend_threshold  0 .. 1: how much that is, of what the place has that is looked at most; None: the checkpoint's own,
+    blend     words of the source or the target, one string or several: the edit stays where either prompt attends to
+              them, and the rest of the picture as it is; none: it may change everything
+    blend_threshold  0 .. 1: the share of their largest attention from which on that is; None: the checkpoint's own,
               else the paper's 0.3
 
     Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
