@@ -9,9 +9,9 @@ from ledits_min.errors import InputError
 
 if TYPE_CHECKING:
     from ledits_min.engine.progress import Progress, Stopped
+    from ledits_min.engine.request import PromptToPrompt
     from ledits_min.files.inversion import Inversion
     from ledits_min.files.result import Result
-    from ledits_min.p2p import PromptToPrompt
     from ledits_min.pipeline import LEdits
     from ledits_min.sega import Concept
 
@@ -24,7 +24,7 @@ _HOMES = {
     "Inversion": "ledits_min.files.inversion",
     "LEdits": "ledits_min.pipeline",
     "Progress": "ledits_min.engine.progress",
-    "PromptToPrompt": "ledits_min.p2p",
+    "PromptToPrompt": "ledits_min.engine.request",
     "Result": "ledits_min.files.result",
     "Stopped": "ledits_min.engine.progress",
 }

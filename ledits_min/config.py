@@ -138,6 +138,7 @@ class EditDefaults:
     mask: str = "percentile"
     attention_level: int = 2  # where words' maps are read: how often the latents are halved there, and on which way
     attention_places: tuple[str, ...] = ("down", "up")
+    blend_threshold: float = 0.3  # Prompt-to-Prompt's [2208.01626, section 3.2]
     one_size: bool = False  # the model knows squares of its native size alone, see files/square.py
 
 

@@ -24,11 +24,13 @@ class Hooks(NamedTuple):
     """What an edit may be given besides.
 
     predict  (step, x_t, t) -> predictions by text that are not asked of `eps_model` (see `p2p.lend_maps`)
+    blend    what a step leads to -> what the next one starts from (likewise)
     maps     attention maps (B, h', w') by text, as an eps_model that looks at them has left them, for masks
     """
 
     predict: Predict = lambda step, x_t, t: {}
     maps: Mapping[str, Tensor] = {}
+    blend: Callable[[Tensor], Tensor] = lambda x_t: x_t
 
 
 NO_HOOKS = Hooks()
@@ -108,7 +110,7 @@ def edit(
             momentum = added.momentum
 
         # Step: x_{t-1} = mu_t(x_t, eps) + residual.
-        x_t = solver.mean(i, x_t, guided) + residuals[i]
+        x_t = hooks.blend(solver.mean(i, x_t, guided) + residuals[i])
         gamma, masks = (None, []) if added is None else (added.gamma, added.masks)
         on_step(Step(i, int(timestep), eps, gamma, masks, x_t))
     return x_t

@@ -9,69 +9,27 @@ prompt, which is the edit. For the first steps the target's attention maps M* ar
 In the paper's letters M_t is the source's map, M_t* the target's, tau the last controlled step; the values V stay the
 target's own. Only the conditional predictions are controlled, as in the authors' code: for the empty prompt there is
 nothing to lend. Combined with DDPM inversion it is the baseline of LEDITS [2307.00522, Table 1].
+
+Where the edit is to stay local, the source's row goes along to the end, and gives its latents wherever some words are
+not looked at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.edit import Predict
-from ledits_min.errors import InputError, check_number
+from ledits_min.edit import Hooks
 from ledits_min.guidance import EditSettings, guided_eps, guided_texts
 from ledits_min.inversion import InversionSettings, Solver
 
 Words = Sequence[tuple[int, ...]]  # a prompt as the token ids of each of its words
-
-
-# --- what people hand to LEdits.edit --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromptToPrompt:
-    """Attention control for `LEdits.edit(..., attention=PromptToPrompt())`        [2208.01626, section 3.2]
-
-    cross   tau_x, 0 .. 1: the source's cross-attention maps act in the first int(cross * (num_steps + 1)) steps
-    self    tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
-            quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
-
-    Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
-    64 that are executed. Prompts with equally many words are edited by word swap ("replace"), all others by prompt
-    refinement ("refine"). The inversion must have been made with a source prompt, and the edit needs a target. The
-    defaults are those of LEDITS, Table 1. `reweight` names words of the target, and what their cross-attention is
-    multiplied by while maps are lent, -10 .. 10. InputError for a value out of range.
-    """
-
-    cross: float = 0.6
-    self: float = 0.2
-    reweight: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_number("attention: cross", self.cross, 0.0, 1.0)
-        check_number("attention: self", self.self, 0.0, 1.0)
-        if not isinstance(self.reweight, Mapping):
-            raise InputError(f"attention: reweight is {self.reweight!r}; words and their factors are wanted")
-        for word, factor in self.reweight.items():
-            check_number(f"attention: reweight of {word!r}", factor, -10.0, 10.0)
-
-    def lending(self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor) -> Lending:
-        """What is lent, and for how long, between two prompts of `length` tokens L each, padding included.
-
-        latents (B, C, h, w). Step counts are rounded as in the authors' code.
-        """
-        height, width = (-(-side // 4) for side in latents.shape[-2:])
-        return Lending(
-            mapper=token_mapper(source, target, length).to(latents.device),
-            cross_steps=int(self.cross * (num_steps + 1)),
-            self_steps=int(self.self * num_steps),
-            self_tokens=height * width,
-        )
 
 
 # --- which token lends to which -------------------------------------------------------------------------------------
@@ -111,29 +69,28 @@ def replace_mapper(source: Words, target: Words, length: int) -> TokenMapper:
 
     Rows of `lend` sum to 1, so that a replaced map stays a distribution: no attention is lost.
     """
-    lend = torch.zeros(length, length)
-    lend[0, 0] = 1.0  # the begin token
-    for i, n in zip(word_spans(source), word_spans(target), strict=True):
-        same = i.stop - i.start == n.stop - n.start
-        lend[i, n] = torch.eye(n.stop - n.start) if same else 1.0 / (n.stop - n.start)
-    ends = tail(target, length)
-    for k, end in enumerate(tail(source, length)):
-        lend[end, ends[min(k, len(ends) - 1)]] = 1.0
+    lend = lent_tokens(source, target, [(n, n) for n in range(len(source))], length)
+    lend[lend.sum(dim=1) == 0.0, -1] = 1.0  # the padding that the target has no room for
     return TokenMapper(lend, torch.zeros(length))
 
 
 def refine_mapper(source: Words, target: Words, length: int) -> TokenMapper:
     """Prompt refinement: words that both prompts have lend, new ones keep their own attention."""
-    lend = torch.zeros(length, length)
-    lend[0, 0] = 1.0  # the begin token
-    source_spans, target_spans = word_spans(source), word_spans(target)
-    for i, n in align(source, target):
-        lend[source_spans[i], target_spans[n]] = torch.eye(len(target[n]))
-    source_tail, target_tail = tail(source, length), tail(target, length)
-    shared = min(len(source_tail), len(target_tail))  # the end and padding tokens that both prompts have
-    for source_end, target_end in zip(source_tail[:shared], target_tail[:shared], strict=True):
-        lend[source_end, target_end] = 1.0
+    lend = lent_tokens(source, target, align(source, target), length)
     return TokenMapper(lend, 1.0 - lend.sum(dim=0))
+
+
+def lent_tokens(source: Words, target: Words, pairs: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """`TokenMapper.lend` of the begin token, of pairs of words, and of the end and padding that both prompts have."""
+    lend = torch.zeros(length, length)
+    lend[0, 0] = 1.0
+    source_spans, target_spans = word_spans(source), word_spans(target)
+    for i, n in pairs:
+        same = len(source[i]) == len(target[n])
+        lend[source_spans[i], target_spans[n]] = torch.eye(len(target[n])) if same else 1.0 / len(target[n])
+    for source_end, target_end in zip(tail(source, length), tail(target, length), strict=False):
+        lend[source_end, target_end] = 1.0
+    return lend
 
 
 def align(source: Words, target: Words) -> list[tuple[int, int]]:
@@ -222,28 +179,66 @@ class AttentionControl:
         return attended.index_copy(0, self.target, maps.to(v.dtype) @ v[self.target])
 
 
+# --- where the edit stays -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Local editing: what changes only where some words are looked at        [2208.01626, section 3.2, Algorithm 1]
+
+    alpha = B(M_t[w]) or B(M_t*[w*]),    B(M) = M > threshold max(M)
+    x_t* <- alpha x_t* + (1 - alpha) x_t,    behind every step
+
+    words      bool (2, L): w, tokens of the source prompt, and w*, of the target prompt; one of them may be none
+    threshold  the paper's k
+
+    M_t and M_t* are summed over the words, averaged over heads, layers and the steps so far. M_t* is the target's own
+    map, as in the paper; the authors' code writes the lent one over it. A second-order solver goes on with the target's
+    own pred_x0 of the step before: like the next one it was guided by the target.
+    """
+
+    words: Tensor
+    threshold: float
+
+    def mask(self, maps: Tensor, size: torch.Size) -> Tensor:
+        """alpha, bool (B, 1, h, w) of `size` (h, w); maps (2, B, h', w') are M_t and M_t*, or any multiple of them.
+
+        As in the authors' code each pixel of a map takes the largest of the 3 x 3 around it, and is grown to a block.
+        """
+        grown = F.interpolate(F.max_pool2d(maps, 3, stride=1, padding=1), size=tuple(size), mode="nearest")
+        return (grown > self.threshold * grown.amax(dim=(-2, -1), keepdim=True)).any(dim=0)[:, None]
+
+    def __call__(self, maps: Tensor, x_source: Tensor, x_t: Tensor) -> Tensor:
+        """x_t inside the mask, x_source outside, (B, C, h, w)."""
+        return torch.where(self.mask(maps, x_t.shape[-2:]), x_t, x_source)
+
+
+# --- both in an edit ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Lending:
     """What one edit lends: cross-attention maps in the first `cross_steps` executed steps, through `mapper`, and
-    self-attention maps of at most `self_tokens` tokens in the first `self_steps`.
+    self-attention maps of at most `self_tokens` tokens in the first `self_steps`; and where it stays.
     """
 
     mapper: TokenMapper
     cross_steps: int
     self_steps: int
     self_tokens: int
+    blend: LocalBlend | None = None
 
-    def lends(self, step: int, settings: EditSettings) -> bool:
-        """Whether anything is lent at this step, to a target that is asked about at some step."""
-        asked = settings.guidance_scale != 0.0 or any(
-            term.pulls and term.text == settings.target for term in settings.terms
-        )
-        return step < max(self.cross_steps, self.self_steps) and asked
+    def needs_source(self, step: int, settings: EditSettings) -> bool:
+        """Whether the source's row goes along at this step: it blends, or lends to a target that is asked about."""
+        pulling = [term.text for term in settings.terms if term.pulls]
+        asked = settings.guidance_scale != 0.0 or settings.target in pulling
+        return self.blend is not None or (asked and step < max(self.cross_steps, self.self_steps))
 
-    def control(self, step: int, source: Tensor, target: Tensor) -> AttentionControl:
-        """What controls the attention of a step in which the rows `source` lend to the rows `target`."""
+    def control(self, step: int, source: Tensor, target: Tensor) -> AttentionControl | None:
+        """What controls the attention of a step in which the rows `source` lend to the rows `target`, if they do."""
         mapper = self.mapper if step < self.cross_steps else None
-        return AttentionControl(source, target, mapper, self.self_tokens * (step < self.self_steps))
+        self_tokens = self.self_tokens if step < self.self_steps else 0
+        return AttentionControl(source, target, mapper, self_tokens) if mapper or self_tokens else None
 
 
 # --- the source's way through an edit -------------------------------------------------------------------------------
@@ -274,10 +269,13 @@ def lend_maps(
     inversion: InversionSettings,
     settings: EditSettings,
     lending: Lending,
-) -> Predict:
-    """Prompt-to-Prompt as the hook of `edit.edit` [2208.01626, Algorithm 1]: the target's prediction under lent maps.
+    looked: Sequence[Tensor] = (),
+) -> Hooks:
+    """Prompt-to-Prompt as hooks of `edit.edit` [2208.01626, Algorithm 1]: the target's prediction under lent maps, and
+    its latents blended with the source's.
 
-    Both rows start from x_T and step with the same residuals. The source's is only computed while its maps are wanted.
+    Both rows start from x_T and step with the same residuals. The source's is only computed while it is wanted.
+    looked  where `eps_model` puts the M_t and M_t* (2, B, h', w') of `LocalBlend` that it sees, step by step
     """
     solver = Solver(inversion)
     pairs = torch.arange(2 * len(x_T), device=x_T.device).chunk(2)
@@ -285,7 +283,7 @@ def lend_maps(
 
     def predict(step: int, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         nonlocal x_source
-        if not lending.lends(step, settings):
+        if not lending.needs_source(step, settings):
             return {}
         # DM(z_t, P) and DM(z_t*, P*) with M <- Edit(M_t, M_t*, t): both prompts at once; then step the source's row.
         both = [contexts[inversion.source], contexts[settings.target]]
@@ -294,6 +292,9 @@ def lend_maps(
         eps = {inversion.source: eps_text}
         eps |= {text: eps_model(x_source, t, contexts[text]) for text in source_texts(inversion) if text not in eps}
         x_source = solver.mean(step, x_source, source_eps(eps, inversion)) + residuals[step]
-        return {settings.target: eps_target}
+        return {settings.target: eps_target} if settings.target in settings.texts(step) else {}
 
-    return predict
+    def blend(x_t: Tensor) -> Tensor:
+        return x_t if lending.blend is None else lending.blend(torch.stack([*looked]).sum(dim=0), x_source, x_t)
+
+    return Hooks(predict, blend=blend)

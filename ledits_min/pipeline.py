@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ledits_min.config import EditDefaults, ScheduleConfig
 from ledits_min.engine.ahead import Ahead
-from ledits_min.engine.maps import check_masks
+from ledits_min.engine.maps import check_attends, check_masks
 from ledits_min.engine.networks import build_networks, resolve_device, resolve_dtype
 from ledits_min.engine.ops import kernel_calls
 from ledits_min.engine.plain import PlainRunner
@@ -22,6 +22,7 @@ from ledits_min.engine.presets import preset_defaults
 from ledits_min.engine.progress import Callback, Reporting
 from ledits_min.engine.record import Edited
 from ledits_min.engine.request import (
+    PromptToPrompt,
     Start,
     check_attention,
     check_call,
@@ -32,7 +33,7 @@ from ledits_min.engine.request import (
     check_seeds,
     edit_settings,
     edit_texts,
-    tokens_of,
+    named_tokens,
     warn_of_idle,
 )
 from ledits_min.engine.runner import Runner
@@ -47,7 +48,7 @@ from ledits_min.files.result import Result
 from ledits_min.files.square import Square, find_square, over_pictures
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
-from ledits_min.p2p import Lending, PromptToPrompt
+from ledits_min.p2p import Lending, LocalBlend
 from ledits_min.sega import Concept
 from ledits_min.text import Context, TextEncoder, TextEncoderPair
 from ledits_min.unet import UNet, sinusoids
@@ -440,6 +441,7 @@ class LEdits:
         )  # fmt: skip
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
+            self.named_words(attention, source, target)  # now, not behind the inversion
             inversion = self.invert(
                 image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback,
                 solver_order,
@@ -612,10 +614,19 @@ class LEdits:
         """
         source, target = self.text.words(inversion.source), self.text.words(settings.target)
         lending = attention.lending(source, target, self.text.length, inversion.num_steps, latents.to(self.device))
-        factors = torch.ones(self.text.length)
-        for phrase, factor in attention.reweight.items():
-            factors[tokens_of(phrase, self.text.words(phrase), target)] *= factor
-        return replace(lending, mapper=lending.mapper.reweighted(factors.to(self.device)))
+        factors, blended = self.named_words(attention, inversion.source, settings.target)
+        threshold = self.defaults.blend_threshold if attention.blend_threshold is None else attention.blend_threshold
+        blend = LocalBlend(blended, threshold) if attention.blend else None
+        return replace(lending, mapper=lending.mapper.reweighted(factors.to(self.device)), blend=blend)
+
+    def named_words(self, attention: PromptToPrompt, source: str, target: str) -> tuple[Tensor, Tensor]:
+        """`engine.request.named_tokens`; InputError where the prompts lack the words, or the UNet the maps to blend by.
+
+        attention, source, target  as in `invert_and_edit`
+        """
+        if attention.blend:
+            check_attends(self.unet.config, self.defaults, "Prompt-to-Prompt: blend is by attention", "leave it out")
+        return named_tokens(attention, self.text.words, source, target, self.text.length)
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
         """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""

@@ -24,7 +24,7 @@ SETTINGS = {"guidance", "inversion"}  # they travel whole
 NETWORKS = {"text", "unet", "vae"}
 READ = {"config", "errors", "files.configs", "files.header", "files.reader", "files.scheduler", "weights.names.*"}
 TABLE: dict[str, set[str]] = {
-    "": {"engine.progress", "errors", "files.inversion", "files.result", "p2p", "pipeline", "sega"},
+    "": {"engine.progress", "engine.request", "errors", "files.inversion", "files.result", "pipeline", "sega"},
     # The core.
     "errors": set(),
     "config": set(),

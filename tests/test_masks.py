@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,9 +94,11 @@ class TestRecorder:
         """q over 24 pixels, k and v over 7 tokens."""
         return normal(4, heads, 24, 8), normal(4, heads, 7, 8, seed=1), normal(4, heads, 7, 8, seed=2)
 
-    def recorder(self, **changes: Any) -> Recorder:
-        settings = {"rows": torch.tensor([1, 3]), "tokens": torch.tensor([1, 3]), "layers": frozenset([0, 2])}
-        return Recorder(**settings | changes)
+    def recorder(self, words: Sequence[int] = (1, 3)) -> Recorder:
+        """Of two rows, one with so many words and one with so many."""
+        place = torch.arange(7)
+        tokens = torch.stack([(place > 0) & (place <= count) for count in words])
+        return Recorder(torch.tensor([1, 3]), tokens, frozenset([0, 2]))
 
     def test_changes_nothing(self) -> None:
         q, k, v = self.heads()
@@ -130,12 +133,12 @@ class TestRecorder:
         """A padded length taken for the number of words would sum them all."""
         q, k, v = self.heads()
         other = k.clone()
-        one, two = self.recorder(tokens=torch.tensor([1, 1])), self.recorder(tokens=torch.tensor([1, 1]))
+        one, two = self.recorder([1, 1]), self.recorder([1, 1])
         one.cross_attention(q, k, v)
         other[:, :, [0, 2, 3, 4, 5, 6]] = k[:, :, [3, 0, 5, 2, 6, 4]]  # the same keys elsewhere: the softmax stays
         two.cross_attention(q, other, v)
         torch.testing.assert_close(one.maps((4, 6)), two.maps((4, 6)))
-        padded = self.recorder(tokens=torch.tensor([6, 6]))
+        padded = self.recorder([6, 6])
         padded.cross_attention(q, k, v)
         assert (padded.maps((4, 6)) - one.maps((4, 6))).abs().max() > 0.1
 

@@ -205,11 +205,11 @@ class TestWindows:
         lending = attention.lending(SOURCE, TARGET, TOKENS, num_steps, torch.zeros(1, 4, 8, 8))
         pair = torch.tensor([0]), torch.tensor([1])
         controls = [lending.control(step, *pair) for step in range(num_steps)]
-        cross = [control.mapper is not None for control in controls]
-        own = [control.self_tokens > 0 for control in controls]
+        cross = [control is not None and control.mapper is not None for control in controls]
+        own = [control is not None and control.self_tokens > 0 for control in controls]
         assert cross == sorted(cross, reverse=True)
         assert own == sorted(own, reverse=True)
-        either = [lending.lends(step, EditSettings("target")) for step in range(num_steps)]
+        either = [lending.needs_source(step, EditSettings("target")) for step in range(num_steps)]
         assert either == [c or o for c, o in zip(cross, own, strict=True)]
         return sum(cross), sum(own)
 
@@ -233,7 +233,7 @@ class TestWindows:
     @pytest.mark.parametrize(("scale", "asked"), [(9.0, True), (1.0, True), (0.0, False)])
     def test_nothing_is_lent_to_a_target_that_is_not_asked_about(self, scale: float, asked: bool) -> None:
         lending = PromptToPrompt().lending(SOURCE, TARGET, TOKENS, 10, torch.zeros(1, 4, 8, 8))
-        assert lending.lends(0, EditSettings("target", scale)) is asked
+        assert lending.needs_source(0, EditSettings("target", scale)) is asked
 
     @pytest.mark.parametrize(
         ("shape", "tokens"), [((64, 64), 256), ((128, 128), 1024), ((16, 16), 16), ((65, 33), 153)]
@@ -283,7 +283,7 @@ def run(
         return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings)
     lending = attention.lending(SOURCE, SOURCE if same else TARGET, TOKENS, inversion.num_steps, x_T)
     hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
-    return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings, hooks=plain.Hooks(hook))
+    return x_0, plain.edit(eps_model, table, x_T, residuals, inversion, settings, hooks=hook)
 
 
 def largest(difference: Tensor) -> float:

@@ -24,7 +24,7 @@ from bench.study.scoring import (
     psnr_each,
     rank_correlation,
 )
-from ledits_min.p2p import PromptToPrompt
+from ledits_min import PromptToPrompt
 from ledits_min.weights.train_tiny.classifier import see
 from ledits_min.weights.train_tiny.portraits import Pixels, draw_other
 from ledits_min.weights.train_tiny.vae import reconstruct

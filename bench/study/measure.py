@@ -33,8 +33,7 @@ from bench.study.evaluate import (
     summary,
 )
 from bench.study.scoring import Numbers, at_equal, bootstrap, mean_of, rank_correlation, wilson
-from ledits_min import Concept, Inversion
-from ledits_min.p2p import PromptToPrompt
+from ledits_min import Concept, Inversion, PromptToPrompt
 from ledits_min.weights.train_tiny.classifier import Classifier
 from ledits_min.weights.train_tiny.portraits import Pixels
 

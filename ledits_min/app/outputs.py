@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ledits_min import __version__
+from ledits_min import PromptToPrompt, __version__
 from ledits_min.app.sheet import Type, fitted, letters_for
 from ledits_min.errors import quoted
 from ledits_min.files.display import opacity, overlay, ramp
 from ledits_min.files.inversion import Inversion
 from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def planned_settings(
         "source": made.source,
         "source_guidance_scale": made.source_guidance_scale,
         **edit,
-        "prompt_to_prompt": None if attention is None else asdict(attention),
+        "prompt_to_prompt": None if attention is None else asdict(attention.resolve(ledits.defaults)),
         "concepts": [asdict(concept.resolve(ledits.defaults)) for concept in concepts],
     }
 
@@ -118,6 +117,9 @@ def parameters(values: Mapping[str, Any]) -> list[str]:
     if control is not None:
         told = _told(control, cross="cross {:g}", self="self {:g}")
         told += [f"{quoted(word, 100)} times {factor:g}" for word, factor in (control.get("reweight") or {}).items()]
+        if words := control.get("blend"):
+            above = _told(control, blend_threshold=" above {:g}")
+            told += [f"only around {', '.join(quoted(word, 100) for word in words)}{''.join(above)}"]
         parts += [" ".join(["Prompt-to-Prompt", ", ".join(told)])]
     if values.get("momentum_scale") != 0.0:
         parts += [", ".join(_told(values, momentum_scale="momentum {:g}", momentum_beta="momentum beta {:g}"))]

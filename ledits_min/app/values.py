@@ -52,7 +52,9 @@ def parse_concept(text: str, reverse: bool) -> dict[str, Any]:
 
 
 def parse_p2p(text: str) -> dict[str, Any]:
-    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2,reweight=smiling:2", any of them, or none."""
+    """The fields of a `PromptToPrompt` from "cross=0.6,self=0.2,reweight=smiling:2,blend=hat,blend_threshold=0.3", any
+    of them, or none; `reweight` and `blend` as often as there are words.
+    """
     fields: dict[str, Any] = {}
     for pair in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in pair.partition("="))
@@ -62,10 +64,15 @@ def parse_p2p(text: str) -> dict[str, Any]:
                 raise argparse.ArgumentTypeError(f"{quoted(pair.strip(), 60)} is not reweight=WORD:N, each word once")
             fields[key] = {**fields.get(key, {}), parse_prompt(word.strip()): parse_number(factor)}
             continue
-        if key not in P2P_KEYS or not equals or key in fields:
+        if key == "blend":
+            if not value or value in fields.get(key, ()):
+                raise argparse.ArgumentTypeError(f"{quoted(pair.strip(), 60)} is not blend=WORD, each word once")
+            fields[key] = (*fields.get(key, ()), parse_prompt(value))
+            continue
+        if key not in (*P2P_KEYS, "blend_threshold") or not equals or key in fields:
             raise argparse.ArgumentTypeError(
-                f"{quoted(pair.strip() or text, 60)} is not cross=N, self=N or reweight=WORD:N, each once "
-                "(a picture comes before --p2p)"
+                f"{quoted(pair.strip() or text, 60)} is not cross=N, self=N, reweight=WORD:N, blend=WORD or "
+                "blend_threshold=N, each once (a picture comes before --p2p)"
             )
         fields[key] = parse_number(value)
     return fields

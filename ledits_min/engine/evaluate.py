@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ledits_min.engine import ops
-from ledits_min.engine.maps import Recorder
+from ledits_min.engine.maps import Maps, Recorder
 from ledits_min.engine.memory import is_out_of_memory
-from ledits_min.engine.plan import Phase, Row, inputs, lends, split_evenly
+from ledits_min.engine.plan import Phase, Row, has_pair, inputs, split_evenly
 from ledits_min.engine.retry import NotFinite
 from ledits_min.errors import warn
 from ledits_min.p2p import AttentionControl
 
-Control = Callable[[Tensor, Tensor], AttentionControl]  # of the rows that lend and those that receive, in one call
+Control = Callable[[Tensor, Tensor], AttentionControl | None]  # of rows that lend and rows that receive, in one call
 
 
 class Network(Protocol):
@@ -37,7 +37,7 @@ class Evaluator:
     """Evaluates a phase's groups one after the other.
 
     Whether a prediction is finite stays on the device, one flag per evaluation, until `check` reads them all. `maps`
-    holds the attention maps (B, h', w') that the last group's rows were recorded for, by text.
+    holds what was seen of the attention of the rows that are looked at.
     """
 
     def __init__(
@@ -55,12 +55,13 @@ class Evaluator:
         self.evaluations = [
             (read * phase.images + image, row.step, place[row.text], image) for read, row, image in ordered
         ]
-        # Those whose attention is recorded, and how many words each has.
-        self.maps: dict[str, Tensor] = {}
-        self.recorded = [n for n, (_, row, _) in enumerate(ordered) if phase.records(row)]
-        tokens = {} if phase.recording is None else phase.recording.tokens
-        words = [[n, tokens[ordered[n][1].text]] for n in self.recorded]
-        self.words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
+        # Those whose attention is recorded, and for what.
+        self.maps = Maps()
+        looked_at = [(n, look) for n, (_, row, _) in enumerate(ordered) for look in phase.looks(row)]
+        self.recorded = [n for n, _ in looked_at]
+        self.looks = [look for _, look in looked_at]
+        self.tokens = [] if phase.recording is None else [phase.recording.tokens[look] for look in self.looks]
+        self.recorded_rows = torch.tensor(self.recorded, dtype=torch.int64, device=device)
         self.numbers = torch.tensor(self.evaluations, device=device).view(-1, 4).T.contiguous()
         self.in_turn = torch.arange(max(2, phase.capacity), device=device)
         self.finite = torch.ones(phase.evaluations, dtype=torch.bool, device=device)
@@ -68,16 +69,16 @@ class Evaluator:
     def __call__(self, x_t: Tensor, control: Control | None = None) -> Tensor:
         """The next group: x_t float32 (inputs, B, C, h, w), as `plan.inputs` counts them -> eps (rows, B, C, h, w).
 
-        `control` where the group's first row lends its attention maps to the second.
+        `control` where the group's first row may lend its attention maps to the second.
         """
         group, flat, images = self.phase.groups[self.groups_done], x_t.flatten(0, 1), self.phase.images
-        assert lends(group) == (control is not None)
-        end, pairs_end = self.done + len(group) * images, self.done + 2 * images * lends(group)
+        assert has_pair(group) == (control is not None)
+        end, pairs_end = self.done + len(group) * images, self.done + 2 * images * has_pair(group)
         parts: list[Tensor] = []
         recorded: list[Tensor] = []
         first_recorded = bisect_left(self.recorded, self.done)
         while self.done < end:
-            size = split_evenly(end - self.done, self.capacity, pairs=lends(group))[0]
+            size = split_evenly(end - self.done, self.capacity, pairs=has_pair(group))[0]
             attention = self._pairs(min(size, pairs_end - self.done), control)
             recorder = self._recorder(size, attention)
             eps = self._call(flat, size, recorder or attention, shared=attention is None)
@@ -91,13 +92,13 @@ class Evaluator:
             if recorder is not None:
                 recorded += recorder.maps(self.phase.recording.size)  # type: ignore[union-attr]
         self.groups_done += 1
-        texts = [self.phase.texts[self.evaluations[n][2]] for n in self.recorded[first_recorded:][: len(recorded)]]
-        self.maps = {
-            text: torch.stack([one for one, of in zip(recorded, texts, strict=True) if of == text])
-            for text in dict.fromkeys(texts)
-        }
+        looks = self.looks[first_recorded:][: len(recorded)]
+        self.maps.add({
+            look: torch.stack([one for one, of in zip(recorded, looks, strict=True) if of == look])
+            for look in dict.fromkeys(looks)
+        })  # fmt: skip
         eps = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if lends(group):  # back from pairs, image by image
+        if has_pair(group):  # back from pairs, image by image
             pairs, others = eps.split([2 * images, len(eps) - 2 * images])
             eps = torch.cat([pairs.unflatten(0, (images, 2)).transpose(0, 1).flatten(0, 1), others])
         return eps.view(len(group), *x_t.shape[1:])
@@ -105,7 +106,7 @@ class Evaluator:
     def skip_empty(self) -> None:
         """The next group, in which nothing is asked."""
         assert not self.phase.groups[self.groups_done]
-        self.groups_done, self.maps = self.groups_done + 1, {}
+        self.groups_done += 1
 
     def _pairs(self, evaluations: int, control: Control | None) -> AttentionControl | None:
         """What controls a call whose first evaluations are pairs of one that lends and one that receives."""
@@ -119,8 +120,8 @@ class Evaluator:
         first, last = (bisect_left(self.recorded, n) for n in (self.done, self.done + evaluations))
         if self.phase.recording is None or first == last:
             return None
-        rows, tokens = self.words[:, first:last]
-        return self.phase.recording.recorder(rows - self.done, tokens, control, ops.attention)
+        rows, tokens = self.recorded_rows[first:last] - self.done, torch.stack(self.tokens[first:last])
+        return self.phase.recording.recorder(rows, tokens, control, ops.attention)
 
     def _call(
         self, x_t: Tensor, size: int, attention: AttentionControl | Recorder | None, shared: bool
@@ -141,7 +142,7 @@ class Evaluator:
             steps, texts, images = numbers[1:]
             eps = self.network(x_t, read_by, steps, texts, images, attention)
         except (RuntimeError, MemoryError) as error:
-            least = 2 if lends(self.phase.groups[self.groups_done]) else 1
+            least = 2 if has_pair(self.phase.groups[self.groups_done]) else 1
             if size <= least or not is_out_of_memory(error):
                 raise
             return None
@@ -168,6 +169,6 @@ class Evaluator:
 def _in_order(group: Sequence[Row], images: int) -> list[tuple[int, Row, int]]:
     """(input, row, image) of every evaluation: row by row, but pairs that lend and receive beside each other."""
     numbered = list(zip(inputs(group), group, strict=True))
-    pairs, others = numbered[: 2 * lends(group)], numbered[2 * lends(group) :]
+    pairs, others = numbered[: 2 * has_pair(group)], numbered[2 * has_pair(group) :]
     paired = [(read, row, image) for image in range(images) for read, row in pairs]
     return paired + [(read, row, image) for read, row in others for image in range(images)]

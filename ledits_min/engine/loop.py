@@ -17,7 +17,7 @@ from ledits_min.edit import Step
 from ledits_min.engine import ops
 from ledits_min.engine.evaluate import Evaluator, Network
 from ledits_min.engine.ops import EditState, EditSteps
-from ledits_min.engine.plan import INVERSION, SOURCE, Phase, Row, lends
+from ledits_min.engine.plan import INVERSION, SOURCE, Phase, Row, has_pair
 from ledits_min.engine.steps import whole_steps
 from ledits_min.guidance import EditSettings, edited_eps, guided_texts
 from ledits_min.inversion import InversionSettings, Solver
@@ -72,7 +72,8 @@ def edit(
 ) -> EditState:
     """`edit.edit`: the last state, x_0 in its x_t. NotFinite names the first value that is not.
 
-    With `lending` Prompt-to-Prompt: the source's row, whose maps the target borrows, runs along in the same calls.
+    With `lending` Prompt-to-Prompt: the source's row, whose maps the target borrows and with whose latents its own are
+    blended, runs along in the same calls.
     """
     schedule, of_source = inversion.make_schedule(), Solver(inversion)
     steps = EditSteps(of_source.levels, settings, of_source.weights)
@@ -82,15 +83,20 @@ def edit(
     def branches(i: int, x_t: Tensor) -> Asked:
         nonlocal x_source
         group = phase.groups[i]
-        if not lends(group):
-            return evaluate(x_t[None]), evaluate.maps
+        if not has_pair(group):
+            return evaluate(x_t[None]), evaluate.maps.masks
         assert lending is not None
         predicted = dict(zip(group, evaluate(torch.stack([x_source, x_t]), partial(lending.control, i)), strict=True))
         eps = source_eps({row.text: eps for row, eps in predicted.items() if row.reads == SOURCE}, inversion)
         x_source = of_source.mean(i, x_source, eps) + residuals[i]
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps.masks
 
-    return _denoise(network, evaluate, steps, x_T, residuals, branches, watch)
+    def blend(x_t: Tensor) -> Tensor:
+        assert local is not None
+        return local(torch.stack(evaluate.maps.blend).sum(dim=0), x_source, x_t)
+
+    local = None if lending is None else lending.blend
+    return _denoise(network, evaluate, steps, x_T, residuals, branches, watch, None if local is None else blend)
 
 
 def invert_and_edit(
@@ -124,7 +130,7 @@ def invert_and_edit(
         else:
             evaluate.skip_empty()
         predicted |= {Row(i, text): eps for text, eps in running.take(i).items() if Row(i, text) not in predicted}
-        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps
+        return torch.stack([predicted[Row(i, text)] for text in settings.texts(i)]), evaluate.maps.masks
 
     state = _denoise(network, evaluate, steps, running.x[0], running, branches, watch)
     return running.x[0], running.residuals, state
@@ -175,11 +181,12 @@ def _denoise(
     of: Tensor | RunningInversion,
     branches: Callable[[int, Tensor], Asked],
     watch: Watch,
+    blend: Callable[[Tensor], Tensor] | None = None,
 ) -> EditState:
     """The last state. NotFinite names the first value that is not.
 
     of: the residuals, or the inversion that finds them. branches(i, x_t) predicts for `settings.texts(i)`, and
-    brings the maps for `settings.attending(i)`; when it returns, residuals[i] is there.
+    brings the maps for `settings.attending(i)`; when it returns, residuals[i] is there. blend: as in `edit.Hooks`.
     """
     state, traced = ops.start(steps, x_T), watch.step is not None and watch.predictions
     finite = torch.ones(len(steps.levels), dtype=torch.bool, device=x_T.device)
@@ -193,6 +200,8 @@ def _denoise(
                 if traced:
                     seen = observe(steps.settings, state, eps, i, maps)
                 ops.sega_step(steps, state, eps, of if isinstance(of, Tensor) else of.residuals, i, maps)
+                if blend is not None:
+                    state.x_t.copy_(blend(state.x_t))
                 finite[i] = state.x_t.isfinite().all()
             if watch.step:
                 watch.step(Step(i, int(evaluate.timesteps[i]), *seen, state.x_t.clone()))

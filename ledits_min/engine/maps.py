@@ -1,4 +1,5 @@
-"""Where words are attended to, in a UNet of any family: what LEDITS++'s attention masks are made of [2311.16711].
+"""Where words are attended to, in a UNet of any family: what the attention masks of LEDITS++ [2311.16711] and the local
+blend of Prompt-to-Prompt [2208.01626] are made of.
 
 Which cross-attentions are looked at, and a hook that looks at them and changes nothing: every attention is computed as
 it would be, fused, and the maps of a few rows in a few layers once more beside it.
@@ -8,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.config import UNetConfig
+from ledits_min.config import EditDefaults, UNetConfig
 from ledits_min.errors import InputError, quoted
 from ledits_min.guidance import EditSettings
-from ledits_min.p2p import AttentionControl, ControlledEpsModel, attention_maps
+from ledits_min.p2p import AttentionControl, ControlledEpsModel, Lending, attention_maps
 
 if TYPE_CHECKING:
     from ledits_min.text import Context
@@ -47,42 +48,64 @@ def check_masks(config: UNetConfig, settings: EditSettings) -> None:
     for term in settings.terms:
         if not term.attends:
             continue
-        if not cross_attentions(config, settings.attention_level, settings.attention_places):
-            places = " and ".join(settings.attention_places)
-            raise InputError(
-                f"concept {quoted(term.text, 60)}: mask is {term.mask!r}, and this model attends to no text at level "
-                f"{settings.attention_level} on the way {places}; take mask 'noise' or 'percentile', or name another "
-                "attention_level in its ledits.json"
-            )
+        what = f"concept {quoted(term.text, 60)}: mask is {term.mask!r}"
+        check_attends(config, settings, what, "take mask 'noise' or 'percentile'")
         if not term.text.strip():
             raise InputError(f"the empty concept: mask is {term.mask!r}, and it has no words to look for; take 'noise'")
 
 
+def check_attends(config: UNetConfig, settings: EditSettings | EditDefaults, what: str, way_out: str) -> None:
+    """InputError where the UNet has no attention at the level that `what` is to be made of."""
+    if not cross_attentions(config, settings.attention_level, settings.attention_places):
+        places = " and ".join(settings.attention_places)
+        raise InputError(
+            f"{what}, and this model attends to no text at level {settings.attention_level} on the way {places}; "
+            f"{way_out}, or name another attention_level in its ledits.json"
+        )
+
+
+class Look(NamedTuple):
+    """What the rows of a text are looked at for: a concept's mask, or a local blend (`blends`); there the source
+    prompt in the source's own row is another thing than in the edit's.
+    """
+
+    text: str
+    of_source: bool = False
+    blends: bool = False
+
+
 def recording(
-    config: UNetConfig, settings: EditSettings, contexts: Mapping[str, Context], latents: Tensor
+    config: UNetConfig,
+    settings: EditSettings,
+    contexts: Mapping[str, Context],
+    latents: Tensor,
+    source: str = "",
+    lending: Lending | None = None,
 ) -> Recording | None:
-    """What is recorded in an edit of latents (B, C, h, w); None where no mask needs it."""
-    looked_at = {term.text for term in settings.terms if term.attends and term.pulls}
-    if not looked_at:
+    """What is recorded in an edit of latents (B, C, h, w) of the prompt `source`; None where nobody looks."""
+    tokens: dict[Look, Tensor] = {}
+    for text in dict.fromkeys(term.text for term in settings.terms if term.attends and term.pulls):
+        place = torch.arange(contexts[text].tokens.shape[1], device=latents.device)
+        tokens[Look(text)] = (place > 0) & (place <= contexts[text].own[0])
+    if lending is not None and lending.blend is not None:
+        looks = Look(source, of_source=True, blends=True), Look(settings.target, blends=True)
+        tokens |= zip(looks, lending.blend.words.to(latents.device), strict=True)
+    if not tokens:
         return None
     height, width = (-(-side // 2**settings.attention_level) for side in latents.shape[-2:])
-    return Recording(
-        settings,
-        {text: contexts[text].own[0] for text in looked_at},
-        cross_attentions(config, settings.attention_level, settings.attention_places),
-        (height, width),
-    )
+    layers = cross_attentions(config, settings.attention_level, settings.attention_places)
+    return Recording(settings, tokens, layers, (height, width))
 
 
 @dataclass
 class Recorder:
-    """Attention that is as it would be, and looked at: how much some rows of one call attend to their own words.
+    """Attention that is as it would be, and looked at: how much some rows of one call attend to some tokens.
 
-    rows    int64 (P,) rows of the batch
-    tokens  int64 (P,) how many tokens of each row's text are its own; they stand behind the begin token
+    rows    int64 (P,) rows of the batch; one may be looked at for several things
+    tokens  bool (P, L) which tokens of each are looked at
     layers  which cross-attentions are looked at, counted in the order in which they are called
 
-    `on_self` and `on_text` are what attends.
+    `on_self` and `on_text` are what attends. A map is the row's own, whatever is lent to it.
     """
 
     rows: Tensor
@@ -98,15 +121,13 @@ class Recorder:
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.calls in self.layers:
-            place = torch.arange(k.shape[2], device=k.device)
-            own = (place > 0) & (place <= self.tokens[:, None])
             maps = attention_maps(q[self.rows], k[self.rows])
-            self.seen.append((maps @ own.to(maps)[:, None, :, None]).squeeze(-1))
+            self.seen.append((maps @ self.tokens.to(maps)[:, None, :, None]).squeeze(-1))
         self.calls += 1
         return self.on_text(q, k, v)
 
     def maps(self, size: tuple[int, int]) -> Tensor:
-        """(P, h', w'): summed over a row's own words, then the mean over the heads of all layers [2311.16711]."""
+        """(P, h', w'): summed over the tokens, then the mean over the heads of all layers [2311.16711, 2208.01626]."""
         maps: Tensor = torch.cat(self.seen, dim=1).mean(dim=1).unflatten(1, size)
         return maps
 
@@ -115,14 +136,23 @@ class Recorder:
 class Recording:
     """What a `Recorder` needs to know for a whole edit.
 
-    tokens  how many tokens of a text are its own, for every text that is looked at
+    tokens  bool (L,) what is looked at; of a local blend first the source's
     layers  as in `Recorder`; their maps have `size` (h', w')
     """
 
     settings: EditSettings
-    tokens: Mapping[str, int]
+    tokens: Mapping[Look, Tensor]
     layers: frozenset[int]
     size: tuple[int, int]
+
+    def looks(self, step: int, text: str, of_source: bool) -> list[Look]:
+        """What a row about `text` is looked at for: masks while their concepts act, a blend at every step."""
+        return [
+            look
+            for look in self.tokens
+            if (look.text, look.of_source) == (text, of_source)
+            and (look.blends or text in self.settings.attending(step))
+        ]
 
     def recorder(self, rows: Tensor, tokens: Tensor, control: AttentionControl | None, attend: Attend) -> Recorder:
         """One for a call in which `control` attends, if there is one, else `attend`."""
@@ -132,25 +162,48 @@ class Recording:
         return Recorder(rows, tokens, self.layers, on_self, on_text)
 
 
+@dataclass(frozen=True)
+class Maps:
+    """What has been seen of an edit so far.
+
+    masks  (B, h', w') by text, as it was seen last
+    blend  (2, B, h', w') per step, of a local blend's words in the source's row and in the target's
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    blend: list[Tensor] = field(default_factory=list)
+
+    def add(self, seen: Mapping[Look, Tensor]) -> None:
+        """What was seen in one step, or a part of it with all that is to be blended."""
+        self.masks.update({look.text: maps for look, maps in seen.items() if not look.blends})
+        if words := [maps for look, maps in seen.items() if look.blends]:
+            self.blend.append(torch.stack(words))
+
+
 def looking_eps_model(
-    eps_model: ControlledEpsModel, contexts: Mapping[str, Any], recording: Recording, maps: dict[str, Tensor]
+    eps_model: ControlledEpsModel, contexts: Mapping[str, Any], recording: Recording, maps: Maps
 ) -> ControlledEpsModel:
-    """The same predictions; what was seen of a text that is looked at is left in `maps`, the last time it was asked."""
-    looked_at = {id(contexts[text]): text for text in recording.tokens}
+    """The same predictions; what is seen meanwhile is left in `maps`. Of several contexts the first is the source's."""
 
     def look(x_t: Tensor, t: Tensor, context: Any, control: AttentionControl | None = None) -> Tensor:
         asked = context if isinstance(context, list) else [context]
-        texts = [looked_at.get(id(each)) for each in asked]
         parts = torch.arange(len(x_t), device=x_t.device).chunk(len(asked))
-        seen = [(text, rows) for text, rows in zip(texts, parts, strict=True) if text is not None]
+        of_source = [len(asked) > 1, False]
+        seen = [
+            (look, rows)
+            for one, rows, from_source in zip(asked, parts, of_source, strict=False)
+            for look in recording.tokens
+            if contexts[look.text] is one and look.of_source == from_source
+        ]
         if not seen:
             return eps_model(x_t, t, context, control)
-        tokens = torch.cat([torch.full_like(rows, recording.tokens[text]) for text, rows in seen])
+        tokens = torch.cat([recording.tokens[look].expand(len(rows), -1) for look, rows in seen])
         recorder = recording.recorder(
             torch.cat([rows for _, rows in seen]), tokens, control, F.scaled_dot_product_attention
         )
         eps = eps_model(x_t, t, context, recorder)
-        maps.update(zip((text for text, _ in seen), recorder.maps(recording.size).chunk(len(seen)), strict=True))
+        found = recorder.maps(recording.size).chunk(len(seen))
+        maps.add(dict(zip((look for look, _ in seen), found, strict=True)))
         return eps
 
     return look

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ledits_min.edit import Hooks, Step, edit, invert
 from ledits_min.engine.denoiser import plain_eps_model
-from ledits_min.engine.maps import looking_eps_model
+from ledits_min.engine.maps import Maps, looking_eps_model
 from ledits_min.engine.plan import editing_phase, inversion_phase
 from ledits_min.engine.progress import Reporting
 from ledits_min.engine.record import Edited, mean_masks, observer
@@ -58,13 +58,12 @@ class PlainRunner(Runner):
         phase = editing_phase(name, inversion, settings, len(x_T), len(x_T), lending)
         for attempt in self.attempts(phase, x_T, reporting):
             with attempt as advance:
-                eps_model, hooks, maps = self._eps_model(inversion, advance), Hooks(), dict[str, Tensor]()
-                if (recording := self.recording(settings, contexts, x_T)) is not None:
-                    hooks = hooks._replace(maps=maps)
+                eps_model, hooks, maps = self._eps_model(inversion, advance), Hooks(), Maps()
+                if (recording := self.recording(settings, contexts, x_T, inversion.source, lending)) is not None:
                     eps_model = looking_eps_model(eps_model, contexts, recording, maps)
                 if lending is not None:
-                    lent = lend_maps(eps_model, contexts, x_T, residuals, inversion, settings, lending)
-                    hooks = hooks._replace(predict=lent)
+                    hooks = lend_maps(eps_model, contexts, x_T, residuals, inversion, settings, lending, maps.blend)
+                hooks = hooks._replace(maps=maps.masks)
                 counts = [torch.zeros_like(x_T) for _ in settings.terms]
                 trace, tell_step = observer(name, inversion, settings, reporting)
                 on_step = partial(_observe, name, counts, tell_step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from ledits_min.engine.maps import Recording
+from ledits_min.engine.maps import Look, Recording
 from ledits_min.guidance import EditSettings, guided_texts
 from ledits_min.inversion import InversionSettings
 from ledits_min.p2p import Lending, source_texts
@@ -35,11 +35,11 @@ class Phase:
     """All evaluations of one loop.
 
     groups    of rows; a group waits for the one before it, the rows of a group wait for nothing. Where the first row
-              reads the source's latents, it lends its attention maps to the second, and both must share a call
+              reads the source's latents, it may lend its attention maps to the second, and both must share a call
     images    pictures that every row is evaluated for: an evaluation is one row of one picture
     capacity  evaluations that one call of the network may hold
     naive     evaluations of the published loop: skipped steps inverted too, two branches and one per concept to edit
-    recording what is recorded of the attention of the edit's rows, for masks
+    recording what is recorded of the rows' attention
     """
 
     name: str
@@ -49,10 +49,11 @@ class Phase:
     naive: int
     recording: Recording | None = None
 
-    def records(self, row: Row) -> bool:
-        """Whether the attention of its words is looked at."""
-        recording = self.recording
-        return recording is not None and row.reads == EDIT and row.text in recording.settings.attending(row.step)
+    def looks(self, row: Row) -> list[Look]:
+        """What the attention of its words is looked at for."""
+        if self.recording is None or row.reads == INVERSION:
+            return []
+        return self.recording.looks(row.step, row.text, row.reads == SOURCE)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ class Phase:
     @property
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """Evaluations in each call of the network, group by group."""
-        sizes = [(len(group) * self.images, lends(group)) for group in self.groups]
+        sizes = [(len(group) * self.images, has_pair(group)) for group in self.groups]
         return tuple(split_evenly(size, self.capacity, pairs) if size else () for size, pairs in sizes)
 
     @property
@@ -92,8 +93,8 @@ def inputs(group: Sequence[Row]) -> tuple[int, ...]:
     return tuple(number.setdefault((row.reads, row.step), len(number)) for row in group)
 
 
-def lends(group: Sequence[Row]) -> bool:
-    """Whether the first row lends its attention maps to the second."""
+def has_pair(group: Sequence[Row]) -> bool:
+    """Whether the first two rows are the source's and the target's, of which one may lend its maps to the other."""
     return bool(group) and group[0].reads == SOURCE
 
 
@@ -120,11 +121,11 @@ def editing_phase(
     capacity: int,
     lending: Lending | None = None,
 ) -> Phase:
-    """The editing: one group per step. While the source lends its maps, its row and the target's come first."""
+    """The editing: one group per step. While the source goes along, its row and the target's come first."""
     groups = []
     for step in range(inversion.executed_steps):
         rows = [Row(step, text) for text in settings.texts(step)]
-        if lending is not None and lending.lends(step, settings):
+        if lending is not None and lending.needs_source(step, settings):
             source, *guiding = (Row(step, text, SOURCE) for text in source_texts(inversion))
             target = Row(step, settings.target)
             rows = [source, target, *(row for row in rows if row != target), *guiding]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ledits_min.config import EditDefaults
 from ledits_min.errors import InputError, check_number, check_whole, quoted, short, warn
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import PromptToPrompt, Words, word_spans
+from ledits_min.p2p import Lending, Words, token_mapper, word_spans
 from ledits_min.sega import Concept
 
 
@@ -27,6 +27,64 @@ class Start:
 
     def to(self, device: torch.device) -> Start:
         return replace(self, x_T=self.x_T.to(device), residuals=self.residuals.to(device).contiguous())
+
+
+@dataclass(frozen=True)
+class PromptToPrompt:
+    """Attention control for `LEdits.edit(..., attention=PromptToPrompt())`        [2208.01626, section 3.2]
+
+    cross     tau_x, 0 .. 1: the source's cross-attention maps act in the first int(cross * (num_steps + 1)) steps
+    self      tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
+              quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
+    reweight  words of the target, and what their cross-attention is multiplied by while maps are lent, -10 .. 10
+    blend     words of the source or the target, one string or several: the edit stays where either prompt attends to
+              them, and the rest of the picture as it is; none: it may change everything
+    blend_threshold  0 .. 1: the share of their largest attention from which on that is; None: the checkpoint's own,
+              else the paper's 0.3
+
+    Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
+    64 that are executed. Prompts with equally many words are edited by word swap ("replace"), all others by prompt
+    refinement ("refine"). The inversion must have been made with a source prompt, and the edit needs a target. The
+    other defaults are those of LEDITS, Table 1. As in the paper every step blends; the authors' later code leaves out
+    the first fifth from pure noise, which an inversion mostly skips. `blend` reads the maps that LEDITS++'s masks read,
+    and has the source's row computed in every step. InputError for a value out of range.
+    """
+
+    cross: float = 0.6
+    self: float = 0.2
+    reweight: Mapping[str, float] = field(default_factory=dict)
+    blend: str | Sequence[str] = ()
+    blend_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("attention: cross", self.cross, 0.0, 1.0)
+        check_number("attention: self", self.self, 0.0, 1.0)
+        if not isinstance(self.reweight, Mapping):
+            raise InputError(f"attention: reweight is {self.reweight!r}; words and their factors are wanted")
+        for word, factor in self.reweight.items():
+            check_number(f"attention: reweight of {word!r}", factor, -10.0, 10.0)
+        phrases = (self.blend,) if isinstance(self.blend, str) else self.blend
+        if not isinstance(phrases, list | tuple) or not all(isinstance(one, str) and one.strip() for one in phrases):
+            raise InputError(f"attention: blend is {short(self.blend)}; words of the source or the target are wanted")
+        object.__setattr__(self, "blend", tuple(phrases))
+        check_number("attention: blend_threshold", self.blend_threshold, 0.0, 1.0, optional=True)
+
+    def resolve(self, defaults: EditDefaults) -> PromptToPrompt:
+        """The same with every None replaced by its default."""
+        return self if self.blend_threshold is not None else replace(self, blend_threshold=defaults.blend_threshold)
+
+    def lending(self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor) -> Lending:
+        """What is lent, and for how long, between two prompts of `length` tokens L each, padding included.
+
+        latents (B, C, h, w). Step counts are rounded as in the authors' code.
+        """
+        height, width = (-(-side // 4) for side in latents.shape[-2:])
+        return Lending(
+            mapper=token_mapper(source, target, length).to(latents.device),
+            cross_steps=int(self.cross * (num_steps + 1)),
+            self_steps=int(self.self * num_steps),
+            self_tokens=height * width,
+        )
 
 
 def edit_settings(
@@ -89,13 +147,39 @@ def check_prompts(source: str, target: str, negative: str) -> None:
         raise InputError(f"Prompt-to-Prompt: target and negative prompt are both {target[:40]!r}; give different ones")
 
 
-def tokens_of(phrase: str, words: Words, prompt: Words) -> list[int]:
-    """Where a phrase's tokens stand in a prompt, wherever its words follow each other; InputError where they do not."""
+def tokens_of(words: Words, prompt: Words) -> list[int]:
+    """Where a phrase's tokens stand in a prompt, wherever its words follow each other."""
     spans, count = word_spans(prompt), len(words)
     starts = [n for n in range(len(prompt) - count + 1) if count and list(prompt[n : n + count]) == list(words)]
-    if not starts:
-        raise InputError(f"Prompt-to-Prompt: {quoted(phrase, 60)} is not in the target prompt; name words that are")
     return [token for n in starts for token in range(spans[n].start, spans[n + count - 1].stop)]
+
+
+def named_tokens(
+    attention: PromptToPrompt, words_of: Callable[[str], Words], source: str, target: str, length: int
+) -> tuple[Tensor, Tensor]:
+    """The words that `attention` names, in prompts of `length` tokens L: what it multiplies the target's tokens by,
+    float32 (L,), and which of the source's and of the target's it blends around, bool (2, L).
+
+    words_of  the token ids of each word of a text. InputError for words that are in no prompt.
+    """
+    prompts = words_of(source), words_of(target)
+    factors = torch.ones(length)
+    for phrase, factor in attention.reweight.items():
+        found = tokens_of(words_of(phrase), prompts[1])
+        if not found:
+            raise InputError(f"Prompt-to-Prompt: {quoted(phrase, 60)} is not in the target prompt; name words that are")
+        factors[found] *= factor
+    blended = torch.zeros(2, length, dtype=torch.bool)
+    for phrase in attention.blend:
+        places = [tokens_of(words_of(phrase), prompt) for prompt in prompts]
+        if not any(places):
+            raise InputError(
+                f"Prompt-to-Prompt: blend names {quoted(phrase, 60)}, which is neither in the source prompt "
+                f"{quoted(source)} nor in the target prompt {quoted(target)}; name words that are"
+            )
+        for row, found in zip(blended, places, strict=True):
+            row[found] = True
+    return factors, blended
 
 
 def check_attention(attention: object) -> None:

@@ -111,7 +111,7 @@ class Runner:
         x_T, residuals, inversion = start.x_T, start.residuals, start.inversion
         limit = batch_limit(self.costs_of(x_T), x_T.device)
         phase = editing_phase(name, inversion, settings, len(x_T), limit, lending)
-        phase = replace(phase, recording=self.recording(settings, contexts, x_T))
+        phase = replace(phase, recording=self.recording(settings, contexts, x_T, inversion.source, lending))
         for attempt in self.attempts(phase, x_T, reporting):
             with attempt as advance:
                 network = self.network(phase, contexts, inversion, x_T.device)
@@ -135,8 +135,11 @@ class Runner:
                 x_T, residuals, state = loop.invert_and_edit(network, phase, x_0, noise, inversion, settings, watch)
         return x_T, residuals, Edited(state.x_t, mean_masks(list(state.kept), settings, len(noise)), trace)
 
-    def recording(self, settings: EditSettings, contexts: Contexts, latents: Tensor) -> Recording | None:
-        return recording(self.unet.config, settings, contexts, latents)
+    def recording(
+        self, settings: EditSettings, contexts: Contexts, latents: Tensor, source: str = "",
+        lending: Lending | None = None,
+    ) -> Recording | None:  # fmt: skip
+        return recording(self.unet.config, settings, contexts, latents, source, lending)
 
     def network(
         self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device

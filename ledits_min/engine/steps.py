@@ -28,7 +28,7 @@ from ledits_min.engine.maps import Recorder
 from ledits_min.engine.memory import is_out_of_memory
 from ledits_min.engine.ops import EditState, EditSteps
 from ledits_min.engine.overhead import Overhead
-from ledits_min.engine.plan import EDIT, inputs
+from ledits_min.engine.plan import EDIT, has_pair, inputs
 from ledits_min.engine.torch_private import is_called_plainly, version
 from ledits_min.errors import warn
 from ledits_min.inversion import InversionSettings, Solver
@@ -198,6 +198,8 @@ class WholeSteps:
         """What step i asks; None where it cannot be whole."""
         phase, settings, running = self.evaluate.phase, self.steps.settings, self.running
         group = phase.groups[i]
+        if has_pair(group):  # its attention is controlled or looked at, and its latents may be blended
+            return None
         own = [row for row in group if row.reads == EDIT]
         others = group[len(own) :]
         if not own or tuple(row.text for row in own) != tuple(settings.texts(i)):

@@ -235,6 +235,7 @@ def _read_edit_defaults(mapping: Mapping[str, Any], source: str) -> EditDefaults
         mask=read.string("mask", paper.mask),
         attention_level=read.whole("attention_level", paper.attention_level),
         attention_places=read.strings("attention_places", paper.attention_places),
+        blend_threshold=read.number("blend_threshold", paper.blend_threshold),
         one_size=read.flag("one_size", paper.one_size),
     )
 
@@ -250,7 +251,8 @@ def _check_edit_defaults(config: EditDefaults) -> None:
     if not config.attention_places or not set(config.attention_places) <= {"down", "up"}:
         places = short(list(config.attention_places))
         raise InputError(f"default attention_places is {places}; down, up or both is wanted")
-    check_number("default threshold", config.threshold, 0.0, 1.0)
+    for name in ("threshold", "blend_threshold"):
+        check_number(f"default {name}", getattr(config, name), 0.0, 1.0)
     for name in ("guidance_scale", "source_guidance_scale", "concept_guidance_scale"):
         check_number(f"default {name}", getattr(config, name), 0.0, 1000.0)
 

@@ -68,12 +68,17 @@ def test_the_report_holds_the_plan_and_what_was_done(tmp_path: Path, capsys: pyt
     assert "inverting" not in capsys.readouterr().out
 
 
-def test_prompt_to_prompt_is_told_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cross-attention maps are lent in int(0.5 (6 + 1)) steps: there the source is asked about too, for both texts."""
-    asked = [*EDIT, "--target", "a portrait with a beard", "--p2p", "cross=0.5,self=0.2"]
+@pytest.mark.parametrize(("blend", "of_source"), [("", 3), (",blend=beard", 4)])
+def test_prompt_to_prompt_is_told_and_counted(
+    blend: str, of_source: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cross-attention maps are lent in int(0.5 (6 + 1)) steps: there the source is asked about too, for both texts; to
+    be blended with it is, in all steps.
+    """
+    asked = [*EDIT, "--target", "a portrait with a beard", "--p2p", f"cross=0.5,self=0.2{blend}"]
     assert main([*asked, "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    wanted = {"inverting": 2 * 4, "editing": 3 * 4 - 1 + 2 * 3}
+    wanted = {"inverting": 2 * 4, "editing": 3 * 4 - 1 + 2 * of_source}
     for phase, evaluations in wanted.items():
         assert any(line.startswith(f"{phase}: {evaluations} evaluations in ") for line in lines), lines
 

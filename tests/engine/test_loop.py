@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -20,14 +20,14 @@ from ledits_min.edit import Step
 from ledits_min.engine import loop as engine
 from ledits_min.engine.evaluate import Network
 from ledits_min.engine.loop import Watch
-from ledits_min.engine.maps import Recording, looking_eps_model
+from ledits_min.engine.maps import Look, Maps, Recording, looking_eps_model
 from ledits_min.engine.ops import EditState
 from ledits_min.engine.plan import Phase, Row, editing_phase, inversion_phase, one_pass_phase
 from ledits_min.engine.record import mean_masks
 from ledits_min.errors import RunError
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
-from ledits_min.p2p import AttentionControl, ControlledEpsModel, Lending, lend_maps, token_mapper
+from ledits_min.p2p import AttentionControl, ControlledEpsModel, Lending, LocalBlend, lend_maps, token_mapper
 from ledits_min.sega import Concept
 from ledits_min.unet import Attend
 
@@ -103,8 +103,14 @@ class Run:
         self.x_0 = torch.randn(self.images, *SHAPE, generator=generator).to(self.dtype)
         self.noise = draw_noise(range(self.images), steps, SHAPE).to(self.dtype)
         self.inverting = inversion_phase(self.inversion, *limits)
-        attends = any(term.attends for term in self.settings.terms)
-        self.recording = Recording(self.settings, OWN, frozenset([0]), SHAPE[1:]) if attends else None
+        place = torch.arange(TOKENS)
+        tokens = {
+            Look(term.text): (place > 0) & (place <= OWN[term.text]) for term in self.settings.terms if term.attends
+        }
+        if self.lending is not None and self.lending.blend is not None:
+            looks = Look(self.source, of_source=True, blends=True), Look(self.target, blends=True)
+            tokens |= zip(looks, self.lending.blend.words, strict=True)
+        self.recording = Recording(self.settings, tokens, frozenset([0]), SHAPE[1:]) if tokens else None
         editing = editing_phase("editing", self.inversion, self.settings, *limits, self.lending)
         self.editing = replace(editing, recording=self.recording)
         self.one_pass = replace(one_pass_phase(self.inversion, self.settings, *limits), recording=self.recording)
@@ -147,12 +153,12 @@ class Run:
         x_T, residuals = plain.invert(eps_model, CONTEXTS, self.x_0, self.noise, self.inversion)
         start, hooks = (x_T, residuals, self.inversion, self.settings), plain.Hooks()
         model: ControlledEpsModel = eps_model
+        maps = Maps()
         if self.recording is not None:
-            maps = dict[str, Tensor]()
-            hooks, model = hooks._replace(maps=maps), looking_eps_model(eps_model, CONTEXTS, self.recording, maps)
+            model = looking_eps_model(eps_model, CONTEXTS, self.recording, maps)
         if self.lending is not None:
-            hooks = hooks._replace(predict=lend_maps(model, CONTEXTS, *start, self.lending))
-        return x_T, residuals, plain.edit(model, CONTEXTS, *start, on_step, hooks)
+            hooks = lend_maps(model, CONTEXTS, *start, self.lending, maps.blend)
+        return x_T, residuals, plain.edit(model, CONTEXTS, *start, on_step, hooks._replace(maps=maps.masks))
 
     def masks(self, state: EditState) -> list[Tensor]:
         return mean_masks(list(state.kept), self.settings, len(self.timesteps))
@@ -403,6 +409,14 @@ def lending(cross_steps: int = 5, self_steps: int = 3, self_tokens: int = 30) ->
     return Lending(mapper, cross_steps, self_steps, self_tokens)
 
 
+def blending(source: Sequence[int], target: Sequence[int], threshold: float = 0.8, **lent: int) -> Lending:
+    """The same, and the edit stays around these tokens of the two prompts."""
+    words = torch.zeros(2, TOKENS, dtype=torch.bool)
+    words[0, list(source)] = True
+    words[1, list(target)] = True
+    return replace(lending(**lent), blend=LocalBlend(words, threshold))
+
+
 LENT: dict[str, Any] = {
     "source": "a cat", "target": "a dog", "negative": "blurry", "concepts": (HAT,), "lending": lending(),
 }  # fmt: skip
@@ -425,6 +439,16 @@ LENT: dict[str, Any] = {
         {"solver_order": 2},
         {"concepts": (BOTH_HAT, WORDS_SMILE)},
         {"concepts": (replace(WORDS_CAT, text="a dog"), HAT), "images": 3},  # the target's own maps, while it borrows
+        {"lending": blending([], [2])},
+        {"lending": blending([1], [1, 2]), "images": 3, "negative": ""},
+        {"lending": blending([1, 2], [], cross_steps=0, self_steps=0), "source_guidance_scale": 1.0},
+        {"lending": blending([2], [3]), "solver_order": 2, "momentum_scale": 0.3},
+        {"lending": blending([1], [2]), "guidance_scale": 0.0},  # the target is asked about for its maps alone
+        {"lending": blending([1], [2]), "guidance_scale": 1.0, "concepts": ()},
+        # One row is looked at twice, for a concept's own words and for those of the blend; and the source's text in
+        # the edit's own row, too.
+        {"lending": blending([1], [2]), "concepts": (replace(WORDS_CAT, text="a dog"), BOTH_HAT), "images": 3},
+        {"lending": blending([1], [2]), "concepts": (WORDS_CAT, WORDS_SMILE)},
     ],
 )
 def test_prompt_to_prompt_is_the_plain_loop_with_its_hook(more: dict[str, Any], capacity: int) -> None:
@@ -440,8 +464,18 @@ def test_prompt_to_prompt_is_the_plain_loop_with_its_hook(more: dict[str, Any], 
         for text, eps in one.eps.items():
             torch.testing.assert_close(eps, other.eps[text], rtol=1e-10, atol=1e-10)
     apart = replace(run, lending=None).edit(x_T, residuals).x_t - state.x_t
-    lends = any(run.lending.lends(step, run.settings) for step in range(9))  # type: ignore[union-attr]
+    lends = any(run.lending.needs_source(step, run.settings) for step in range(9))  # type: ignore[union-attr]
     assert (apart.abs().max() > 1e-3) == lends
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_blend_that_keeps_nothing_of_the_edit_gives_the_picture_back(order: int) -> None:
+    run = Run(**{**LENT, "lending": blending([1], [2], threshold=1.0)}, solver_order=order)
+    x_T, residuals, edited = run.plainly()
+    for found in (edited, run.edit(x_T, residuals).x_t):
+        torch.testing.assert_close(found, run.x_0, rtol=1e-10, atol=1e-10)
+    everything = replace(run, lending=blending([1], [2], threshold=0.0)).edit(x_T, residuals)
+    torch.testing.assert_close(everything.x_t, Run(**LENT, solver_order=order).edit(x_T, residuals).x_t)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7, 64])

@@ -16,9 +16,9 @@ from ledits_min.engine.plan import (
     SOURCE,
     Row,
     editing_phase,
+    has_pair,
     inputs,
     inversion_phase,
-    lends,
     one_pass_phase,
     ranges,
     split_evenly,
@@ -198,8 +198,8 @@ def test_a_source_that_lends_stands_beside_its_target(images: int, capacity: int
     phase = editing_phase("editing", inversion, settings, images, capacity, lending)
     plain = editing_phase("editing", inversion, settings, images, capacity)
     for step, (group, apart, batch) in enumerate(zip(phase.groups, plain.groups, phase.batches, strict=True)):
-        assert lends(group) == (step < 3)
-        if not lends(group):
+        assert has_pair(group) == (step < 3)
+        if not has_pair(group):
             assert group == apart
             continue
         assert group[:2] == (Row(step, "a cat", SOURCE), Row(step, "a dog"))

@@ -6,18 +6,22 @@ mappers: it is told by hand which token lends to which.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.functional import interpolate, max_pool2d
 
+from ledits_min import PromptToPrompt
 from ledits_min.config import UNetConfig
-from ledits_min.edit import Hooks, edit, invert
+from ledits_min.edit import edit, invert
+from ledits_min.engine.maps import Look, Maps, Recording, cross_attentions, looking_eps_model
 from ledits_min.files.configs import config_json
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings
-from ledits_min.p2p import AttentionControl, PromptToPrompt, lend_maps
+from ledits_min.p2p import ControlledEpsModel, LocalBlend, lend_maps
 from ledits_min.unet import UNet
 
 Fill = Callable[[nn.Module, int], nn.Module]
@@ -54,9 +58,12 @@ class Case:
     eta: float = 1.0
     cross: float = 0.4
     self: float = 0.2
+    blend: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # tokens of source and target around which it stays
+    threshold: float = 0.97  # the maps of random weights are flat
 
 
 SWAP = Case(((1,), (2,), (3,)), ((1,), (8,), (3,)), tuple({n: 1.0} for n in range(TOKENS)))
+BLENDED = replace(SWAP, num_steps=10, skip=3)
 CASES = {
     "swap": SWAP,
     "swap of one token for two": Case(
@@ -78,7 +85,12 @@ CASES = {
     "self-attention alone": Case(SWAP.source, SWAP.target, SWAP.lenders, cross=0.0, self=0.5),
     "24 steps, of which the counts are rounded": Case(SWAP.source, SWAP.target, SWAP.lenders, num_steps=24, cross=0.6),
     "to the end": Case(SWAP.source, SWAP.target, SWAP.lenders, cross=1.0, self=1.0),
+    "blended": replace(BLENDED, blend=((2,), (2,))),
+    "blended to the end": replace(BLENDED, blend=((2,), (2, 3)), cross=1.0, self=1.0),
+    "blended around a word of the target": replace(BLENDED, blend=((), (1,)), cross=0.2, eta=0.5),
+    "blended around a word of the source, and nothing lent": replace(BLENDED, blend=((3,), ()), cross=0.0, self=0.0),
 }
+MAP = (4, 6)  # of the cross-attentions that a blend looks at: one on the way down and two on the way up
 
 
 class Processor:
@@ -98,6 +110,8 @@ class Processor:
         maps = maps.view(len(hidden_states), attn.heads, *maps.shape[1:])
         if len(maps) == 4 * self.reference.batch:
             _, _, source, target = maps.chunk(4)  # views: written in place
+            if cross and maps.shape[2] == MAP[0] * MAP[1]:
+                self.reference.store.append(torch.stack([source, target]))  # a copy, of what is not written over yet
             if cross and self.reference.step < self.reference.cross_steps:
                 own = target.clone()
                 for n, lenders in enumerate(self.reference.case.lenders):
@@ -117,6 +131,8 @@ class Reference:
         self.table = {text: context.double() for text, context in table.items()}
         self.cross_steps, self.self_steps = int(case.cross * (case.num_steps + 1)), int(case.self * case.num_steps)
         self.step, self.batch = 0, 2
+        self.store: list[Tensor] = []  # (2, B, heads, N, L), layer by layer and step by step
+        self.kept: list[float] = []  # the share of each mask
         unet.set_attn_processor(Processor(self))
         self.scheduler = DDIMScheduler(
             beta_start=0.00085,
@@ -151,13 +167,28 @@ class Reference:
             residual = xs[i + 1] - self.mean(xs[i], t, uncond + SOURCE_SCALE * (text - uncond))
             uncond, text = self.eps(torch.cat([rows, rows]), t, ["", "", "source", "target"]).chunk(2)
             rows = self.mean(rows, t, uncond + scales * (text - uncond)) + torch.cat([residual, residual])
+            if self.case.blend is not None:
+                rows = torch.cat([rows[:2], self.blended(rows[:2], rows[2:], self.case.blend)])
         return rows[:2], rows[2:]
+
+    def blended(self, source: Tensor, target: Tensor, tokens: tuple[tuple[int, ...], ...]) -> Tensor:
+        """The authors' formula, written out for one picture after the other."""
+        pictures = []
+        for b in range(self.batch):
+            inside = torch.zeros(1, 1, *source.shape[2:], dtype=torch.bool)
+            for row, chosen in enumerate(tokens):
+                if chosen:
+                    layers = torch.cat([maps[row, b] for maps in self.store])  # all heads of all layers and steps
+                    looked = layers[..., list(chosen)].sum(-1).mean(0).view(1, 1, *MAP)
+                    grown = interpolate(max_pool2d(looked, (3, 3), (1, 1), padding=(1, 1)), size=source.shape[2:])
+                    inside = inside | (grown / grown.max()).gt(self.case.threshold)
+            self.kept.append(float(inside.double().mean()))
+            pictures.append(source[b : b + 1] + inside.double() * (target[b : b + 1] - source[b : b + 1]))
+        return torch.cat(pictures)
 
 
 def ours(case: Case, unet: UNet, table: dict[str, Tensor], x_0: Tensor, noise: Tensor) -> Tensor:
-    def eps_model(
-        x_t: Tensor, t: Tensor, context: Tensor | list[Tensor], attention: AttentionControl | None = None
-    ) -> Tensor:
+    def eps_model(x_t: Tensor, t: Tensor, context: Any, attention: Any = None) -> Tensor:
         several = context if isinstance(context, list) else [context]
         told = torch.cat(several).repeat_interleave(len(x_t) // len(several), dim=0)
         return unet(x_t, t, told, attention=attention)  # type: ignore[no-any-return]
@@ -169,8 +200,19 @@ def ours(case: Case, unet: UNet, table: dict[str, Tensor], x_0: Tensor, noise: T
     x_T, residuals = invert(eps_model, table, x_0, noise, inversion)
     attention = PromptToPrompt(case.cross, case.self)
     lending = attention.lending(case.source, case.target, TOKENS, case.num_steps, x_T)
-    hook = lend_maps(eps_model, table, x_T, residuals, inversion, settings, lending)
-    return edit(eps_model, table, x_T, residuals, inversion, settings, hooks=Hooks(hook))
+    model: ControlledEpsModel = eps_model
+    maps = Maps()
+    if case.blend is not None:
+        words = torch.zeros(2, TOKENS, dtype=torch.bool)
+        for row, chosen in zip(words, case.blend, strict=True):
+            row[list(chosen)] = True
+        lending = replace(lending, blend=LocalBlend(words, case.threshold))
+        looks = Look("source", of_source=True, blends=True), Look("target", blends=True)
+        layers = cross_attentions(UNET, 1, ("down", "up"))
+        recording = Recording(settings, dict(zip(looks, words, strict=True)), layers, MAP)
+        model = looking_eps_model(eps_model, table, recording, maps)
+    hooks = lend_maps(model, table, x_T, residuals, inversion, settings, lending, maps.blend)
+    return edit(model, table, x_T, residuals, inversion, settings, hooks=hooks)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,10 +227,12 @@ def test_final_latents(name: str, fill: Fill, error: Error) -> None:
     x_0 = torch.randn(2, 4, 8, 12, generator=generator)
     noise = torch.randn(case.num_steps - case.skip, 2, 4, 8, 12, generator=generator)
 
-    source, wanted = Reference(case, theirs.double(), table).run(x_0.double(), noise.double())
+    reference = Reference(case, theirs.double(), table)
+    source, wanted = reference.run(x_0.double(), noise.double())
     found = ours(case, unet.eval().requires_grad_(False), table, x_0, noise)
     assert error(source, x_0) <= 1e-6
     assert error(found, wanted) <= 1e-3
-    # The comparison would be empty if control moved nothing.
-    without = ours(replace(case, cross=0.0, self=0.0), unet, table, x_0, noise)
+    # The comparison would be empty if control moved nothing, or a mask kept everything or nothing.
+    without = ours(replace(case, cross=0.0, self=0.0, blend=None), unet, table, x_0, noise)
     assert error(without, wanted) > 1e-2
+    assert all(0.05 < share < 0.95 for share in reference.kept)

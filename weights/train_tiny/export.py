@@ -45,6 +45,7 @@ DEFAULTS = {
     "warmup_steps": 1,
     "attention_level": 1,
     "attention_places": ["up"],
+    "blend_threshold": 0.6,  # its maps of 8 x 8 are coarse, and 0.3 keeps nearly all of a picture
     "one_size": True,
 }
 

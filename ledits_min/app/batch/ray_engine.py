@@ -25,8 +25,8 @@ from ledits_min.app.batch.run import Batch, Editor, Outcome, Outcomes
 from ledits_min.app.cli.explain import without_weights
 from ledits_min.app.inputs import parts
 from ledits_min.app.terminal import one_line, quiet_stderr
+from ledits_min.engine.request import PromptToPrompt
 from ledits_min.errors import InputError, RunError
-from ledits_min.p2p import PromptToPrompt
 from ledits_min.pipeline import LEdits
 
 # Read when Ray is imported. Nothing is sent or drawn, a worker without a GPU hides none, and it yields

@@ -48,11 +48,10 @@ from ledits_min.app.inputs import (
 from ledits_min.app.terminal import disk_is_full, tell
 from ledits_min.engine.budget import count
 from ledits_min.engine.progress import progress_bar
-from ledits_min.engine.request import check_prompts
+from ledits_min.engine.request import PromptToPrompt, check_prompts
 from ledits_min.errors import InputError, RunError, quoted
 from ledits_min.files.opening import open_image, upright_size
 from ledits_min.files.write import save_image
-from ledits_min.p2p import PromptToPrompt
 from ledits_min.sega import Concept
 
 if TYPE_CHECKING:
@@ -162,6 +161,7 @@ def _task(
     edit = {**edit_settings(args, ledits), **only_where(args)}
     if attention is not None:
         check_prompts(made.source, edit["target"], edit["negative"])
+        ledits.named_words(attention, made.source, edit["target"])
     worked_at, squared = ledits.worked_at(size, args.size)
     made = replace(made, squared=squared)
     concepts = [Concept(**fields) for fields in concept_fields(args)]

@@ -87,8 +87,9 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     concepts = [Concept(**fields) for fields in concept_fields(args)]
     attention = None if args.p2p is None else PromptToPrompt(**args.p2p)
     made = load_inversion(args) if picture is None else None
+    source = made.settings.source if made else args.source or ""
     if attention is not None:
-        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
+        check_prompts(source, args.target, args.negative)
     if made is not None:
         picture = outputs.original_picture(made)
         check_output_picture(out, picture.size)
@@ -97,6 +98,8 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     ledits = load_model(args)
     for text in texts_of(args):
         check_prompt(ledits, text)  # now, not after minutes of inversion
+    if attention is not None:
+        ledits.named_words(attention, source, args.target)
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
     settings = edit_settings(args, ledits)
@@ -172,13 +175,14 @@ def run_sweep(args: argparse.Namespace) -> None:
     picture = _picture_or_inversion(args, saved)
     check_model(args, texts_of(args))
 
-    from ledits_min import Concept
+    from ledits_min import Concept, PromptToPrompt
     from ledits_min.app import outputs
     from ledits_min.engine.request import check_prompts
 
     made = load_inversion(args) if picture is None else None
+    source = made.settings.source if made else args.source or ""
     if args.p2p is not None:
-        check_prompts(made.settings.source if made else args.source or "", args.target, args.negative)
+        check_prompts(source, args.target, args.negative)
     if made is not None:
         picture = outputs.original_picture(made)
     assert picture is not None
@@ -187,6 +191,8 @@ def run_sweep(args: argparse.Namespace) -> None:
     concepts = [Concept(**fields) for fields in concept_fields(grid.cells[0][0])]
     for text in texts_of(args):
         check_prompt(ledits, text)
+    if args.p2p is not None:
+        ledits.named_words(PromptToPrompt(**args.p2p), source, args.target)
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
     side = sweep.cell_side(grid, picture)

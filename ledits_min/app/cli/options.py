@@ -44,6 +44,7 @@ _NUMBERS = {  # option -> its upper end; the lower one is 0
     "momentum_beta": 0.999,
     "scale": 1000.0,
     "threshold": 1.0,
+    "blend_threshold": 1.0,
     "weight": 1000.0,
     "cross": 1.0,
     "self": 1.0,
@@ -54,7 +55,7 @@ _EXPLAINED = {  # an option of another command, or one that belongs inside anoth
         ("--scale", "--threshold", "--warmup", "--cooldown", "--weight"),
         'it belongs to a concept: --add "hat:{name}={value}" (`ledits edit --help`)',
     ),
-    **dict.fromkeys(("--cross", "--self"), "it belongs to Prompt-to-Prompt: --p2p {name}={value}"),
+    **dict.fromkeys(("--cross", "--self", "--blend"), "it belongs to Prompt-to-Prompt: --p2p {name}={value}"),
     "--strength": "how much of the picture is kept is said with --skip",
     "--prompt": "the new picture is described with --target, a change with --add",
 }
@@ -241,8 +242,8 @@ def check_ranges(args: argparse.Namespace, named: Callable[[str], str] | None = 
         if key == "reweight":
             for word, factor in share.items():
                 check_number(f"--p2p reweight of {quoted(word, 60)}", factor, -10.0, 10.0)
-            continue
-        check_number(f"--p2p {key}", share, 0.0, _NUMBERS[key])
+        elif key != "blend":
+            check_number(f"--p2p {key}", share, 0.0, _NUMBERS[key])
 
 
 def check_attention(args: argparse.Namespace, saved: bool) -> None:
@@ -277,8 +278,9 @@ def add_edit_options(parser: argparse.ArgumentParser, action: ValueAction = "sto
     number = functools.partial(group.add_argument, action=action, type=parse_number)
     number("--guidance-scale", metavar="S", help="strength of --target (default: the model's, else 15)")
     group.add_argument("--p2p", nargs="?", const="", type=parse_p2p, metavar="P",
-                       help="use Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2, and "
-                            "reweight=WORD:2 for words of --target")  # fmt: skip
+                       help="use Prompt-to-Prompt from --source to --target; P is cross=0.6,self=0.2, "
+                            "reweight=WORD:2 for words of --target, and blend=WORD for words of either around which "
+                            "the change stays (blend_threshold=0.3: how close)")  # fmt: skip
     number("--momentum-scale", default=0.0, metavar="S", help="strength of SEGA's momentum (default: 0)")
     number("--momentum-beta", default=0.6, metavar="B", help="how long the momentum lasts (default: 0.6)")
 
