@@ -375,6 +375,26 @@ def test_who_is_here_does_not_wait_for_those_who_arrive(
     asyncio.run(crowd())
 
 
+def test_a_page_that_reads_no_answers_is_given_no_more(
+    served: Served, visitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_door, "MAX_UNREAD", 5)
+    post, answers = visitor.post, list[Any]()
+
+    def kept(*asked: Any) -> Any:
+        answers.append(post(*asked))
+        return answers[-1]
+
+    visitor.post, visitor._wait_for = kept, lambda event: None
+    for _ in range(8):
+        visitor.open_sample(0)
+    while served.page.blocks._queue.event_ids_to_events:
+        time.sleep(0.01)
+    visitor.open_sample(0)
+    assert answers[0].status_code == 200
+    assert (answers[-1].status_code, answers[-1].text) == (429, "this page does not read its answers; reload it\n")
+
+
 def test_nothing_is_kept_of_visits_that_are_over(bench_web: Any, models: Models, tmp_path: Path) -> None:
     with serving(models, tmp_path.resolve(), Limits(visits=2)) as served:
         queue = served.page.blocks._queue

@@ -37,12 +37,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 2**20  # of what an event sends: values of the page, and the history that a browser kept
 MAX_TEXT = 400_000
+MAX_UNREAD = 200  # answers that wait for a page to read them
 LONGEST_TURN = 1.0  # seconds until the next page is loaded, whatever the one before still waits for
 
 _PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/startup-events")
 _RENDERED = ("/", "/config")
 _PARTS = ("/assets/", "/static/", "/svelte/")
-_EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+_JOIN = "/gradio_api/queue/join"
+_EVENTS = (_JOIN, "/gradio_api/run/predict")
 _HEARTBEAT, _QUEUE = "/gradio_api/heartbeat/", "/gradio_api/queue/data"
 _CLIENT = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what a client calls itself
 _NOT_PASSED_ON = ("cookie", "origin", "referer", "authorization", "forwarded", "x-forwarded-host", "x-forwarded-for",
@@ -68,11 +70,16 @@ class Refused(Exception):
 
 
 class Door:
-    """`app` is Gradio's, `events` the number of values that each of its events takes, `names` those of this server."""
+    """`app` is Gradio's, `events` the number of values that each of its events takes, `names` those of this server.
+
+    unread  how many answers of a visit wait in Gradio's queue
+    """
 
     def __init__(
-        self, app: App, visits: Visits, events: dict[int, int], names: Iterable[str], port: int, samples: list[Path]
-    ) -> None:
+        self, app: App, visits: Visits, events: dict[int, int], names: Iterable[str], port: int, samples: list[Path],
+        unread: Callable[[str], int] = lambda name: 0,
+    ) -> None:  # fmt: skip
+        self._unread = unread
         self._app, self._visits, self._events, self._samples = app, visits, events, samples
         self._names, self._port = frozenset(names), port
         self._secret = secrets.token_bytes(32)
@@ -157,6 +164,8 @@ class Door:
                 await response(scope, receive, send)
             else:
                 event = self._event(await _body(receive), owner)
+                if path == _JOIN and self._unread(event["session_hash"]) >= MAX_UNREAD:
+                    raise Refused(429, "this page does not read its answers; reload it")
                 body = json.dumps(event).encode()
                 serve = self._app if event["session_hash"] in self._visits else self._in_turn
                 await serve(_passed_on(scope, headers, body=body), _said_once(body, receive), send)

@@ -74,6 +74,11 @@ class Page:
                 queue.pending_event_ids_session.pop(name, None)
                 queue.pending_messages_per_session.pop(name, None)
 
+    def unread(self, name: str) -> int:
+        """How many answers Gradio holds for a visit until its page reads them."""
+        messages = self.blocks._queue.pending_messages_per_session.get(name)
+        return 0 if messages is None else messages.qsize()
+
     def _connect(self, parts: Layout) -> None:
         blocks = gr.context.Context.root_block
         fields = [part for row in parts.rows for part in row.fields]

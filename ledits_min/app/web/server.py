@@ -142,7 +142,7 @@ def door(page: Page, host: str, port: int) -> Door:
     page.blocks.state_session_capacity = page.visits.limits.visits
     app = gr.mount_gradio_app(FastAPI(openapi_url=None), page.blocks, "", host, port, **settings)
     events = {number: len(event.inputs) for number, event in page.blocks.fns.items()}
-    return Door(app, page.visits, events, names_of(host), port, SAMPLES)
+    return Door(app, page.visits, events, names_of(host), port, SAMPLES, page.unread)
 
 
 def names_of(host: str) -> set[str]:
