@@ -64,6 +64,11 @@ class Method:
     warmup_steps: int = 0
     mask: str = "percentile"
     solver_order: int = 1
+    wide_skip: int | None = None  # for what is large or removed, where that has another one
+
+    def inversion(self, edit: Edit) -> dict[str, int]:
+        skip = self.wide_skip if self.wide_skip is not None and edit.reach == "global" else self.skip
+        return {"num_steps": self.num_steps, "skip": skip, "solver_order": self.solver_order}
 
     def concepts(self, edit: Edit) -> list[Concept]:
         numbers = self.reverse if edit.reverse else self.wide if edit.reach == "global" else self.local
@@ -72,7 +77,9 @@ class Method:
 
 TUNED: dict[str, Any] = {"local": (1.5, 0.95), "wide": (2.5, 0.8), "reverse": (1.0, 0.95)}
 MASKED: dict[str, Any] = {"local": (1.5, 0.9), "wide": (4.0, 0.8), "reverse": (1.0, 0.9)}
-SHIPPED: dict[str, Any] = {"local": (2.0, 0.9), "wide": (3.0, 0.8), "reverse": (3.0, 0.8), "warmup_steps": 1}
+SHIPPED: dict[str, Any] = {
+    "local": (2.0, 0.9), "wide": (3.0, 0.8), "reverse": (3.0, 0.8), "warmup_steps": 1, "wide_skip": 2,
+}  # fmt: skip
 THEIRS: dict[str, Any] = {"local": (5.0, 0.9), "wide": (5.0, 0.9), "reverse": (5.0, 0.9)}
 METHODS = (
     Method("LEDITS, 25 steps, the study's settings", 25, 4, **SHIPPED),
@@ -152,7 +159,7 @@ class Bench:
     def _measure(self, task: Task, portraits: range) -> Scores:
         edit, method = task.edit, task.method
         # Edits that share their portraits and methods that share their schedule share the inversions too.
-        key = json.dumps([dict(edit.needs), list(portraits), method.num_steps, method.skip, method.solver_order])
+        key = json.dumps([dict(edit.needs), list(portraits), method.inversion(edit)])
         if key not in self.inverted:
             self.inverted[key] = self._invert(edit, method, portraits)
         before = self.inverted[key]
@@ -167,16 +174,15 @@ class Bench:
     def _invert(self, edit: Edit, method: Method, portraits: range) -> Inverted:
         picked = pick("evaluation", edit.needs, portraits.stop)[portraits.start :]
         pictures = draw_all(picked, self.editor.size)
-        options = {"num_steps": method.num_steps, "skip": method.skip, "solver_order": method.solver_order}
         with self.editor.work() as work:
-            inversions = self.editor.invert(pictures, seed=portraits, **options)
+            inversions = self.editor.invert(pictures, seed=portraits, **method.inversion(edit))
         return Inverted(picked, pictures, inversions, work)
 
     def _key(self, task: Task, portraits: range) -> str:
         """The file's name, by all that its figures depend on."""
-        ledits, method = self.editor.ledits, task.method
-        about = [ledits.fingerprint, str(ledits.dtype), task.edit.name, method.num_steps, method.skip,
-                 method.solver_order, [asdict(concept) for concept in task.concepts], list(portraits)]  # fmt: skip
+        ledits, concepts = self.editor.ledits, [asdict(concept) for concept in task.concepts]
+        inversion = task.method.inversion(task.edit)
+        about = [ledits.fingerprint, str(ledits.dtype), task.edit.name, *inversion.values(), concepts, list(portraits)]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
 
 

@@ -68,7 +68,7 @@ def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: tuple[str, str], 
 
 def edited(editor: Editor, edit: Edit, method: Method, concepts: Sequence[Concept], count: int) -> list[Image.Image]:
     pictures = draw_all(pick("evaluation", edit.needs, count), editor.size)
-    inversions = editor.invert(pictures, num_steps=method.num_steps, skip=method.skip, solver_order=method.solver_order)
+    inversions = editor.invert(pictures, **method.inversion(edit))
     return as_images(editor.edit(inversions, concepts=concepts))
 
 
