@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.report_options import options_text
 from bench.report_speed import Json, alone_text, benchmark_text, growth_text, peers_text, table
 
 BENCH = Path(__file__).resolve().parent
@@ -350,46 +351,6 @@ def tuning_text(stem: str, found: Json) -> list[str]:
     rows = [[f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in line.values()] for line in found["rows"]]
     note = f"{found['note']} " if found.get("note") else ""
     return [f"## {stem}.json", "", f"{note}`{found['command']}`", "", *table(list(found["rows"][0]), rows)]
-
-
-def options_text(methods: Json | None, removals: Json | None) -> list[str]:
-    """LEDITS++'s options beside LEDITS, and the ways to remove something: written by bench/study/options.py."""
-    lines: list[str] = []
-    if methods:
-        lines += ["## LEDITS++'s masks and solver, and few steps: what they buy, evaluation by evaluation", ""]
-        lines += [f"`{methods['command']}`: {methods['portraits']} unseen portraits of each edit.", ""]
-        header = ["method", "evaluations", "success", "nearer", "outside", "gain", "add", "change", "remove", "seconds"]
-        rows = [
-            [
-                line["method"],
-                f"{line['evaluations']:.0f}",
-                f"{percent(line['success'])} {spread(line['success_interval'], 100.0, 0)}",
-                f"{percent(line['closer'])} {spread(line['closer_interval'], 100.0, 0)}",
-                decibel(line["outside_db"]),
-                decibel(line["gain_db"]),
-                *(f"{line[f'gain_db_{group}']:.2f}" for group in ("add", "change", "remove")),
-                f"{line['seconds']:.2f}",
-            ]
-            for line in methods["rows"]
-        ]
-        lines += table(header, rows)
-    if removals:
-        lines += ["## Removing: in reverse, by a phrase of absence, by both", ""]
-        lines += [f"`{removals['command']}`: {removals['portraits']} unseen portraits of each edit.", ""]
-        rows = [
-            [
-                line["edit"],
-                line["way"],
-                f"{line['evaluations']:.0f}",
-                f"{percent(line['success'])} {spread(line['success_interval'], 100.0, 0)}",
-                ratio(line["kept_ratio"]),
-                decibel(line["outside_db"]),
-                decibel(line["gain_db"]),
-            ]
-            for line in removals["rows"]
-        ]
-        lines += table(["edit", "way", "evaluations", "success", "kept", "outside", "gain"], rows)
-    return lines
 
 
 def kind_of(found: Any) -> str:

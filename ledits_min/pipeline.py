@@ -43,7 +43,7 @@ from ledits_min.files.configs import read_config
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
-from ledits_min.files.region import MaskLike, open_region
+from ledits_min.files.region import MaskLike, Plane, open_masks, region_of
 from ledits_min.files.result import Result
 from ledits_min.files.square import Square, find_square, over_pictures
 from ledits_min.guidance import EditSettings
@@ -385,7 +385,8 @@ class LEdits:
         )  # fmt: skip
         side = inversion.latents.shape[-1] * self.vae.config.factor
         squares = [find_square(each, side) for each in inversion.pictures] if inversion.settings.squared else []
-        settings = self._limited(settings, mask_image, inversion.original_sizes, inversion.x_T, squares)
+        planes = [] if mask_image is None else open_masks(mask_image, inversion.original_sizes)
+        settings = self._limited(settings, planes, inversion.x_T, squares)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
@@ -453,10 +454,11 @@ class LEdits:
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
+        sizes = [picture.size for picture in pictures]
+        planes = [] if mask_image is None else open_masks(mask_image, sizes)
         x_0, squares = self._encode(pictures, size)
         inverting = replace(inverting, squared=bool(squares))
-        sizes = [picture.size for picture in pictures]
-        settings = self._limited(settings, mask_image, sizes, x_0, squares)
+        settings = self._limited(settings, planes, x_0, squares)
         noise = self._noise(noise, inverting, x_0)
         contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
@@ -516,19 +518,14 @@ class LEdits:
         return self._result(edited, settings, "model")
 
     def _limited(
-        self,
-        settings: EditSettings,
-        mask_image: MaskLike | Sequence[MaskLike] | None,
-        sizes: Sequence[tuple[int, int]],
-        latents: Tensor,
-        squares: Sequence[Square],
+        self, settings: EditSettings, planes: Sequence[Plane], latents: Tensor, squares: Sequence[Square]
     ) -> EditSettings:
-        """With the user's mask as the concepts' region; InputError for that mask, and for masks this UNet has not."""
+        """With the user's opened masks as the concepts' region, if any; InputError for masks that this UNet has not."""
         check_masks(self.unet.config, settings)
-        if mask_image is None:
+        if not planes:
             return settings
         height, width = latents.shape[-2:]
-        return replace(settings, region=open_region(mask_image, sizes, (height, width), squares).to(self.device))
+        return replace(settings, region=region_of(planes, (height, width), squares).to(self.device))
 
     def worked_at(
         self, picture: tuple[int, int], size: int | tuple[int, int] | None = None

@@ -15,7 +15,7 @@ from PIL import Image
 from ledits_min import Concept, InputError, Inversion, LEdits
 from ledits_min.app.cli import main
 from ledits_min.files.picture import to_tensor
-from ledits_min.files.region import open_region
+from ledits_min.files.region import region_of
 from ledits_min.files.square import Square, find_square
 
 SAMPLE = Path(__file__).parents[1] / "weights/tiny/samples/portrait2.png"
@@ -195,12 +195,11 @@ def test_a_users_mask_lies_over_the_square_as_over_the_whole_picture() -> None:
     mask = np.zeros((300, 400), dtype=np.float32)
     mask[:, 200:] = 1.0
     left, right, padded = Square(30, (40, 30), 0, 0), Square(30, (40, 30), 10, 0), Square(40, (40, 30), 0, -5)
-    sizes = [(400, 300)] * 3
-    regions = open_region(mask, sizes, (6, 6), [left, right, padded])
+    regions = region_of([mask], (6, 6), [left, right, padded])
     assert regions.shape == (3, 1, 6, 6)
     for region, white in zip(regions, (2, 4, 3), strict=True):  # columns of six
         assert region.round().sum(dim=-1).unique().tolist() == [white]
-    assert torch.equal(open_region([mask] * 3, sizes, (6, 6), [left, right, padded]), regions)
+    assert torch.equal(region_of([mask] * 3, (6, 6), [left, right, padded]), regions)
 
 
 def test_an_edit_of_a_squared_picture_stays_in_the_users_mask(ledits: LEdits) -> None:

@@ -1,31 +1,50 @@
 """LEDITS++'s options on the embedded model: masks, the second-order solver, few steps; and removals in several ways.
 
-    python -m bench.study.options --portraits 24        some 20 minutes on one core
-    python -m bench.study.options --portraits 24 --only removals
+    python -m bench.study.options --portraits 50        some 70 minutes on one core, four times that for all 200
+    python -m bench.study.options --round 2             the second 50 portraits, beside a process for the first
+    python -m bench.study.options --portraits 50 --only removals
 
-Every row edits the same unseen portraits. Writes results/study_options_*.json and results/study_options.png, quality
-over evaluations; `python -m bench.report` shows them.
+Every row edits the same unseen portraits, 50 at a time. A finished round of a row and an edit is a file in --folder, so
+that a stopped run goes on where it was. Writes results/study_options_*.json; `python -m bench.study.options_pictures`
+draws quality over evaluations and contact sheets, and `python -m bench.report` writes the tables. One thread a process
+is the fastest: OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bench.study.edits import ADD, CHANGE, EDITS, REVERSE, Edit, named, pick
-from bench.study.evaluate import ORACLE, Editor, draw_all, load_oracle, rounded, score, summary
-from bench.study.scoring import wilson
-from ledits_min import Concept, InputError, LEdits
+from bench.study.evaluate import (
+    BATCH,
+    ORACLE,
+    Editor,
+    Scores,
+    Work,
+    draw_all,
+    joined,
+    load_oracle,
+    rounded,
+    score,
+    summary,
+)
+from bench.study.scoring import bootstrap, mean_of
+from ledits_min import Concept, InputError, Inversion, LEdits
 from ledits_min.weights.train_tiny.classifier import Classifier
-from ledits_min.weights.train_tiny.export import write_json
+from ledits_min.weights.train_tiny.export import processor, write_json
+from ledits_min.weights.train_tiny.portraits import Pixels, Portrait
 
 RESULTS = Path(__file__).parents[1] / "results"
 EDITED = tuple(edit for edit in EDITS if edit.group in (ADD, CHANGE, REVERSE) and not edit.vague)
@@ -94,108 +113,154 @@ REMOVALS = (
     Removal("both at once, attention mask", reverse=1.5, phrase=3.0, mask="attention"),
 )
 REMOVED = {"- glasses": "no glasses", "- hat": "no hat"}
+REMOVING = Method("", 25, 2, **TUNED)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row's answer to one edit."""
+
+    edit: Edit
+    method: Method
+    concepts: Sequence[Concept]
+
+
+class Inverted(NamedTuple):
+    portraits: list[Portrait]
+    pictures: Pixels
+    inversions: list[Inversion]
+    work: Work
 
 
 @dataclass
 class Bench:
+    """Runs tasks a round of `BATCH` portraits at a time; a finished round of a task is a file in `folder`."""
+
     editor: Editor
     oracle: Classifier
-    portraits: int
-    drawn: dict[str, Any] = field(default_factory=dict)
+    folder: Path
+    inverted: dict[str, Inverted] = field(default_factory=dict)  # of the present round
 
-    def measure(self, edit: Edit, method: Method, concepts: Sequence[Concept]) -> dict[str, Any]:
-        """What `score` sums up of one edit, and evaluations and seconds per picture, inversion included."""
-        if edit.name not in self.drawn:
-            portraits = pick("evaluation", edit.needs, self.portraits)
-            self.drawn[edit.name] = portraits, draw_all(portraits, self.editor.size)
-        portraits, pictures = self.drawn[edit.name]
+    def scores(self, task: Task, portraits: range) -> Scores:
+        """What each of these portraits scores, and the evaluations and seconds of its inversion and edit."""
+        file = self.folder / f"{self._key(task, portraits)}.json"
+        if not file.is_file():
+            write_json(file, {name: values.tolist() for name, values in self._measure(task, portraits).items()})
+        found: Mapping[str, list[float]] = json.loads(file.read_text())
+        return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+    def _measure(self, task: Task, portraits: range) -> Scores:
+        edit, method = task.edit, task.method
+        # Edits that share their portraits and methods that share their schedule share the inversions too.
+        key = json.dumps([dict(edit.needs), list(portraits), method.num_steps, method.skip, method.solver_order])
+        if key not in self.inverted:
+            self.inverted[key] = self._invert(edit, method, portraits)
+        before = self.inverted[key]
+        with self.editor.work() as editing:
+            edited = self.editor.edit(before.inversions, concepts=task.concepts)
+        scores = score(self.oracle, edit, before.portraits, before.pictures, edited, deep=False)
+        for name in ("evaluations", "seconds"):
+            spent = getattr(before.work, name) + getattr(editing, name)
+            scores[name] = np.full(len(portraits), spent / len(portraits))
+        return scores
+
+    def _invert(self, edit: Edit, method: Method, portraits: range) -> Inverted:
+        picked = pick("evaluation", edit.needs, portraits.stop)[portraits.start :]
+        pictures = draw_all(picked, self.editor.size)
+        options = {"num_steps": method.num_steps, "skip": method.skip, "solver_order": method.solver_order}
         with self.editor.work() as work:
-            inversions = self.editor.invert(
-                pictures, num_steps=method.num_steps, skip=method.skip, solver_order=method.solver_order
-            )
-            edited = self.editor.edit(inversions, concepts=concepts)
-        found = summary(score(self.oracle, edit, portraits, pictures, edited, deep=False))
-        per = {"evaluations": work.evaluations / len(pictures), "seconds": work.seconds / len(pictures)}
-        return rounded(found | per)  # type: ignore[no-any-return]
+            inversions = self.editor.invert(pictures, seed=portraits, **options)
+        return Inverted(picked, pictures, inversions, work)
+
+    def _key(self, task: Task, portraits: range) -> str:
+        """The file's name, by all that its figures depend on."""
+        ledits, method = self.editor.ledits, task.method
+        about = [ledits.fingerprint, str(ledits.dtype), task.edit.name, method.num_steps, method.skip,
+                 method.solver_order, [asdict(concept) for concept in task.concepts], list(portraits)]  # fmt: skip
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
 
 
-def over_edits(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the edits, success and nearness over all portraits with their intervals, gains by kind of edit."""
-    count = sum(one["count"] for one in found.values())
-    line: dict[str, Any] = {"count": count}
-    for name in ("success", "closer"):
-        hits = round(sum(one[name] * one["count"] for one in found.values()))
-        line |= {name: hits / count, f"{name}_interval": wilson(hits, count)}
-    for name in ("outside_db", "gain_db", "evaluations", "seconds"):
-        line[name] = fmean(one[name] for one in found.values())
+def rounds(portraits: int) -> list[range]:
+    return [range(first, min(first + BATCH, portraits)) for first in range(0, portraits, BATCH)]
+
+
+def measured(bench: Bench, tasks: Sequence[Task], parts: Sequence[range]) -> list[Scores]:
+    """The scores of every task, joined over the rounds: a round of all tasks before the next."""
+    found: list[list[Scores]] = [[] for _ in tasks]
+    for portraits in parts:
+        bench.inverted.clear()
+        for task, scores in zip(tasks, found, strict=True):
+            scores.append(bench.scores(task, portraits))
+        print(f"portraits {portraits.start + 1} to {portraits.stop}: done", flush=True)
+    return [joined(scores) for scores in found]
+
+
+def about_edit(found: Scores) -> dict[str, Any]:
+    """`evaluate.summary`, and what a picture costs."""
+    return summary(found) | {name: float(found[name].mean()) for name in ("evaluations", "seconds")}
+
+
+def over_edits(found: Sequence[Scores], base: Sequence[Scores]) -> dict[str, Any]:
+    """Over all portraits of `EDITED`: rates and means with their intervals, and what differs from `base`, in pairs."""
+    whole, others = joined(found), joined(base)
+    line = about_edit(whole)
+    for name in ("success", "gain_db", "outside_db"):
+        difference = whole[name] - others[name]
+        line |= {f"{name}_more": float(mean_of(difference)), f"{name}_more_interval": bootstrap(difference)}
     for group, word in GROUPS.items():
-        line[f"gain_db_{word}"] = fmean(found[e.name]["gain_db"] for e in EDITED if e.group == group)
-    return rounded(line)  # type: ignore[no-any-return]
+        gains = [scores["gain_db"].mean() for edit, scores in zip(EDITED, found, strict=True) if edit.group == group]
+        line[f"gain_db_{word}"] = fmean(gains)
+    return line
 
 
-def measure_methods(bench: Bench) -> list[dict[str, Any]]:
-    rows = []
-    for method in METHODS:
-        found = {edit.name: bench.measure(edit, method, method.concepts(edit)) for edit in EDITED}
-        rows.append({"method": method.name, **over_edits(found), "edits": found})
-        print(method.name, {k: v for k, v in rows[-1].items() if k != "edits"}, flush=True)
-    return rows
+def measure_methods(bench: Bench, parts: Sequence[range]) -> list[dict[str, Any]]:
+    tasks = [Task(edit, method, method.concepts(edit)) for method in METHODS for edit in EDITED]
+    found = measured(bench, tasks, parts)
+    by_method = [found[first : first + len(EDITED)] for first in range(0, len(found), len(EDITED))]
+    return [
+        {
+            "method": method.name,
+            **over_edits(scores, by_method[0]),
+            "edits": {edit.name: about_edit(one) for edit, one in zip(EDITED, scores, strict=True)},
+        }
+        for method, scores in zip(METHODS, by_method, strict=True)
+    ]
 
 
-def measure_removals(bench: Bench) -> list[dict[str, Any]]:
-    rows = []
-    base = Method("", 25, 2, **TUNED)
-    for name, phrase in REMOVED.items():
-        edit = named(name)
-        for way in REMOVALS:
-            found = bench.measure(edit, base, way.concepts(edit.texts[0], phrase))
-            rows.append({"edit": name, "way": way.name, **found})
-            print(name, way.name, found["success"], found["outside_db"], found["gain_db"], flush=True)
-    return rows
-
-
-def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Quality over evaluations: what is gained against the ideal edit, and what is kept outside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.6))
-    wanted = (("gain_db", "nearer to the ideal edit, dB"), ("outside_db", "PSNR outside the region, dB"))
-    for axis, (name, label) in zip(axes, wanted, strict=True):
-        for number, row in enumerate(rows, start=1):
-            axis.plot(row["evaluations"], row[name], "o", color="#0072B2")
-            axis.annotate(str(number), (row["evaluations"], row[name]), textcoords="offset points", xytext=(5, 4))
-        axis.set_xlabel("UNet evaluations per picture, inversion and edit", fontsize=9)
-        axis.set_ylabel(label, fontsize=9)
-        axis.grid(alpha=0.3)
-    words = "   ".join(f"{number} {row['method']}" for number, row in enumerate(rows, start=1))
-    figure.text(0.5, 0.0, words, ha="center", va="top", fontsize=8, wrap=True)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+def measure_removals(bench: Bench, parts: Sequence[range]) -> list[dict[str, Any]]:
+    asked = [(named(name), phrase, way) for name, phrase in REMOVED.items() for way in REMOVALS]
+    tasks = [Task(edit, REMOVING, way.concepts(edit.texts[0], phrase)) for edit, phrase, way in asked]
+    return [
+        {"edit": edit.name, "way": way.name, **about_edit(scores)}
+        for (edit, _, way), scores in zip(asked, measured(bench, tasks, parts), strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--portraits", type=int, default=200, help="of each edit (default: 200)")
     parser.add_argument("--only", choices=("methods", "removals"), help="one of the two tables; the other one stays")
+    parser.add_argument("--round", type=int, help="only measure this round, from 1, and write no table")
+    parser.add_argument("--folder", type=Path, default=Path("build/options"), help="where finished rounds lie")
     parser.add_argument("--oracle", type=Path, default=ORACLE)
     parser.add_argument("--dtype", default="auto", help="of the networks")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     ledits = LEdits.from_pretrained("tiny", device="cpu", dtype=arguments.dtype)
-    bench = Bench(Editor(ledits), load_oracle(arguments.oracle), arguments.portraits)
-    command = "python -m bench.study.options " + " ".join(map(shlex.quote, sys.argv[1:]))
+    bench = Bench(Editor(ledits), load_oracle(arguments.oracle), arguments.folder)
+    command = " ".join(["python -m bench.study.options", *map(shlex.quote, sys.argv[1:])])
     about = {"portraits": arguments.portraits, "dtype": str(ledits.dtype).removeprefix("torch."), "command": command}
+    about["processor"] = processor()
+    parts = rounds(arguments.portraits)
     for table, measure in (("methods", measure_methods), ("removals", measure_removals)):
-        if arguments.only in (None, table):
-            rows = measure(bench)
-            write_json(arguments.out / f"study_options_{table}.json", {**about, "rows": rows})
-            if table == "methods":
-                plot(rows, arguments.out / "study_options.png")
+        if arguments.only not in (None, table):
+            continue
+        if arguments.round is not None:
+            measure(bench, parts[arguments.round - 1 : arguments.round])
+            continue
+        rows = rounded(measure(bench, parts))
+        write_json(arguments.out / f"study_options_{table}.json", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

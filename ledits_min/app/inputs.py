@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ledits_min import Inversion, LEdits, Result
+    from ledits_min.files.region import Plane
     from ledits_min.inversion import InversionSettings
 
 MAX_MASK = 256 * 2**20  # bytes
@@ -130,6 +131,15 @@ def only_where(args: argparse.Namespace) -> dict[str, Any]:
     if args.only_where is None:
         return {}
     return {"only_where": hashlib.sha256(read_file(args.only_where, "a mask", MAX_MASK)).hexdigest()}
+
+
+def users_mask(args: argparse.Namespace, size: tuple[int, int]) -> Plane | None:
+    """The mask of --only-where for a picture of `size`; InputError for one that would be refused."""
+    if args.only_where is None:
+        return None
+    from ledits_min.files.region import open_masks
+
+    return open_masks(args.only_where, [size])[0]
 
 
 def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:

@@ -8,28 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ledits_min.errors import InputError
 from ledits_min.files.opening import ImageLike, open_image
 from ledits_min.files.square import Square
 
+Plane = NDArray[np.float32]
 MaskLike = ImageLike  # an array may also be (H, W): bool, uint8, or float in 0 .. 1
 MAX_PIXELS = 64_000_000
 GREY = 8  # how far apart the colours of a grey pixel may be: a JPEG rounds them
 SHAPE = 0.02  # by which its aspect ratio may differ from the picture's: both have whole pixels
 
 
-def open_region(
-    masks: MaskLike | Sequence[MaskLike],
-    sizes: Sequence[tuple[int, int]],
-    latents: tuple[int, int],
-    squares: Sequence[Square] = (),
-) -> Tensor:
-    """One mask for all pictures or one per picture, white where concepts may act: float32 (1 or B, 1, h, w), 0 .. 1.
+def open_masks(masks: MaskLike | Sequence[MaskLike], sizes: Sequence[tuple[int, int]]) -> list[Plane]:
+    """One mask for all pictures or one per picture, white where concepts may act: float32 (H, W), 0 .. 1.
 
-    sizes (width, height) of the pictures; latents (h, w), of the `squares` in them where there are any. InputError for
-    a mask that is no grey picture, has another shape than its picture, or is black.
+    sizes (width, height) of the pictures. InputError for a mask that is no grey picture, has another shape than its
+    picture, or is black.
     """
     many = list(masks) if isinstance(masks, list | tuple) else [masks]
     if len(many) not in (1, len(sizes)):
@@ -42,25 +39,30 @@ def open_region(
                 f"mask is {wide} x {high}, and its picture {width} x {height}, of another shape; draw the mask over "
                 "the whole picture, at any scale"
             )
+    return planes
+
+
+def region_of(planes: Sequence[Plane], latents: tuple[int, int], squares: Sequence[Square] = ()) -> Tensor:
+    """Opened masks over latents (h, w): float32 (1 or B, 1, h, w). Of the `squares` in pictures that were made some."""
+    masks = [torch.from_numpy(plane) for plane in planes]
     if squares:
-        planes = planes if len(planes) > 1 else planes * len(squares)
-        planes = [one.cut(_resized(plane, one.whole[::-1])) for one, plane in zip(squares, planes, strict=True)]
-    return torch.stack([_resized(plane, latents)[None] for plane in planes])
+        masks = masks if len(masks) > 1 else masks * len(squares)
+        masks = [one.cut(_resized(mask, one.whole[::-1])) for one, mask in zip(squares, masks, strict=True)]
+    return torch.stack([_resized(mask, latents)[None] for mask in masks])
 
 
-def _resized(plane: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(plane[None, None], size=size, mode="bilinear", antialias=True)[0, 0].clamp(0.0, 1.0)
+def _resized(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(mask[None, None], size=size, mode="bilinear", antialias=True)[0, 0].clamp(0.0, 1.0)
 
 
-def _plane(mask: MaskLike) -> Tensor:
-    """float32 (H, W) in 0 .. 1."""
+def _plane(mask: MaskLike) -> Plane:
     plane = _of_array(mask) if isinstance(mask, np.ndarray) and mask.ndim == 2 else _of_picture(mask)
     if not plane.max() > 0.0:
         raise InputError("mask is black, so that nothing would change; paint white where concepts may act")
-    return torch.from_numpy(plane)
+    return plane
 
 
-def _of_picture(mask: MaskLike) -> np.ndarray[Any, Any]:
+def _of_picture(mask: MaskLike) -> Plane:
     notices: list[str] = []
     try:
         pixels = np.asarray(open_image(mask, notices=notices)).astype(np.int16)
@@ -70,11 +72,11 @@ def _of_picture(mask: MaskLike) -> np.ndarray[Any, Any]:
         raise InputError("mask is partly transparent; save it grey: white where concepts may act, black elsewhere")
     if (pixels.max(axis=2) - pixels.min(axis=2)).max() > GREY:
         raise InputError("mask has colours; a grey picture is wanted: white where concepts may act, black elsewhere")
-    plane: np.ndarray[Any, Any] = (pixels.mean(axis=2) / 255.0).astype(np.float32)
+    plane: Plane = (pixels.mean(axis=2) / 255.0).astype(np.float32)
     return plane
 
 
-def _of_array(mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _of_array(mask: np.ndarray[Any, Any]) -> Plane:
     if mask.dtype == np.uint8:
         plane = mask.astype(np.float32) / 255.0
     elif mask.dtype == np.bool_ or np.issubdtype(mask.dtype, np.floating):

@@ -314,6 +314,28 @@ def test_whatever_goes_wrong_is_one_line(
     assert capsys.readouterr().err.startswith("Traceback")
 
 
+@pytest.mark.parametrize("command", [["edit", "p.png"], ["sweep", "p.png", "--scale", "1,2"]], ids=["edit", "sweep"])
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (Image.new("RGB", (64, 64), "red"), "mask has colours"),
+        (Image.new("L", (64, 64), 0), "mask is black"),
+        (Image.new("L", (64, 16), 255), "mask is 64 x 16"),
+    ],
+    ids=["colours", "black", "shape"],
+)
+def test_a_mask_is_refused_before_anything_is_loaded(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    command: list[str], mask: Image.Image, says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(commands, "load_model", pytest.fail)
+    mask.save("mask.png")
+    assert main([*command, "--add", "hat", "--only-where", "mask.png"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ledits: error: {says}")
+    assert names(place) == {"p.png", "mask.png"}
+
+
 STOPPED = """
 import os, signal, sys
 import ledits_min.{module} as module

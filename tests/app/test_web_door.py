@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from ledits_min.app.web.models import Models
-from ledits_min.app.web.visits import Limits
+from ledits_min.app.web.visits import Limits, Visits
 from ledits_min.weights.read.survey import TINY
 
 pytest.importorskip("gradio", reason="the [web] extra is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx, the test client, is not installed")
 
+from starlette.responses import PlainTextResponse  # noqa: E402
+
+from ledits_min.app.web import door as web_door  # noqa: E402
 from ledits_min.app.web.page import Page  # noqa: E402
 from ledits_min.app.web.server import door, listening, names_of, quiet_gradio, running  # noqa: E402
 
@@ -328,6 +333,83 @@ def test_no_path_of_this_machine_is_told(served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
     visitor.edit("sunglasses")
     assert str(served.page.visits.place) not in json.dumps(visitor.values)
+
+
+@pytest.mark.parametrize("longest", [60.0, 0.01], ids=["one at a time", "one that hangs"])
+def test_who_is_here_does_not_wait_for_those_who_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float
+) -> None:
+    monkeypatch.setattr(web_door, "LONGEST_TURN", longest)
+    visits, begun, names = Visits(cast(Models, None), tmp_path), list[str](), list[str]()
+    go_on = asyncio.Event()
+
+    async def gradio(scope: Any, receive: Any, send: Any) -> None:
+        begun.append(scope["path"])
+        if scope["method"] == "POST":
+            names.append(json.loads((await receive())["body"])["session_hash"])
+        elif begun.count("/") == 2:  # the first of those who arrive
+            await go_on.wait()
+        await PlainTextResponse("")(scope, receive, send)
+
+    async def crowd() -> None:
+        way = httpx.ASGITransport(web_door.Door(gradio, visits, {0: 0}, ["here"], 80, []))
+        async with httpx.AsyncClient(transport=way, base_url="http://here") as client:
+            await client.get("/")
+
+            async def ask(name: str) -> Any:
+                event = {"fn_index": 0, "data": [], "session_hash": name}
+                return await client.post("/gradio_api/run/predict", json=event)
+
+            await ask("visitor")
+            visits.arrive(names[-1])
+            arriving = [asyncio.create_task(client.get("/")) for _ in range(5)]
+            arriving += [asyncio.create_task(ask(f"other{number}")) for number in range(5)]
+            await asyncio.sleep(0.01)
+            assert (await ask("visitor")).status_code == 200 and not arriving[0].done()
+            if longest < 1.0:
+                await asyncio.wait(arriving[1:])
+            assert len(begun) == (13 if longest < 1.0 else 4)
+            go_on.set()
+            assert {answer.status_code for answer in await asyncio.gather(*arriving)} == {200}
+
+    asyncio.run(crowd())
+
+
+def test_a_page_that_reads_no_answers_is_given_no_more(
+    served: Served, visitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_door, "MAX_UNREAD", 5)
+    post, answers = visitor.post, list[Any]()
+
+    def kept(*asked: Any) -> Any:
+        answers.append(post(*asked))
+        return answers[-1]
+
+    visitor.post, visitor._wait_for = kept, lambda event: None
+    for _ in range(8):
+        visitor.open_sample(0)
+    while served.page.blocks._queue.event_ids_to_events:
+        time.sleep(0.01)
+    visitor.open_sample(0)
+    assert answers[0].status_code == 200
+    assert (answers[-1].status_code, answers[-1].text) == (429, "this page does not read its answers; reload it\n")
+
+
+def test_nothing_is_kept_of_visits_that_are_over(bench_web: Any, models: Models, tmp_path: Path) -> None:
+    with serving(models, tmp_path.resolve(), Limits(visits=2)) as served:
+        queue = served.page.blocks._queue
+        for number in range(6):
+            visitor = bench_web.Visitor(served.browser())
+            if number % 2:
+                visitor._wait_for = lambda event: None  # asks, and never reads the answer
+            visitor.open_sample(0)
+        kept = queue.pending_event_ids_session, queue.pending_messages_per_session
+        assert [len(each) for each in kept] == [6, 6]
+        while queue.event_ids_to_events:
+            time.sleep(0.01)
+        served.page.sweep()
+        assert [len(each) for each in kept] == [2, 2] == [len(served.page.blocks.state_holder.session_data)] * 2
+        assert all(name in served.page.visits for each in kept for name in each)
 
 
 def test_uploads_are_bounded(bench_web: Any, models: Models, tmp_path: Path) -> None:

@@ -212,6 +212,19 @@ def test_a_run_can_be_stopped_and_the_next_one_is_not(session: Session, phase: s
     assert ("inverting" in {what for _, what in told}) == (phase == "inverting")  # an inversion that is done is kept
 
 
+def test_another_picture_may_be_opened_while_one_is_edited(session: Session) -> None:
+    first = session.picture
+
+    def open_another(done: float, what: str) -> None:
+        if session.picture is first:
+            session.open(OTHER)
+
+    made = session.edit("tiny", BASIS, GLASSES, open_another)
+    assert made.picture is first is not session.picture
+    session.restore(made)
+    assert made.picture.shown.exists() and session.edit("tiny", replace(BASIS, skip=3), GLASSES).inverted is not None
+
+
 def test_a_page_that_is_left_frees_its_inversions_and_one_that_is_gone_its_files(
     models: Models, tmp_path: Path, inverted: list[int]
 ) -> None:
@@ -350,7 +363,7 @@ def test_the_command_says_what_the_server_was_started_with(
     parser = build_parser()
     served = parser.parse_args(["web", *options])
     models = Models(["tiny"], served.device, served.dtype, compile=served.compile, **parts(served))
-    picture = Picture(Image.new("RGB", (8, 8)), "p.png", (), tmp_path)
+    picture = Picture(tmp_path, (8, 8), "p.png", (), tmp_path)
     made = Edit(1, "tiny", picture, basis, change, tmp_path, (), None, 0.0)
     _, *argv = shlex.split(as_command(made, models.given).replace(" \\\n", " "))
     read = vars(parser.parse_args(argv))

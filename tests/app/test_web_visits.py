@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from PIL import Image
 
-from ledits_min import InputError
+from ledits_min import InputError, Inversion
 from ledits_min.app.web.models import Models
-from ledits_min.app.web.session import Session
+from ledits_min.app.web.server import give_memory_back
+from ledits_min.app.web.session import Basis, Session
 from ledits_min.app.web.visits import Limits, Visits
+from ledits_min.inversion import InversionSettings
 
 NOBODYS = cast(Models, None)  # nothing is computed here
 SIDE = 200
@@ -50,7 +56,7 @@ def test_a_client_without_heartbeat_expires_and_leaves_nothing(
     begin: Callable[..., Visits], clock: Clock, picture: Path
 ) -> None:
     visits = begin(absent=600.0)
-    visits.arrive("a.1").open(picture)
+    invert(visits.arrive("a.1"), picture)
     clock.now = 599.0
     visits.sweep()
     assert len(visits) == 1 and visits.memory == PIXELS
@@ -132,25 +138,22 @@ def test_who_computes_does_not_make_way(begin: Callable[..., Visits], clock: Clo
     assert names(visits) == {"b.1"}
 
 
-def test_memory_is_bounded_and_who_must_wait_is_told(
-    begin: Callable[..., Visits], clock: Clock, picture: Path
-) -> None:
+def test_memory_is_bounded(begin: Callable[..., Visits], clock: Clock, picture: Path) -> None:
     visits = begin(memory=3 * PIXELS)
     for number in range(10):
         clock.now = float(number)
-        visits.arrive(f"{number}.x").open(picture)
+        invert(visits.arrive(f"{number}.x"), picture)
         assert visits.memory <= 3 * PIXELS
-    assert names(visits) == {"7.x", "8.x", "9.x"}
-    late = visits.arrive("late.x")
-    with visits.page_open("7.x"), visits.page_open("8.x"), visits.page_open("9.x"):
-        with pytest.raises(InputError, match="holds as many pictures as it may; take a smaller one, or come back"):
-            late.open(picture)
-        assert visits.memory == 3 * PIXELS and late.picture is None
-    late.open(picture)
-    assert visits.memory == 3 * PIXELS
+    assert len(visits) == 10  # what can be made again makes way, and no visit for it
+    assert {name for name in names(visits) if visits.session(name).memory} == {"7.x", "8.x", "9.x"}
+    with visits.computing("7.x"), visits.computing("8.x"), visits.computing("9.x"):
+        invert(visits.arrive("late.x"), picture)
+        assert visits.session("late.x").memory == 0 and visits.memory == 3 * PIXELS  # made, and not kept
 
 
-def test_files_are_bounded(begin: Callable[..., Visits], clock: Clock, picture: Path) -> None:
+def test_files_are_bounded_and_who_must_wait_is_told(
+    begin: Callable[..., Visits], clock: Clock, picture: Path
+) -> None:
     visits = begin(files=4_000_000)
     for number in range(8):
         clock.now = float(number)
@@ -158,6 +161,15 @@ def test_files_are_bounded(begin: Callable[..., Visits], clock: Clock, picture: 
         stored = sum(path.stat().st_size for path in visits.place.rglob("*") if path.is_file())
         assert stored == visits.files <= 4_000_000
     assert len(visits) < 8
+    late = visits.arrive("late.x")
+    with ExitStack() as open_pages:
+        for name in names(visits):
+            open_pages.enter_context(visits.page_open(name))
+        with pytest.raises(InputError, match="holds as many pictures as it may; take a smaller one, or come back"):
+            late.open(picture)
+    assert late.picture is None
+    late.open(picture)
+    assert visits.files <= 4_000_000
 
 
 def test_only_a_picture_that_can_be_gone_back_to_is_kept(begin: Callable[..., Visits], picture: Path) -> None:
@@ -165,8 +177,18 @@ def test_only_a_picture_that_can_be_gone_back_to_is_kept(begin: Callable[..., Vi
     session = visits.arrive("a.1")
     for _ in range(5):
         session.open(picture)
-    assert visits.memory == PIXELS
-    assert [path.name for path in session.folder.iterdir()] == ["picture-5.png"]
+    assert {path.name for path in session.folder.iterdir()} == {"original-5", "picture-5.png"}
+
+
+def test_a_picture_is_kept_as_its_file_and_not_decoded(begin: Callable[..., Visits], picture: Path) -> None:
+    visits = begin()
+    session = visits.arrive("a.1")
+    opened = session.open(picture)
+    assert visits.memory == 0
+    assert opened.file.read_bytes() == picture.read_bytes() and opened.file.parent == session.folder
+    gc.collect()
+    decoded = [each for each in gc.get_objects() if issubclass(type(each), Image.Image) and each.size == (SIDE, SIDE)]
+    assert decoded == []
 
 
 def test_two_hundred_visits_leave_a_flat_line(begin: Callable[..., Visits], clock: Clock, picture: Path) -> None:
@@ -191,12 +213,22 @@ def test_two_hundred_visits_leave_a_flat_line(begin: Callable[..., Visits], cloc
         gc.collect()
         living = sum(each() is not None for each in alive)
         lines.append((len(visits), living, visits.memory, len(list(visits.place.iterdir()))))
-    assert max(lines) == lines[-1] == (16, 16, 16 * PIXELS, 16)
+    assert max(lines) == lines[-1] == (16, 16, 0, 16)
     clock.now += 3600.0
     visits.sweep()
     gc.collect()
     assert [each for each in alive if each() is not None] == []
     assert list(visits.place.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_freed_memory_is_given_back() -> None:
+    kept = [bytearray(100_000) for _ in range(1000)]
+    del kept[::2]  # holes between what stays
+    before = resident()
+    give_memory_back()
+    assert resident() < before - 25_000_000
+    assert len(kept) == 500
 
 
 def test_an_upload_is_its_senders_alone_and_goes_when_nobody_opens_it(
@@ -217,6 +249,18 @@ def test_an_upload_is_its_senders_alone_and_goes_when_nobody_opens_it(
         clock.now = 600.0
         visits.sweep()
         assert visits.files == 0 and not folder.exists()
+
+
+def invert(session: Session, picture: Path) -> None:
+    """Keep an inversion of as many bytes as the picture has."""
+    nothing, original = torch.empty(0), torch.zeros((SIDE, SIDE, 3), dtype=torch.uint8)
+    inversion = Inversion(nothing, nothing, nothing, (original,), InversionSettings())
+    session._keep((session.open(picture), "", Basis(4, 1)), inversion)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def names(visits: Visits) -> set[str]:

@@ -220,7 +220,13 @@ class TestUsersMask:
             (3, "mask: image is int"),
         ],
     )
-    def test_what_is_no_mask_is_refused(self, fast: LEdits, mask: Any, says: str) -> None:
+    def test_what_is_no_mask_is_refused(
+        self, fast: LEdits, monkeypatch: pytest.MonkeyPatch, mask: Any, says: str
+    ) -> None:
         inversion = fast.invert(portrait(1), num_steps=1, skip=0, progress=False)
+        for network in ("encode", "decode", "edit", "invert_and_edit"):  # before any of them runs
+            monkeypatch.setattr(fast.runner, network, pytest.fail)
         with pytest.raises(InputError, match=says):
             fast.edit(inversion, concepts=BOTH, mask_image=mask, progress=False)
+        with pytest.raises(InputError, match=says):
+            fast.invert_and_edit(portrait(1), concepts=BOTH, mask_image=mask, progress=False)

@@ -28,6 +28,7 @@ from ledits_min.app.inputs import (
     open_picture,
     parts,
     texts_of,
+    users_mask,
 )
 from ledits_min.app.places import PICTURES, check_outputs
 from ledits_min.app.terminal import Clock, notice, tell, tell_written
@@ -93,6 +94,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
         picture = outputs.original_picture(made)
         check_output_picture(out, picture.size)
     assert picture is not None
+    mask = users_mask(args, picture.size)
     ledits = load_model(args)
     for text in texts_of(args):
         check_prompt(ledits, text)  # now, not after minutes of inversion
@@ -102,7 +104,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
     clock.lap("load")
     settings = edit_settings(args, ledits)
     edit = {**settings, "concepts": concepts, "trace": args.report is not None, "attention": attention}
-    edit["mask_image"] = args.only_where
+    edit["mask_image"] = mask
     if made is None and args.save_inversion is None:
         inversion, result = edit_picture(args, ledits, picture, **edit)
     else:  # what is saved must give the same picture again, to the last bit, so it is not made in the edit's batches
@@ -184,6 +186,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     if made is not None:
         picture = outputs.original_picture(made)
     assert picture is not None
+    users_mask(args, picture.size)  # refused now, not after the model is loaded
     ledits = load_model(args)
     concepts = [Concept(**fields) for fields in concept_fields(grid.cells[0][0])]
     for text in texts_of(args):

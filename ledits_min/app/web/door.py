@@ -8,6 +8,7 @@ made here, from a secret, the browser's cookie and what the client calls itself,
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -36,10 +37,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 2**20  # of what an event sends: values of the page, and the history that a browser kept
 MAX_TEXT = 400_000
+MAX_UNREAD = 200  # answers that wait for a page to read them
+LONGEST_TURN = 1.0  # seconds until the next page is loaded, whatever the one before still waits for
 
 _PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/startup-events")
+_RENDERED = ("/", "/config")
 _PARTS = ("/assets/", "/static/", "/svelte/")
-_EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+_JOIN = "/gradio_api/queue/join"
+_EVENTS = (_JOIN, "/gradio_api/run/predict")
 _HEARTBEAT, _QUEUE = "/gradio_api/heartbeat/", "/gradio_api/queue/data"
 _CLIENT = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what a client calls itself
 _NOT_PASSED_ON = ("cookie", "origin", "referer", "authorization", "forwarded", "x-forwarded-host", "x-forwarded-for",
@@ -65,15 +70,21 @@ class Refused(Exception):
 
 
 class Door:
-    """`app` is Gradio's, `events` the number of values that each of its events takes, `names` those of this server."""
+    """`app` is Gradio's, `events` the number of values that each of its events takes, `names` those of this server.
+
+    unread  how many answers of a visit wait in Gradio's queue
+    """
 
     def __init__(
-        self, app: App, visits: Visits, events: dict[int, int], names: Iterable[str], port: int, samples: list[Path]
-    ) -> None:
+        self, app: App, visits: Visits, events: dict[int, int], names: Iterable[str], port: int, samples: list[Path],
+        unread: Callable[[str], int] = lambda name: 0,
+    ) -> None:  # fmt: skip
+        self._unread = unread
         self._app, self._visits, self._events, self._samples = app, visits, events, samples
         self._names, self._port = frozenset(names), port
         self._secret = secrets.token_bytes(32)
         self._cookie = f"ledits_{port}"  # browsers keep cookies by name and host, whatever the port
+        self._arriving = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -123,7 +134,8 @@ class Door:
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
             if path in _PAGE or path.startswith(_PARTS) and ".." not in path:
-                await self._app(_passed_on(scope, headers), receive, send)
+                serve = self._in_turn if path in _RENDERED else self._app
+                await serve(_passed_on(scope, headers), receive, send)
             elif path.startswith("/samples/"):
                 await self._sample(path)(scope, receive, send)
             elif not owner:
@@ -151,12 +163,26 @@ class Door:
                 response = await self._upload(receive, headers, owner)
                 await response(scope, receive, send)
             else:
-                body = self._event(await _body(receive), owner)
-                await self._app(_passed_on(scope, headers, body=body), _said_once(body, receive), send)
+                event = self._event(await _body(receive), owner)
+                if path == _JOIN and self._unread(event["session_hash"]) >= MAX_UNREAD:
+                    raise Refused(429, "this page does not read its answers; reload it")
+                body = json.dumps(event).encode()
+                serve = self._app if event["session_hash"] in self._visits else self._in_turn
+                await serve(_passed_on(scope, headers, body=body), _said_once(body, receive), send)
         elif method == "POST":
             raise Refused(404, "there is nothing here")
         else:
             raise Refused(405, "only GET, HEAD and POST are served")
+
+    async def _in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One page load after the other: who is here already waits for one of them and not for all at once.
+
+        Gradio computes for a tenth of a second on each, and nothing else is answered meanwhile.
+        """
+        async with self._arriving:
+            serving = asyncio.ensure_future(self._app(scope, receive, send))
+            await asyncio.wait([serving], timeout=LONGEST_TURN)
+        await serving
 
     def _check_names(self, headers: Headers) -> None:
         """DNS can be made to point any name at this machine; only its own are answered, and only pages of its own."""
@@ -197,7 +223,7 @@ class Door:
             raise Refused(400, "the session's name is not one")
         return f"{owner}.{self._sign('visit', owner, client)[:20]}"
 
-    def _event(self, body: bytes, owner: str) -> bytes:
+    def _event(self, body: bytes, owner: str) -> dict[str, Any]:
         """The event as Gradio is handed it: its values are plain ones, as many as it takes."""
         try:
             asked = json.loads(body, parse_constant=_no_constant)
@@ -214,14 +240,14 @@ class Door:
             raise Refused(400, "the session has no name")
         told, trigger = asked.get("event_data"), asked.get("trigger_id")
         index, token = (told.get("index"), told.get("token")) if isinstance(told, dict) else (None, None)
-        return json.dumps({
+        return {
             "data": values, "fn_index": number, "session_hash": self._name(owner, client),
             "trigger_id": trigger if type(trigger) is int else None,
             "event_data": {
                 "index": index if type(index) is int else None,
                 "token": token if isinstance(token, str) and len(token) <= 64 else None,
             },
-        }).encode()  # fmt: skip
+        }
 
     async def _upload(self, receive: Receive, headers: Headers, owner: str) -> Response:
         """The body is the file, its name a header's."""

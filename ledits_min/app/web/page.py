@@ -64,6 +64,21 @@ class Page:
             self._connect(self._parts)
         self.blocks: gr.Blocks = blocks.queue(max_size=64, default_concurrency_limit=4)
 
+    def sweep(self) -> None:
+        """Close the visits that nobody is there for, and drop what Gradio would keep of those that are over."""
+        self.visits.sweep()
+        queue = self.blocks._queue
+        busy = {event.session_hash for event in list(queue.event_ids_to_events.values())}
+        for name in list(queue.pending_event_ids_session):
+            if name not in self.visits and name not in busy:
+                queue.pending_event_ids_session.pop(name, None)
+                queue.pending_messages_per_session.pop(name, None)
+
+    def unread(self, name: str) -> int:
+        """How many answers Gradio holds for a visit until its page reads them."""
+        messages = self.blocks._queue.pending_messages_per_session.get(name)
+        return 0 if messages is None else messages.qsize()
+
     def _connect(self, parts: Layout) -> None:
         blocks = gr.context.Context.root_block
         fields = [part for row in parts.rows for part in row.fields]

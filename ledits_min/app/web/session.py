@@ -7,7 +7,8 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,15 @@ Admit = Callable[[int, int], bool]  # whether so many more bytes have room: in m
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An opened picture. `source` is what a command would name it by, `shown` the file that the page shows."""
+    """An opened picture: its file, which is decoded again where pixels are wanted, and what is known of it.
 
-    image: Image.Image
+    size    width, height, upright
+    source  what a command would name it by
+    shown   the file that the page shows
+    """
+
+    file: Path
+    size: tuple[int, int]
     source: str
     notices: tuple[str, ...]
     shown: Path
@@ -166,13 +173,13 @@ class Session:
         self._inversions: OrderedDict[tuple[Picture, str, Basis], Inversion] = OrderedDict()
         self._stop = threading.Event()
         self._files = threading.RLock()  # a picture may be opened while an edit of another is written
+        self._edited: Picture | None = None
         self._made = self._opened = 0
 
     @property
     def memory(self) -> int:
-        """Bytes of its pictures and inversions."""
-        pictures = {id(picture): picture for picture in self._pictures()}.values()
-        return sum(_pixel_bytes(each.image) for each in pictures) + sum(map(_bytes_of, list(self._inversions.values())))
+        """Bytes of its inversions."""
+        return sum(map(_bytes_of, list(self._inversions.values())))
 
     @property
     def stored(self) -> int:
@@ -181,7 +188,10 @@ class Session:
             return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def open(self, path: Path, source: str | None = None) -> Picture:
-        """Take a file as the picture to edit. InputError names it as the visitor knows it."""
+        """Take a file as the picture to edit. InputError names it as the visitor knows it.
+
+        A file that has a `source` stays where it is; of any other the visit keeps a copy.
+        """
         name, notices = path.name, list[str]()
         try:
             image = open_image(path, notices=notices)
@@ -191,23 +201,37 @@ class Session:
             most = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
             raise InputError(f"{quoted(name)} is {image.width} x {image.height}, {most}")
         view = shown(image)
-        if not self.admit(_pixel_bytes(image), _pixel_bytes(view)):
+        if not self.admit(0, _pixel_bytes(view) + (0 if source else path.stat().st_size)):
             raise InputError("the page holds as many pictures as it may; take a smaller one, or come back in a while")
         said = tuple(notice.replace(quoted(path), quoted(name)) for notice in notices)
         with self._files:
             self._opened += 1
-            file = self.folder / f"picture-{self._opened}.png"
-            view.save(file, compress_level=1)
-            self.picture = Picture(image, source or name, said, file)
+            file, seen = path, self.folder / f"picture-{self._opened}.png"
+            if not source:
+                file = shutil.copyfile(path, self.folder / f"original-{self._opened}")
+            view.save(seen, compress_level=1)
+            self.picture = Picture(file, image.size, source or name, said, seen)
             self._forget_what_is_over()
             return self.picture
 
     def edit(self, model: str, basis: Basis, change: Change, report: Report = lambda done, what: None) -> Edit:
         """Edit the picture, inverting it first only where no inversion of this picture, model and basis is there."""
-        picture = self.picture
+        with self._picture_to_edit() as picture:
+            return self._edit(picture, model, basis, change, report)
+
+    @contextmanager
+    def _picture_to_edit(self) -> Iterator[Picture]:
+        """Its files stay for as long as the block runs, whatever the visitor opens meanwhile."""
+        with self._files:
+            picture = self._edited = self.picture
         if picture is None:
             raise InputError("there is no picture yet; drop one on the page, or take a sample")
+        try:
+            yield picture
+        finally:
+            self._edited = None
 
+    def _edit(self, picture: Picture, model: str, basis: Basis, change: Change, report: Report) -> Edit:
         def callback(progress: Progress) -> bool:
             report(progress.done / progress.total, progress.phase)
             return self._stop.is_set()
@@ -222,7 +246,7 @@ class Session:
             if inversion is None:
                 report(0.0, "inverting")
                 inversion = ledits.invert(
-                    picture.image, basis.source, num_steps=basis.num_steps, skip=basis.skip, eta=basis.eta,
+                    open_image(picture.file), basis.source, num_steps=basis.num_steps, skip=basis.skip, eta=basis.eta,
                     seed=basis.seed, size=basis.size, solver_order=basis.solver_order, progress=False,
                     callback=callback,
                 )  # fmt: skip
@@ -253,12 +277,10 @@ class Session:
         if not self.admit(0, 2 * _pixel_bytes(image)):
             raise InputError("the page's disk holds as many edits as it may; come back in a while")
         with self._files:
-            before = shown(made.picture.image)
             made.folder.mkdir(exist_ok=True)
-            if not made.picture.shown.exists():  # the visitor has taken another meanwhile
-                before.save(made.picture.shown, compress_level=1)
-            for each, mask in zip(made.masks, result.masks, strict=True):
-                overlay(before, mask[0]).save(each.file, compress_level=1)
+            with Image.open(made.picture.shown) as before:
+                for each, mask in zip(made.masks, result.masks, strict=True):
+                    overlay(before, mask[0]).save(each.file, compress_level=1)
             thumbnail = image.copy()
             thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             thumbnail.save(made.thumbnail, quality=80)
@@ -310,14 +332,12 @@ class Session:
             self._inversions[key] = inversion
 
     def _pictures(self) -> list[Picture]:
-        now = [] if self.picture is None else [self.picture]
+        now = [picture for picture in (self.picture, self._edited) if picture is not None]
         return [made.picture for made in self.history] + now
 
     def _forget_what_is_over(self) -> None:
         """Of the history all but the newest, as many and as large as may be kept; then what nothing leads to."""
-        while len(self.history) > KEPT_EDITS or (
-            len(self.history) > 1 and (self.stored > KEPT_BYTES or self.memory > KEPT_BYTES)
-        ):
+        while len(self.history) > KEPT_EDITS or (len(self.history) > 1 and self.stored > KEPT_BYTES):
             del self.history[0]
             self._delete_unused()
         self._delete_unused()
@@ -326,8 +346,8 @@ class Session:
         pictures = self._pictures()
         for key in [key for key in self._inversions if key[0] not in pictures]:
             del self._inversions[key]
-        kept = {made.folder for made in self.history} | {picture.shown for picture in pictures}
-        kept |= {entry.thumbnail for entry in self.remembered}
+        kept = {made.folder for made in self.history} | {entry.thumbnail for entry in self.remembered}
+        kept |= {path for picture in pictures for path in (picture.file, picture.shown)}
         for path in self.folder.iterdir():
             if path in kept:
                 continue

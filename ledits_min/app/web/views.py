@@ -95,7 +95,7 @@ def suggestions() -> str:
 
 def compare(picture: Picture, session: Session, made: Edit | None = None) -> str:
     """Before and after under one slider; without an edit the picture alone."""
-    width, height = picture.image.size
+    width, height = picture.size
     shape = f"--at: 50%; --shape: {width} / {height}"
     name = html.escape(Path(picture.source).name)
     before = f'<img src="{address(picture.shown, session)}" alt="Before: {name}">'
@@ -129,7 +129,7 @@ def status(made: Edit) -> str:
 
 
 def opened(picture: Picture) -> str:
-    width, height = picture.image.size
+    width, height = picture.size
     return f"{html.escape(Path(picture.source).name)}, {width} x {height}. Say what to add or remove."
 
 

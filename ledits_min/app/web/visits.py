@@ -72,9 +72,12 @@ class Visits:
     def __len__(self) -> int:
         return len(self._visits)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._visits
+
     @property
     def memory(self) -> int:
-        """Bytes of all pictures and inversions."""
+        """Bytes of all inversions."""
         with self._lock:
             return sum(visit.session.memory for visit in self._visits.values())
 
