@@ -76,14 +76,14 @@ def test_any_text_without_an_equals_sign_is_a_prompt(text: str) -> None:
 
 def test_prompt_to_prompt_is_kept_in_the_report(place: Path) -> None:
     prompts = ["--source", "long brown hair", "--target", "long black hair"]
-    assert main(["edit", "p.png", *prompts, "--p2p", "self=0.4", "--report", "r.json", *FAST]) == 0
+    assert main(["edit", "p.png", *prompts, "--p2p", "self=0.4,blend=hair", "--report", "r.json", *FAST]) == 0
     assert main(["edit", "p.png", *prompts, "-o", "pure.png", *FAST]) == 0
     assert json.loads((place / "r.json").read_text())["settings"]["prompt_to_prompt"] == {
-        "cross": 0.6, "self": 0.4, "reweight": {}
+        "cross": 0.6, "self": 0.4, "reweight": {}, "blend": ["hair"], "blend_threshold": 0.6
     }  # fmt: skip
     with Image.open("p.ledits.png") as controlled, Image.open("pure.png") as pure:
         assert controlled.tobytes() != pure.tobytes()
-        assert any("Prompt-to-Prompt cross 0.6, self 0.4" in str(value) for value in controlled.info.values())
+        assert "Prompt-to-Prompt cross 0.6, self 0.4, only around 'hair' above 0.6" in controlled.info["parameters"]
 
 
 def test_masks_a_region_and_the_solver_are_kept_in_the_picture(place: Path) -> None:

@@ -247,7 +247,8 @@ TYPING = ("option: q.png", "option: no *", "option: unknown *", "option: invert 
           "option: misspelt *", "option: word in *", "option: --prediction-type *", "option: --target *",
           "option: --negative *", "option: --source zeppelin", "option: --p2p *", "option: --scale *",
           "option: --threshold=*", "option: --cross *", "option: --guidance-scal *", "option: --prompt *",
-          "option: --solver *", "option: --mask *", "option: --only-where *", "option: --preset *")  # fmt: skip
+          "option: --solver *", "option: --mask *", "option: --only-where *", "option: --preset *",
+          "option: --blend *")  # fmt: skip
 
 
 @cache
