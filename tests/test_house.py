@@ -33,7 +33,7 @@ TABLE: dict[str, set[str]] = {
     "sega": {"config", "errors"},
     "guidance": {"sega"},
     "edit": SETTINGS,
-    "p2p": {"edit", "errors", "schedule"} | SETTINGS,
+    "p2p": {"edit"} | SETTINGS,
     "unet": {"config"},
     "vae": {"config"},
     "text": {"config", "weights.tokenizer"},
@@ -120,7 +120,7 @@ TABLE: dict[str, set[str]] = {
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
     "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"}
-    | {"inversion", "p2p", "pipeline", "sega"},
+    | {"inversion", "pipeline", "sega"},
     "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
     | {"files.door", "files.opening", "files.region", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},
@@ -133,9 +133,9 @@ TABLE: dict[str, set[str]] = {
     | {"sega"},
     "app.cli.commands": {"", "app.inputs", "app.outputs", "app.places", "app.terminal", "engine.request", "errors"}
     | {"app.cli.demo", "app.cli.explain", "app.cli.options", "app.batch.*", "app.sweep.*", "app.web.server"}
-    | {"files.header", "files.write", "p2p", "weights.inspect", "weights.read.survey"},
+    | {"files.header", "files.write", "weights.inspect", "weights.read.survey"},
     "app.batch.*": {"app.batch.*", "app.inputs", "app.outputs", "app.terminal", "app.values", "app.cli.options"}
-    | {"app.cli.explain", "config", "engine.budget", "engine.progress", "engine.request", "errors", "p2p", "pipeline"}
+    | {"app.cli.explain", "config", "engine.budget", "engine.progress", "engine.request", "errors", "pipeline"}
     | {"sega"}
     | {"files.door", "files.opening", "files.write"},
     "app.sweep.*": {"", "app.cli.options", "app.inputs", "app.outputs", "app.sheet", "app.terminal", "app.values"}
