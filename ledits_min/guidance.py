@@ -85,9 +85,7 @@ def edited_eps(
     if not settings.terms:
         return guided, None
     uncond = eps.get(settings.negative, guided)  # absent only where every concept is idle: then its shape alone is used
-    concepts = [
-        eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms
-    ]
+    concepts = [eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms]
     added = semantic_guidance(
         uncond, concepts, settings.terms, step, momentum, settings.momentum_scale, settings.momentum_beta,
         Where(maps, settings.region),

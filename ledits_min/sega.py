@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ledits_min.config import MASKS, EditDefaults
-from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.errors import InputError, check_choice, check_number, check_whole, short
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise InputError(f"concept: its text is {self.text!r}; a string is wanted")
+            raise InputError(f"concept: its text is {short(self.text)}; a string is wanted")
         name = f"concept {self.text[:40]!r}"
         check_number(f"{name}: guidance_scale", self.guidance_scale, 0.0, 1000.0, optional=True)
         check_number(f"{name}: threshold", self.threshold, 0.0, 1.0, optional=True)
@@ -55,9 +55,9 @@ class Concept:
         check_whole(f"{name}: warmup_steps", self.warmup_steps, 0, 100_000, optional=True)
         check_whole(f"{name}: cooldown_steps", self.cooldown_steps, 0, 100_000, optional=True)
         if not isinstance(self.reverse, bool):
-            raise InputError(f"{name}: reverse is {self.reverse!r}; True or False is wanted")
-        if self.mask not in (None, *MASKS):
-            raise InputError(f"{name}: mask is {self.mask!r}; the choices are {', '.join(MASKS)}")
+            raise InputError(f"{name}: reverse is {short(self.reverse)}; True or False is wanted")
+        if self.mask is not None:
+            check_choice(f"{name}: mask", self.mask, MASKS)
 
     def resolve(self, defaults: EditDefaults) -> ConceptTerm:
         """The same concept with every None replaced by its default."""

@@ -122,7 +122,7 @@ TABLE: dict[str, set[str]] = {
     "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"}
     | {"inversion", "p2p", "pipeline", "sega"},
     "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
-    | {"files.door", "files.opening", "inversion", "weights.read.survey"},
+    | {"files.door", "files.opening", "files.region", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},
     "app.cli.__main__": {"app.cli"},
     "app.cli.options": {"", "app.values", "config", "errors"},

@@ -23,11 +23,10 @@ import torch
 from bench.speed.conditions import RESULTS, conditions
 from bench.speed.sides import SAMPLE, TOKENS, build_ours, make_job
 from ledits_min import Concept, LEdits
-from ledits_min.config import SD15_UNET
+from ledits_min.config import MASKS, SD15_UNET
 from ledits_min.engine.progress import Reporting
 from ledits_min.engine.request import Start
 from ledits_min.engine.runner import Runner
-from ledits_min.sega import MASKS
 from ledits_min.weights.train_tiny.export import write_json
 
 CONCEPTS = ("sunglasses", "beard")

@@ -123,6 +123,8 @@ def check_concept_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and not args.concepts:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is of concepts, and there is none; pass --add or --remove")
+    if args.mask is not None and all("mask" in concept for concept in args.concepts):
+        raise InputError("--mask has no effect: every concept sets its own; leave one of them out")
     only_where(args)
 
 
@@ -152,6 +154,13 @@ def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
         "momentum_beta": args.momentum_beta,
         "output_size": args.output_size,
     }
+
+
+def check_masks(args: argparse.Namespace, ledits: LEdits) -> None:
+    """InputError for concepts whose masks the model cannot make: before the inversion, which may take minutes."""
+    from ledits_min import Concept
+
+    ledits.edit_settings(args.target, None, args.negative, [Concept(**fields) for fields in concept_fields(args)])
 
 
 def inversion_settings(args: argparse.Namespace, ledits: LEdits) -> InversionSettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ledits_min.app.cli import main
 
@@ -102,9 +103,14 @@ def test_prompt_to_prompt_is_told_and_counted(
         (["--add", "zebra"], "does not know 'zebra'"),
         (["--steps", "1000"], "--steps"),
         (["--p2p"], "pass --target, the new picture"),
+        (["--only-where", "mask.png"], "mask is 64 x 16"),
     ],
 )
-def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_refuses_what_the_edit_would_refuse(
+    more: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (64, 16), 255).save("mask.png")
     assert main([*EDIT, "--explain", *more]) == 2
     assert said in capsys.readouterr().err
 

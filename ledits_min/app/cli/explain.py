@@ -9,7 +9,6 @@ import torch
 
 from ledits_min.engine.budget import Plan, batch_limit, inverting, inverting_and_editing
 from ledits_min.engine.plan import Phase, editing_phase
-from ledits_min.engine.request import edit_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +60,7 @@ def plan_edit(
     is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
     """
     asked = ("target", "guidance_scale", "negative", "concepts", "momentum_scale", "momentum_beta")
-    settings = edit_settings(ledits.defaults, *(edit[name] for name in asked))
+    settings = ledits.edit_settings(*(edit[name] for name in asked))
     costs, attention = ledits.runner.costs(latents, device), edit.get("attention")
     limit = batch_limit(costs, device)
     phases: tuple[Phase, ...]
