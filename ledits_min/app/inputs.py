@@ -91,13 +91,16 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     return [args.source or "", args.target, args.negative, *(fields["text"] for fields in args.concepts or [])]
 
 
+def engine_of(args: argparse.Namespace) -> str:
+    return "plain" if getattr(args, "plain", False) else "fast"
+
+
 def load_model(args: argparse.Namespace) -> LEdits:
     with waiting(f"loading {quoted(args.model, 60)}"):
         from ledits_min import LEdits
 
-        engine = "plain" if getattr(args, "plain", False) else "fast"
         ledits = LEdits.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine,
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine_of(args),
             preset=getattr(args, "preset", None), **parts(args),
         )  # fmt: skip
     for text in ledits.notes:

@@ -97,6 +97,21 @@ def test_prompt_to_prompt_is_told_and_counted(
     assert not any("inverting" in line for line in lines)
 
 
+@pytest.mark.parametrize("more", [[], ["--target", "a portrait with a beard", "--p2p", "cross=0.5,blend=beard"]])
+def test_the_plain_engine_shares_nothing(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "x.json"
+    assert main([*EDIT, *more, "--plain", "-o", str(tmp_path / "x.png"), "--report", str(report)]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    assert {name: phase["evaluations"] for name, phase in told["planned"]["phases"].items()} == told["evaluated"]
+    capsys.readouterr()
+    assert main([*EDIT, *more, "--plain", "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for phase, evaluations in told["evaluated"].items():
+        assert any(line.startswith(f"{phase}: {evaluations} evaluations in ") for line in lines), lines
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -20,6 +20,7 @@ from ledits_min.app.inputs import (
     concept_fields,
     edit_picture,
     edit_settings,
+    engine_of,
     inversion_settings,
     invert_picture,
     is_saved_inversion,
@@ -147,7 +148,7 @@ def _tell_plan(args: argparse.Namespace, picture: Image.Image | None) -> None:
         users_mask(args, made.original_sizes[0])
     elif picture is not None:
         users_mask(args, picture.size)
-    ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
+    ledits, device = without_weights(args.model, args.device, args.dtype, engine_of(args), **parts(args))
     ledits = ledits.with_preset(args.preset)
     for text in texts_of(args):
         check_prompt(ledits, text)
