@@ -120,6 +120,16 @@ def test_a_mask_that_changes_during_the_run_is_not_that_of_the_plan(place: Path)
         batch._decoded(task)
 
 
+def test_a_mask_is_no_place_for_an_output(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(place / "t.jsonl", [{"image": "portrait1.png", "output": "m.png", "only_where": "m.png"}])
+    mask = Image.new("L", (64, 64), 255)
+    mask.save("m.png")
+    before = Path("m.png").read_bytes()
+    assert main(["batch", str(table), "-o", ".", "--add", "hat", "--overwrite"]) == 2
+    assert "'m.png' there is an input of this run" in capsys.readouterr().err
+    assert Path("m.png").read_bytes() == before
+
+
 @pytest.mark.parametrize(("options", "says"), [
     (["--mask", "both"], "--mask is of concepts, and there is none"),
     (["--only-where", "portrait1.png"], "--only-where is of concepts, and there is none"),
