@@ -56,7 +56,7 @@ def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, scale: float)
 
 
 def guided_texts(base: str, text: str, scale: float) -> tuple[str, ...]:
-    """The texts whose predictions `guided_eps` needs: one where guidance cannot change anything, else two."""
+    """The texts whose predictions `guided_eps` needs: two, but where one would count nothing or both are the same."""
     if text == base or scale == 0.0:
         return (base,)
     if scale == 1.0:

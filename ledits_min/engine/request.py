@@ -37,8 +37,8 @@ class PromptToPrompt:
     self      tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
               quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
     reweight  words of the target, and what their cross-attention is multiplied by while maps are lent, -10 .. 10
-    blend     words of the source or the target, one string or several: the edit stays where either prompt attends to
-              them, and the rest of the picture as it is; none: it may change everything
+    blend     words of the source or the target, one string or several: the edit acts where either prompt attends to
+              them, and the rest of the picture stays as it is; none: it may change everything
     blend_threshold  0 .. 1: where they are attended to more than this share of their largest attention, the edit
               acts; at 1 it acts nowhere. None: the checkpoint's own, else the paper's 0.3
 
