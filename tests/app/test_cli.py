@@ -79,7 +79,7 @@ def test_prompt_to_prompt_is_kept_in_the_report(place: Path) -> None:
     assert main(["edit", "p.png", *prompts, "--p2p", "self=0.4", "--report", "r.json", *FAST]) == 0
     assert main(["edit", "p.png", *prompts, "-o", "pure.png", *FAST]) == 0
     assert json.loads((place / "r.json").read_text())["settings"]["prompt_to_prompt"] == {
-        "cross": 0.6, "self": 0.4, "reweight": {}
+        "cross": 0.6, "self": 0.4, "reweight": {}, "blend": [], "blend_threshold": None
     }  # fmt: skip
     with Image.open("p.ledits.png") as controlled, Image.open("pure.png") as pure:
         assert controlled.tobytes() != pure.tobytes()

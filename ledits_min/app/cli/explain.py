@@ -62,7 +62,7 @@ def plan_edit(
     is there already; `apart` it is made first, by `LEdits.invert`, and then `LEdits.edit` follows.
     """
     asked = ("target", "guidance_scale", "negative", "concepts", "momentum_scale", "momentum_beta")
-    settings = ledits.edit_settings(*(edit[name] for name in asked))
+    settings = ledits.edit_settings(**{name: edit[name] for name in asked if name in edit})
     costs, attention = ledits.runner.costs(latents, device), edit.get("attention")
     plain = ledits.runner.name == "plain"  # one evaluation per call, and nothing shared
     limit = 1 if plain else batch_limit(costs, device)
