@@ -272,7 +272,7 @@ class Editor:
 
 
 def _decoded(task: Task) -> Image.Image:
-    picture, mask = open_image(task.job.path), task.job.options["only_where"]
+    picture, mask = open_image(task.job.path), task.job.options.get("only_where")
     for path, before in ((task.job.path, task.picture), (mask, task.settings.get("only_where"))):
         if path is not None and _sha256(Path(path)) != before:
             raise InputError(f"{quoted(path)} was changed during the run; run it again")
