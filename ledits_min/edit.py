@@ -21,11 +21,11 @@ Predict = Callable[[int, Tensor, Tensor], Mapping[str, Tensor]]
 
 
 class Hooks(NamedTuple):
-    """What an edit may be given besides.
+    """What Prompt-to-Prompt and masks of attention add to the loop; without them it is Algorithm 1.
 
     predict  (step, x_t, t) -> predictions by text that are not asked of `eps_model` (see `p2p.lend_maps`)
-    blend    what a step leads to -> what the next one starts from (likewise)
-    maps     attention maps (B, h', w') by text, as an eps_model that looks at them has left them, for masks
+    maps     attention maps (B, h', w') by text for `sega.attention_mask`, as an eps_model that records them left them
+    blend    the x_t that a step leads to -> the x_t that the next one starts from (see `p2p.LocalBlend`)
     """
 
     predict: Predict = lambda step, x_t, t: {}

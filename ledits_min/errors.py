@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 
@@ -31,8 +32,14 @@ def check_whole(name: str, value: int | None, low: int, high: int, optional: boo
         raise InputError(f"{name} is {short(value)}; a whole number in {low} .. {high} is wanted")
 
 
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """InputError unless `value` is one of the words."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} is {short(value)}; the choices are {', '.join(choices)}")
+
+
 def short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
+    text = repr(value).replace("\n", " ")  # an array's has several lines
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -56,7 +56,7 @@ def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, scale: float)
 
 
 def guided_texts(base: str, text: str, scale: float) -> tuple[str, ...]:
-    """The texts whose predictions `guided_eps` needs: one where guidance cannot change anything, else two."""
+    """The texts whose predictions `guided_eps` needs: two, but where one would count nothing or both are the same."""
     if text == base or scale == 0.0:
         return (base,)
     if scale == 1.0:
@@ -85,9 +85,7 @@ def edited_eps(
     if not settings.terms:
         return guided, None
     uncond = eps.get(settings.negative, guided)  # absent only where every concept is idle: then its shape alone is used
-    concepts = [
-        eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms
-    ]
+    concepts = [eps[term.text] if term.matters(step, settings.momentum_scale) else None for term in settings.terms]
     added = semantic_guidance(
         uncond, concepts, settings.terms, step, momentum, settings.momentum_scale, settings.momentum_beta,
         Where(maps, settings.region),

@@ -24,10 +24,10 @@ class InversionSettings:
     num_steps, skip        steps from pure noise to the picture, and how many of the noisiest are left out
     eta                    0 .. 1: 0 is deterministic DDIM, 1 is DDPM
     source                 the prompt that describes the picture, "" for none
-    source_guidance_scale  how strongly eps_source follows it
+    source_guidance_scale  how strongly the prediction follows it, as in `guidance.guided_eps`
     seeds                  one number per picture; empty where the noise was given
     solver_order           1: DDPM or DDIM, as eta says; 2: SDE-DPM-Solver++, with eta 1 alone
-    squared                whether the latents are of squares that were cut from the pictures, or padded to
+    squared                whether the latents are of squares: a part cut from each picture, or the whole one padded
     """
 
     fingerprint: str = ""
@@ -96,8 +96,9 @@ def posterior_mean(x_t: Tensor, eps: Tensor, alpha_bar_t: Scalar, alpha_bar_prev
 def second_order_eps(
     x_t: Tensor, eps: Tensor, last_pred_x0: Tensor | float, alpha_bar_t: float, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """eps' = eps - weight (pred_x0 - last_pred_x0), whose posterior mean with eta = 1 is SDE-DPM-Solver++'s step
-    [2211.01095], and pred_x0. `weight` is of `Schedule.second_order_weights`; 0 is first order, LEDITS' own step.
+    """eps' = eps - weight (pred_x0 - last_pred_x0), and pred_x0, both (B, C, h, w)        [2211.01095]
+
+    Its posterior mean with eta = 1 is SDE-DPM-Solver++'s step; with weight 0 the step is of first order, LEDITS' own.
     """
     pred_x0 = predict_x0(x_t, eps, alpha_bar_t)
     return eps - weight * (pred_x0 - last_pred_x0), pred_x0

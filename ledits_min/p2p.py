@@ -10,8 +10,8 @@ In the paper's letters M_t is the source's map, M_t* the target's, tau the last 
 target's own. Only the conditional predictions are controlled, as in the authors' code: for the empty prompt there is
 nothing to lend. Combined with DDPM inversion it is the baseline of LEDITS [2307.00522, Table 1].
 
-Where the edit is to stay local, the source's row goes along to the end, and gives its latents wherever some words are
-not looked at.
+Where the edit is to stay local, the source's row goes along to the end, and its latents take the place of the target's
+wherever neither prompt attends to some words.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class AttentionControl:
 
 @dataclass(frozen=True)
 class LocalBlend:
-    """Local editing: what changes only where some words are looked at        [2208.01626, section 3.2, Algorithm 1]
+    """Local editing: a change only where some words are attended to        [2208.01626, section 3.2, Algorithm 1]
 
     alpha = B(M_t[w]) or B(M_t*[w*]),    B(M) = M > threshold max(M)
     x_t* <- alpha x_t* + (1 - alpha) x_t,    behind every step
@@ -193,8 +193,8 @@ class LocalBlend:
     threshold  the paper's k
 
     M_t and M_t* are summed over the words, averaged over heads, layers and the steps so far. M_t* is the target's own
-    map, as in the paper; the authors' code writes the lent one over it. A second-order solver goes on with the target's
-    own pred_x0 of the step before: like the next one it was guided by the target.
+    map, as in the paper; the authors' code writes the lent one over it. A second-order solver remembers the target's
+    own pred_x0, not a blended one: the prediction that it is compared with at the next step is the target's too.
     """
 
     words: Tensor
@@ -219,7 +219,7 @@ class LocalBlend:
 @dataclass(frozen=True)
 class Lending:
     """What one edit lends: cross-attention maps in the first `cross_steps` executed steps, through `mapper`, and
-    self-attention maps of at most `self_tokens` tokens in the first `self_steps`; and where it stays.
+    self-attention maps of at most `self_tokens` tokens in the first `self_steps`; `blend` says where it stays.
     """
 
     mapper: TokenMapper

@@ -27,7 +27,6 @@ from ledits_min.engine.request import (
     check_attention,
     check_call,
     check_noise,
-    check_output_size,
     check_prompt,
     check_prompts,
     check_seeds,
@@ -38,7 +37,7 @@ from ledits_min.engine.request import (
 )
 from ledits_min.engine.runner import Runner
 from ledits_min.engine.usage import Usage, running
-from ledits_min.errors import InputError, check_number, check_whole, warn
+from ledits_min.errors import InputError, check_choice, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
@@ -128,8 +127,7 @@ class LEdits:
         preset           as in `with_preset`
         InputError names anything that does not fit.
         """
-        if engine not in RUNNERS:
-            raise InputError(f"engine is {engine!r}; the choices are {', '.join(RUNNERS)}")
+        check_choice("engine", engine, RUNNERS)
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
@@ -332,6 +330,25 @@ class LEdits:
         check_inversion_settings(settings, "invert")
         return settings
 
+    def edit_settings(
+        self,
+        target: str = "",
+        guidance_scale: float | None = None,
+        negative: str = "",
+        concepts: Sequence[Concept] = (),
+        momentum_scale: float = 0.0,
+        momentum_beta: float = 0.6,
+    ) -> EditSettings:
+        """What `edit` would follow, every default resolved; it refuses what `edit` refuses.
+
+        target, guidance_scale, negative, concepts, momentum_scale, momentum_beta    as there
+        """
+        settings = edit_settings(
+            self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
+        )  # fmt: skip
+        check_masks(self.unet.config, settings)
+        return settings
+
     @running
     @torch.no_grad()
     def edit(
@@ -378,14 +395,12 @@ class LEdits:
                 "or invert again"
             )
         check_inversion_settings(inversion.settings, "inversion")
-        check_output_size(output_size)
+        check_choice("output_size", output_size, ("input", "model"))
         check_attention(attention)
-        settings = edit_settings(
-            self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
-        )  # fmt: skip
+        settings = self.edit_settings(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         side = inversion.latents.shape[-1] * self.vae.config.factor
         squares = [find_square(each, side) for each in inversion.pictures] if inversion.settings.squared else []
-        planes = [] if mask_image is None else open_masks(mask_image, inversion.original_sizes)
+        planes = _opened(mask_image, inversion.original_sizes, settings)
         settings = self._limited(settings, planes, inversion.x_T, squares)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
@@ -434,28 +449,26 @@ class LEdits:
         raises what they raise.
         """
         check_call(concepts, callback)
-        check_output_size(output_size)
+        check_choice("output_size", output_size, ("input", "model"))
         check_attention(attention)
-        settings = edit_settings(
-            self.defaults, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta
-        )  # fmt: skip
+        settings = self.edit_settings(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
+        pictures = open_pictures(image)
+        sizes = [picture.size for picture in pictures]
+        planes = _opened(mask_image, sizes, settings)
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
             self.named_words(attention, source, target)  # now, not behind the inversion
             inversion = self.invert(
-                image, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback,
+                pictures, source, source_guidance_scale, num_steps, skip, eta, seed, noise, size, progress, callback,
                 solver_order,
             )  # fmt: skip
             return inversion, self.edit(
                 inversion, target, guidance_scale, negative, concepts, momentum_scale, momentum_beta,
-                progress, trace, output_size, attention, callback, mask_image,
+                progress, trace, output_size, attention, callback, planes or None,
             )  # fmt: skip
-        pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
-        sizes = [picture.size for picture in pictures]
-        planes = [] if mask_image is None else open_masks(mask_image, sizes)
         x_0, squares = self._encode(pictures, size)
         inverting = replace(inverting, squared=bool(squares))
         settings = self._limited(settings, planes, x_0, squares)
@@ -498,10 +511,7 @@ class LEdits:
         instead of found by inversion (eta = 0, DDIM, has none). Returns a `Result`; InputError and Stopped as there.
         """
         check_call(concepts, callback)
-        settings = edit_settings(
-            self.defaults, prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta
-        )  # fmt: skip
-        check_masks(self.unet.config, settings)
+        settings = self.edit_settings(prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
@@ -520,8 +530,7 @@ class LEdits:
     def _limited(
         self, settings: EditSettings, planes: Sequence[Plane], latents: Tensor, squares: Sequence[Square]
     ) -> EditSettings:
-        """With the user's opened masks as the concepts' region, if any; InputError for masks that this UNet has not."""
-        check_masks(self.unet.config, settings)
+        """With the user's opened masks as the concepts' region, if any."""
         if not planes:
             return settings
         height, width = latents.shape[-2:]
@@ -615,8 +624,10 @@ class LEdits:
         source, target = self.text.words(inversion.source), self.text.words(settings.target)
         lending = attention.lending(source, target, self.text.length, inversion.num_steps, latents.to(self.device))
         factors, blended = self.named_words(attention, inversion.source, settings.target)
-        threshold = self.defaults.blend_threshold if attention.blend_threshold is None else attention.blend_threshold
-        blend = LocalBlend(blended, threshold) if attention.blend else None
+        if attention.reweight and not lending.cross_steps:
+            warn("Prompt-to-Prompt: reweight acts while cross-attention is lent, and cross is too small for any step")
+        threshold = attention.resolve(self.defaults).blend_threshold
+        blend = None if threshold is None else LocalBlend(blended, threshold)
         return replace(lending, mapper=lending.mapper.reweighted(factors.to(self.device)), blend=blend)
 
     def named_words(self, attention: PromptToPrompt, source: str, target: str) -> tuple[Tensor, Tensor]:
@@ -681,6 +692,17 @@ class LEdits:
         else:
             images = [lay_change(original, *pair) for original, pair in zip(originals, pairs, strict=True)]
         return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
+
+
+def _opened(
+    masks: MaskLike | Sequence[MaskLike] | None, sizes: Sequence[tuple[int, int]], settings: EditSettings
+) -> list[Plane]:
+    """The user's masks, if any; InputError where there is no concept for them to limit. `sizes` of the pictures."""
+    if masks is None:
+        return []
+    if not settings.concepts:
+        raise InputError("mask_image limits concepts, and there is none; pass concepts, or leave it out")
+    return open_masks(masks, sizes)
 
 
 def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:

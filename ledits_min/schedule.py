@@ -57,8 +57,8 @@ class Schedule:
 
         weight_i = sqrt(alpha_bar_t / (1 - alpha_bar_t)) min(h_i / (2 h_{i-1}), 1/2),  h_i = lambda_{i+1} - lambda_i
 
-        lambda = ln(alpha_bar / (1 - alpha_bar)) / 2. The first step has none before it; behind the last h may be
-        infinite. Without the bound an interval several times its neighbours would multiply the edit's last change.
+        lambda = ln(alpha_bar / (1 - alpha_bar)) / 2. The first step has none before it; the last is of first order, as
+        in diffusers. The bound is ours: behind a short interval a long one would multiply the edit's last change.
         """
         snr, snr_prev = (level / (1.0 - level) for level in (self.alpha_bar_t, self.alpha_bar_prev))
         h, weights = 0.5 * (snr_prev / snr).log(), torch.zeros_like(snr)

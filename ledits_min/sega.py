@@ -1,7 +1,7 @@
 """Semantic guidance, SEGA [2301.12247]: a concept's direction, where it acts, when it acts, and its momentum.
 
-Pure functions over predicted noise; no network, no text. `threshold` is the paper's lambda, `guidance_scale` its s_e,
-`weight` its g_i, `momentum_scale` its s_m, `momentum_beta` its beta_m, `warmup_steps` its delta.
+Pure functions over predicted noise. The paper's lambda is `threshold`, s_e `guidance_scale` (in psi, not in its mask),
+g_i `weight`, s_m `momentum_scale`, beta_m `momentum_beta`, delta `warmup_steps`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ledits_min.config import MASKS, EditDefaults
-from ledits_min.errors import InputError, check_number, check_whole
+from ledits_min.errors import InputError, check_choice, check_number, check_whole, short
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Concept:
     """One direction of an edit: what to add (or, with `reverse`, to remove), how strongly, where and when.
 
     text            the concept in words; that of eps_uncond ("", or the negative prompt) is a no-op
-    guidance_scale  strength s, 0 .. 1000
-    threshold       lambda, 0 .. 1: the share of each channel that is left alone; 0.95 edits the strongest 5 %
+    guidance_scale  strength s_e, 0 .. 1000
+    threshold       lambda, 0 .. 1: the share of each map that is left alone; 0.95 edits the strongest 5 %
     warmup_steps    the first executed step in which it acts
     cooldown_steps  the first executed step in which it acts no more; None: it acts to the end
     weight          multiplies guidance_scale, 0 .. 1000
     reverse         move away from the concept
-    mask            where it acts: "percentile", SEGA's, a map per channel; "noise", "attention" or "both", LEDITS++'s
-                    [2311.16711]: where its direction is large, where its words are attended to, where both are
+    mask            where it acts: "percentile", SEGA's, one map per channel; "noise", "attention" or "both", LEDITS++'s
+                    [2311.16711]: where its direction is large, where its words are attended to, where both hold
 
     None in guidance_scale, threshold, warmup_steps or mask means the checkpoint's default, else LEDITS Table 1: 7,
     0.95, 1, "percentile". InputError for a value out of range.
@@ -47,7 +47,7 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise InputError(f"concept: its text is {self.text!r}; a string is wanted")
+            raise InputError(f"concept: its text is {short(self.text)}; a string is wanted")
         name = f"concept {self.text[:40]!r}"
         check_number(f"{name}: guidance_scale", self.guidance_scale, 0.0, 1000.0, optional=True)
         check_number(f"{name}: threshold", self.threshold, 0.0, 1.0, optional=True)
@@ -55,9 +55,9 @@ class Concept:
         check_whole(f"{name}: warmup_steps", self.warmup_steps, 0, 100_000, optional=True)
         check_whole(f"{name}: cooldown_steps", self.cooldown_steps, 0, 100_000, optional=True)
         if not isinstance(self.reverse, bool):
-            raise InputError(f"{name}: reverse is {self.reverse!r}; True or False is wanted")
-        if self.mask not in (None, *MASKS):
-            raise InputError(f"{name}: mask is {self.mask!r}; the choices are {', '.join(MASKS)}")
+            raise InputError(f"{name}: reverse is {short(self.reverse)}; True or False is wanted")
+        if self.mask is not None:
+            check_choice(f"{name}: mask", self.mask, MASKS)
 
     def resolve(self, defaults: EditDefaults) -> ConceptTerm:
         """The same concept with every None replaced by its default."""
@@ -114,7 +114,7 @@ class ConceptTerm:
 
 
 def edit_direction(eps_concept: Tensor, eps_uncond: Tensor, term: ConceptTerm) -> Tensor:
-    """psi = d s (eps_concept - eps_uncond),  d = -1 to remove, +1 to add        [2301.12247, section 3]"""
+    """psi = d s_e (eps_concept - eps_uncond),  d = -1 to remove, +1 to add        [2301.12247, section 3]"""
     direction = -1.0 if term.reverse else 1.0
     return direction * term.guidance_scale * (eps_concept - eps_uncond)
 
@@ -137,7 +137,7 @@ def attention_mask(attention: Tensor, threshold: float, size: torch.Size, inside
     """Where a concept's words are attended to        [2311.16711, M1]
 
     attention (B, h', w'); returns bool (B, 1, h, w), every pixel of the map grown to a block of `size` (h, w).
-    Smoothed before the cut: 3 x 3, the weights proportional to exp(-(dx^2 + dy^2)); a GPU's convolution would round.
+    Smoothed before the cut: 3 x 3, the weights proportional to exp(-(dx^2 + dy^2)), as sums: a convolution may round.
     """
     few = min(attention.shape[-2:]) < 2
     padded = F.pad(attention[:, None], (1, 1, 1, 1), mode="replicate" if few else "reflect")
@@ -150,8 +150,8 @@ def attention_mask(attention: Tensor, threshold: float, size: torch.Size, inside
 
 @dataclass(frozen=True)
 class Where:
-    """How much a concept's words are attended to, by its text, (B, h', w'); and the region that limits all concepts:
-    (B or 1, 1, h, w) in [0, 1], the share of them that is wanted there, None: all of it, everywhere."""
+    """What masks are made of besides psi: `maps` (B, h', w') by a concept's text, how much its words are attended to;
+    `region` (B or 1, 1, h, w) in [0, 1], the share of every concept that is wanted at a place, None: all of it."""
 
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     region: Tensor | None = None
@@ -199,15 +199,15 @@ def semantic_guidance(
 ) -> Guidance:
     """The guidance term of one step and the momentum it leaves behind.
 
-    raw_t    = sum over concepts not cooled down of  g_i mask_i psi_i      those in warm-up only with momentum
+    raw_t    = sum over concepts not cooled down of  g_i region mask_i psi_i     those in warm-up only with momentum
     full_t   = raw_t + momentum_scale nu
     nu      <- momentum_beta nu + (1 - momentum_beta) full_t               also during warm-up
     gamma_t  = full_t                                                      once every concept is past its warm-up
-             = sum over the acting concepts of  g_i mask_i psi_i           before that
+             = sum over the acting concepts of  g_i region mask_i psi_i    before that
 
-    [2301.12247, section 3]. The weights g_i are never renormalised: an early concept keeps its strength when a
-    later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false; the warm-up of a concept with
-    scale or weight 0 still holds the momentum back, or the result would jump where a strength goes to 0.
+    [2301.12247, section 3]; region is 1 where there is none. The weights g_i are never renormalised: an early concept
+    keeps its strength when a later one joins. `eps_concepts` holds None where `ConceptTerm.matters` is false; also a
+    concept with scale or weight 0 holds the momentum back as it warms up, or the result would jump at strength 0.
     """
     raw = torch.zeros_like(eps_uncond)
     acting = torch.zeros_like(eps_uncond)

@@ -39,8 +39,8 @@ class TextEncoder:
     """Prompts -> hidden states of a text model, the context, and the pooled text where the model has a projection.
 
     SD 1.x and 2.x read the last layer behind the final LayerNorm, SDXL the one before it as it is (`penultimate`), or
-    one that is still earlier by `skipped_layers`. The
-    pooled text is the last layer's state at the end token, behind LayerNorm and projection, in either case.
+    one that is still earlier by `skipped_layers`. The pooled text is the last layer's state at the end token, behind
+    LayerNorm and projection, in either case.
     Padding tokens are attended to, as in the published models: no attention mask is passed.
     """
 

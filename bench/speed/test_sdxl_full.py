@@ -39,10 +39,10 @@ def resident(key):
 model, side, steps, skip = sys.argv[1], *map(int, sys.argv[2:])
 concepts = [Concept("sunglasses", guidance_scale=5.0, threshold=0.9, warmup_steps=0)]
 start = {"source": "", "source_guidance_scale": 3.5, "num_steps": steps, "skip": skip, "eta": 1.0}
-edit = {"target": "", "guidance_scale": 7.5, "negative": "", "momentum_scale": 0.0, "output_size": "model"}
+edit = {"guidance_scale": 7.5, "concepts": concepts, "output_size": "model"}
 shapes, device = without_weights(model, "cpu", "bfloat16")
 latents = (side // shapes.vae.config.factor,) * 2
-plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, concepts, edit, device, apart=True)
+plan = plan_edit(shapes, shapes.inversion_settings(**start), latents, edit, device, apart=True)
 rows, columns = np.mgrid[0:side, 0:side] / 90.0
 waves = [np.sin(columns), np.cos(rows), np.sin(rows + columns)]
 picture = ((np.stack(waves, axis=-1) + 1.0) * 127.5).astype(np.uint8)
@@ -54,7 +54,7 @@ def mark(value):
 
 ledits = mark(LEdits.from_pretrained(model, device="cpu", dtype="bfloat16"))
 inversion = mark(ledits.invert(picture, progress=False, **start))
-result = mark(ledits.edit(inversion, concepts=concepts, progress=False, **edit))
+result = mark(ledits.edit(inversion, progress=False, **edit))
 made = [inversion.latents, inversion.x_T, inversion.residuals, result.latents, *result.masks]
 print(json.dumps({
     "finite": all(bool(tensor.isfinite().all()) for tensor in made),

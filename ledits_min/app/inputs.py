@@ -91,13 +91,16 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     return [args.source or "", args.target, args.negative, *(fields["text"] for fields in args.concepts or [])]
 
 
+def engine_of(args: argparse.Namespace) -> str:
+    return "plain" if getattr(args, "plain", False) else "fast"
+
+
 def load_model(args: argparse.Namespace) -> LEdits:
     with waiting(f"loading {quoted(args.model, 60)}"):
         from ledits_min import LEdits
 
-        engine = "plain" if getattr(args, "plain", False) else "fast"
         ledits = LEdits.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine,
+            args.model, device=args.device, dtype=args.dtype, compile=args.compile, engine=engine_of(args),
             preset=getattr(args, "preset", None), **parts(args),
         )  # fmt: skip
     for text in ledits.notes:
@@ -123,6 +126,8 @@ def check_concept_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and not args.concepts:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is of concepts, and there is none; pass --add or --remove")
+    if args.mask is not None and all("mask" in concept for concept in args.concepts):
+        raise InputError("--mask has no effect: every concept sets its own; leave one of them out")
     only_where(args)
 
 
@@ -152,6 +157,13 @@ def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
         "momentum_beta": args.momentum_beta,
         "output_size": args.output_size,
     }
+
+
+def check_masks(args: argparse.Namespace, ledits: LEdits) -> None:
+    """InputError for concepts whose masks the model cannot make: before the inversion, which may take minutes."""
+    from ledits_min import Concept
+
+    ledits.edit_settings(args.target, None, args.negative, [Concept(**fields) for fields in concept_fields(args)])
 
 
 def inversion_settings(args: argparse.Namespace, ledits: LEdits) -> InversionSettings:

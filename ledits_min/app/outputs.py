@@ -56,6 +56,9 @@ def planned_settings(
     edit: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The same before there is an inversion; size (width, height) is what the model will work at."""
+    terms, defaults = [concept.resolve(ledits.defaults) for concept in concepts], ledits.defaults
+    looks = any(term.attends for term in terms) or (attention is not None and bool(attention.blend))
+    read = {"attention_level": defaults.attention_level, "attention_places": list(defaults.attention_places)}
     return {
         "ledits_min": __version__,
         "model": ledits.fingerprint,
@@ -73,8 +76,9 @@ def planned_settings(
         "source": made.source,
         "source_guidance_scale": made.source_guidance_scale,
         **edit,
-        "prompt_to_prompt": None if attention is None else asdict(attention.resolve(ledits.defaults)),
-        "concepts": [asdict(concept.resolve(ledits.defaults)) for concept in concepts],
+        "prompt_to_prompt": None if attention is None else asdict(attention.resolve(defaults)),
+        **(read if looks else {}),
+        "concepts": [asdict(term) for term in terms],
     }
 
 
@@ -82,10 +86,12 @@ def common(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The settings that several runs share; of concepts and Prompt-to-Prompt, the numbers that they share."""
     shared: dict[str, Any] = {}
     for name, value in runs[0].items():
-        values = [run[name] for run in runs]
+        values = [run[name] for run in runs if name in run]
+        if len(values) < len(runs):
+            continue
         if name == "concepts":
             shared[name] = [common(concept) for concept in zip(*values, strict=True)]
-        elif isinstance(value, Mapping):
+        elif all(isinstance(one, Mapping) for one in values):
             shared[name] = common(values)
         elif all(other == value for other in values):
             shared[name] = value

@@ -17,8 +17,9 @@ PICTURES = tuple(OUTPUT_SIDES)
 
 def check_outputs(args: argparse.Namespace, wanted: Mapping[str, tuple[str | Path | None, Sequence[str]]]) -> None:
     """InputError unless every output can be written; {option: (path or None, endings it may have)}."""
-    loras = [path for path, _ in args.lora or []]
-    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *loras]
+    merged = [path for path, _ in (args.lora or []) + (args.embedding or [])]
+    inputs = [args.image, args.model, args.vae, args.text_encoder, args.tokenizer, *merged]
+    inputs.append(getattr(args, "only_where", None))
     taken: dict[str, str] = {}
     for option, (given, suffixes) in wanted.items():
         if given is None:

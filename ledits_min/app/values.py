@@ -75,6 +75,8 @@ def parse_p2p(text: str) -> dict[str, Any]:
                 "blend_threshold=N, each once (a picture comes before --p2p)"
             )
         fields[key] = parse_number(value)
+    if "blend_threshold" in fields and "blend" not in fields:
+        raise argparse.ArgumentTypeError("blend_threshold has no effect without blend=WORD; pass that too")
     return fields
 
 

@@ -1,8 +1,8 @@
 """Where words are attended to, in a UNet of any family: what the attention masks of LEDITS++ [2311.16711] and the local
 blend of Prompt-to-Prompt [2208.01626] are made of.
 
-Which cross-attentions are looked at, and a hook that looks at them and changes nothing: every attention is computed as
-it would be, fused, and the maps of a few rows in a few layers once more beside it.
+Which cross-attentions are recorded, and a hook that records them and changes nothing: every attention is computed as it
+would be, fused, and the maps of a few rows in a few layers are computed once more beside it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def check_attends(config: UNetConfig, settings: EditSettings | EditDefaults, wha
 
 
 class Look(NamedTuple):
-    """What the rows of a text are looked at for: a concept's mask, or a local blend (`blends`); there the source
-    prompt in the source's own row is another thing than in the edit's.
+    """Why the attention of a text's rows is recorded: for a concept's mask, or (`blends`) for a local blend.
+
+    of_source  the rows read the source's latents, not the edit's: both may be asked about the same text
     """
 
     text: str
@@ -82,7 +83,7 @@ def recording(
     source: str = "",
     lending: Lending | None = None,
 ) -> Recording | None:
-    """What is recorded in an edit of latents (B, C, h, w) of the prompt `source`; None where nobody looks."""
+    """What is recorded in an edit of latents (B, C, h, w) of the prompt `source`; None where nothing is."""
     tokens: dict[Look, Tensor] = {}
     for text in dict.fromkeys(term.text for term in settings.terms if term.attends and term.pulls):
         place = torch.arange(contexts[text].tokens.shape[1], device=latents.device)
@@ -99,13 +100,13 @@ def recording(
 
 @dataclass
 class Recorder:
-    """Attention that is as it would be, and looked at: how much some rows of one call attend to some tokens.
+    """Attention that is as it would be, and recorded: how much some rows of one call attend to some tokens.
 
-    rows    int64 (P,) rows of the batch; one may be looked at for several things
-    tokens  bool (P, L) which tokens of each are looked at
-    layers  which cross-attentions are looked at, counted in the order in which they are called
+    rows    int64 (P,) rows of the batch; one may be there for several looks
+    tokens  bool (P, L) whose maps are summed, of each
+    layers  which cross-attentions are recorded, counted in the order in which they are called
 
-    `on_self` and `on_text` are what attends. A map is the row's own, whatever is lent to it.
+    `on_self` and `on_text` compute the attention. A map is the row's own, whatever is lent to it.
     """
 
     rows: Tensor

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ledits_min.config import EditDefaults
-from ledits_min.errors import InputError
+from ledits_min.errors import InputError, check_choice
 
 # LEDITS++ [2311.16711] as diffusers' pipelines have it. Theirs count `skip` as a share on top of the steps they run: 30
 # and .15 (Stable Diffusion), 50 and .15 (SDXL) are 34 and 57 steps here, of which the noisiest 4 and 7 are left out.
@@ -23,14 +23,13 @@ FAST: dict[str, Any] = {
 
 def preset_defaults(name: str, defaults: EditDefaults, embedded: bool, is_sdxl: bool) -> EditDefaults:
     """A checkpoint's defaults with the preset's in their place; InputError for a preset that it does not have."""
+    check_choice("preset", name, ("leditspp", "fast"))
     if name == "leditspp":
         num_steps, skip = (57, 7) if is_sdxl else (34, 4)
         return replace(defaults, num_steps=num_steps, skip=skip, **LEDITSPP)
-    if name == "fast" and embedded:
+    if embedded:
         return replace(defaults, **FAST)
-    if name == "fast":
-        raise InputError(
-            "preset 'fast' was measured on the embedded model alone; for this one try num_steps 50 and skip 18, and "
-            "look at what it loses"
-        )
-    raise InputError(f"preset is {name!r}; the choices are leditspp and fast")
+    raise InputError(
+        "preset 'fast' was measured on the embedded model alone; for this one try num_steps 50 and skip 18, and look "
+        "at what it loses"
+    )

@@ -37,10 +37,10 @@ class PromptToPrompt:
     self      tau_a, 0 .. 1: its self-attention maps act in the first int(self * num_steps), where a map has at most a
               quarter of the latents' height and width: the 16 x 16 tokens that the authors' code allows at 64 x 64
     reweight  words of the target, and what their cross-attention is multiplied by while maps are lent, -10 .. 10
-    blend     words of the source or the target, one string or several: the edit stays where either prompt attends to
-              them, and the rest of the picture as it is; none: it may change everything
-    blend_threshold  0 .. 1: the share of their largest attention from which on that is; None: the checkpoint's own,
-              else the paper's 0.3
+    blend     words of the source or the target, one string or several: the edit acts where either prompt attends to
+              them, and the rest of the picture stays as it is; none: it may change everything
+    blend_threshold  0 .. 1: where they are attended to more than this share of their largest attention, the edit
+              acts; at 1 it acts nowhere. None: the checkpoint's own, else the paper's 0.3
 
     Executed steps are counted, but num_steps holds the skipped ones too: with 36 of 100 skipped, 0.6 covers 60 of the
     64 that are executed. Prompts with equally many words are edited by word swap ("replace"), all others by prompt
@@ -60,18 +60,28 @@ class PromptToPrompt:
         check_number("attention: cross", self.cross, 0.0, 1.0)
         check_number("attention: self", self.self, 0.0, 1.0)
         if not isinstance(self.reweight, Mapping):
-            raise InputError(f"attention: reweight is {self.reweight!r}; words and their factors are wanted")
+            raise InputError(f"attention: reweight is {short(self.reweight)}; words and their factors are wanted")
         for word, factor in self.reweight.items():
-            check_number(f"attention: reweight of {word!r}", factor, -10.0, 10.0)
+            check_text("attention: a word to reweight", word)
+            check_number(f"attention: reweight of {quoted(word, 60)}", factor, -10.0, 10.0)
         phrases = (self.blend,) if isinstance(self.blend, str) else self.blend
         if not isinstance(phrases, list | tuple) or not all(isinstance(one, str) and one.strip() for one in phrases):
             raise InputError(f"attention: blend is {short(self.blend)}; words of the source or the target are wanted")
+        for phrase in phrases:
+            check_text("attention: a word to blend around", phrase)
         object.__setattr__(self, "blend", tuple(phrases))
         check_number("attention: blend_threshold", self.blend_threshold, 0.0, 1.0, optional=True)
+        if self.blend_threshold is not None and not phrases:
+            raise InputError(
+                f"attention: blend_threshold is {self.blend_threshold:g} and has no effect without blend; name the "
+                "words around which the edit is to stay"
+            )
 
     def resolve(self, defaults: EditDefaults) -> PromptToPrompt:
-        """The same with every None replaced by its default."""
-        return self if self.blend_threshold is not None else replace(self, blend_threshold=defaults.blend_threshold)
+        """The same with every None that has an effect replaced by its default."""
+        if not self.blend or self.blend_threshold is not None:
+            return self
+        return replace(self, blend_threshold=defaults.blend_threshold)
 
     def lending(self, source: Words, target: Words, length: int, num_steps: int, latents: Tensor) -> Lending:
         """What is lent, and for how long, between two prompts of `length` tokens L each, padding included.
@@ -109,7 +119,7 @@ def edit_settings(
     check_prompt("target", target)
     check_prompt("negative", negative)
     for concept in concepts:
-        warn_of_syntax(concept.text)
+        check_prompt("concept", concept.text)
     terms = tuple(concept.resolve(defaults) for concept in concepts)
     read = defaults.attention_level, defaults.attention_places
     return EditSettings(target, scale, negative, terms, momentum_scale, momentum_beta, *read)
@@ -131,14 +141,22 @@ def warn_of_idle(settings: EditSettings, steps: int) -> None:
 
 
 def check_prompt(name: str, text: str) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
+    check_text(name, text)
     warn_of_syntax(text)
     return text
 
 
+def check_text(name: str, text: object) -> None:
+    """InputError for what is no text, and for half a character (a lone surrogate), which no tokenizer reads."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {type(text).__name__}; a string is wanted")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} is {quoted(text, 60)}, which holds half a character; write it as whole Unicode text")
+
+
 def check_prompts(source: str, target: str, negative: str) -> None:
     """InputError where Prompt-to-Prompt has no two prompts to work with."""
+    check_text("source", source)  # a saved inversion's was written by who knows whom
     if not source.strip():
         raise InputError("Prompt-to-Prompt: the source prompt is empty; invert with a description of the picture")
     if not target.strip():
@@ -160,14 +178,19 @@ def named_tokens(
     """The words that `attention` names, in prompts of `length` tokens L: what it multiplies the target's tokens by,
     float32 (L,), and which of the source's and of the target's it blends around, bool (2, L).
 
-    words_of  the token ids of each word of a text. InputError for words that are in no prompt.
+    words_of  the token ids of each word of a text. InputError for words that are in no prompt, or behind what the model
+    reads of it.
     """
     prompts = words_of(source), words_of(target)
+    longest = max(sum(map(len, prompt)) for prompt in prompts)
+    cut = f", among the {longest} tokens that the model reads" if longest == length - 2 else ""
     factors = torch.ones(length)
     for phrase, factor in attention.reweight.items():
         found = tokens_of(words_of(phrase), prompts[1])
         if not found:
-            raise InputError(f"Prompt-to-Prompt: {quoted(phrase, 60)} is not in the target prompt; name words that are")
+            raise InputError(
+                f"Prompt-to-Prompt: {quoted(phrase, 60)} is not in the target prompt; name words that are{cut}"
+            )
         factors[found] *= factor
     blended = torch.zeros(2, length, dtype=torch.bool)
     for phrase in attention.blend:
@@ -175,7 +198,7 @@ def named_tokens(
         if not any(places):
             raise InputError(
                 f"Prompt-to-Prompt: blend names {quoted(phrase, 60)}, which is neither in the source prompt "
-                f"{quoted(source)} nor in the target prompt {quoted(target)}; name words that are"
+                f"{quoted(source)} nor in the target prompt {quoted(target)}; name words that are{cut}"
             )
         for row, found in zip(blended, places, strict=True):
             row[found] = True
@@ -215,11 +238,6 @@ def check_call(concepts: object = (), callback: object = None) -> None:
         if not isinstance(concept, Concept):
             way_out = f"write Concept({short(concept)})" if isinstance(concept, str) else "a Concept is wanted"
             raise InputError(f"concepts holds {short(concept)}; {way_out}")
-
-
-def check_output_size(output_size: str) -> None:
-    if output_size not in ("input", "model"):
-        raise InputError(f"output_size is {output_size!r}; 'input' or 'model' is wanted")
 
 
 def check_seeds(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:

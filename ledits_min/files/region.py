@@ -43,11 +43,19 @@ def open_masks(masks: MaskLike | Sequence[MaskLike], sizes: Sequence[tuple[int, 
 
 
 def region_of(planes: Sequence[Plane], latents: tuple[int, int], squares: Sequence[Square] = ()) -> Tensor:
-    """Opened masks over latents (h, w): float32 (1 or B, 1, h, w). Of the `squares` in pictures that were made some."""
+    """Opened masks over latents (h, w): float32 (1 or B, 1, h, w). Of the `squares` in pictures that were made some.
+
+    InputError for a mask that is black wherever the model works.
+    """
     masks = [torch.from_numpy(plane) for plane in planes]
     if squares:
         masks = masks if len(masks) > 1 else masks * len(squares)
         masks = [one.cut(_resized(mask, one.whole[::-1])) for one, mask in zip(squares, masks, strict=True)]
+        if not all(bool(mask.any()) for mask in masks):
+            raise InputError(
+                "mask is white only outside the square of the picture that this model works at, so that nothing would "
+                "change; paint white inside it, or cut the picture around what is to change"
+            )
     return torch.stack([_resized(mask, latents)[None] for mask in masks])
 
 

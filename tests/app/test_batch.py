@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,9 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ledits_min import LEdits
+from ledits_min import InputError, LEdits
 from ledits_min.app.batch import run as batch
 from ledits_min.app.batch.folder import found_at, held
+from ledits_min.app.batch.jobs import Job
 from ledits_min.app.cli import main
 
 SAMPLES = Path(__file__).resolve().parents[2] / "weights/tiny/samples"
@@ -104,6 +106,41 @@ def test_a_picture_is_what_edit_makes_of_it(place: Path) -> None:
         assert one.tobytes() == other.tobytes()
         assert json.loads(one.info["ledits"]) == json.loads(other.info["ledits"])
     assert not (place / "out/errors.jsonl").exists()
+
+
+def test_a_mask_that_changes_during_the_run_is_not_that_of_the_plan(place: Path) -> None:
+    picture, mask = place / "portrait1.png", place / "mask.png"
+    Image.new("L", (64, 64), 255).save(mask)
+    job = Job(1, picture.name, picture, "o.png", {"only_where": str(mask)})
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (picture, mask)]
+    task = batch.Task(job, digests[0], {"only_where": digests[1]})
+    assert batch._decoded(task).size == Image.open(picture).size
+    Image.new("L", (64, 64), 128).save(mask)
+    with pytest.raises(InputError, match="mask.png' was changed during the run; run it again"):
+        batch._decoded(task)
+
+
+def test_a_mask_is_no_place_for_an_output(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(place / "t.jsonl", [{"image": "portrait1.png", "output": "m.png", "only_where": "m.png"}])
+    mask = Image.new("L", (64, 64), 255)
+    mask.save("m.png")
+    before = Path("m.png").read_bytes()
+    assert main(["batch", str(table), "-o", ".", "--add", "hat", "--overwrite"]) == 2
+    assert "'m.png' there is an input of this run" in capsys.readouterr().err
+    assert Path("m.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--mask", "both"], "--mask is of concepts, and there is none"),
+    (["--only-where", "portrait1.png"], "--only-where is of concepts, and there is none"),
+    (["--add", "hat", "--only-where", "none.png"], "'none.png' does not exist"),
+])  # fmt: skip
+def test_a_mask_for_nothing_is_refused_at_once(
+    place: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert main(["batch", ".", "-o", "out", *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not (place / "out").exists()
 
 
 def test_only_what_changed_is_done_again(

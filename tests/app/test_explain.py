@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ledits_min.app.cli import main
 
@@ -96,15 +97,35 @@ def test_prompt_to_prompt_is_told_and_counted(
     assert not any("inverting" in line for line in lines)
 
 
+@pytest.mark.parametrize("more", [[], ["--target", "a portrait with a beard", "--p2p", "cross=0.5,blend=beard"]])
+def test_the_plain_engine_shares_nothing(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "x.json"
+    assert main([*EDIT, *more, "--plain", "-o", str(tmp_path / "x.png"), "--report", str(report)]) == 0
+    told = json.loads(report.read_text())["evaluations"]
+    assert {name: phase["evaluations"] for name, phase in told["planned"]["phases"].items()} == told["evaluated"]
+    capsys.readouterr()
+    assert main([*EDIT, *more, "--plain", "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for phase, evaluations in told["evaluated"].items():
+        assert any(line.startswith(f"{phase}: {evaluations} evaluations in ") for line in lines), lines
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--add", "zebra"], "does not know 'zebra'"),
         (["--steps", "1000"], "--steps"),
         (["--p2p"], "pass --target, the new picture"),
+        (["--only-where", "mask.png"], "mask is 64 x 16"),
     ],
 )
-def test_it_refuses_what_the_edit_would_refuse(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_refuses_what_the_edit_would_refuse(
+    more: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (64, 16), 255).save("mask.png")
     assert main([*EDIT, "--explain", *more]) == 2
     assert said in capsys.readouterr().err
 

@@ -58,6 +58,17 @@ def test_the_command_line_fills_what_a_row_leaves_open(tmp_path: Path) -> None:
     assert words == [[(True, "beard"), (False, "hat")], [(False, "smile"), (True, "beard")], [(True, "beard")]]
 
 
+def test_a_mask_needs_a_concept(tmp_path: Path) -> None:
+    """A row's own, or the command line's region; the command line's way to make masks is for whatever concepts come."""
+    rows = [{}, {"mask": "both"}, {"add": "hat", "mask": "both", "only_where": "m.png"}, {"only_where": "m.png"}]
+    table = "\n".join(json.dumps({"image": f"{n}.png", "target": "hat", **row}) for n, row in enumerate(rows))
+    faults = [job.fault for job in jobs_of(tmp_path / "t.jsonl", table, "--mask", "noise")]
+    assert [bool(fault) for fault in faults] == [False, True, False, True]
+    assert "line 2, column mask: it is of concepts, and this job has none" in faults[1]
+    faults = [job.fault for job in jobs_of(tmp_path / "t.jsonl", table, "--only-where", "m.png")]
+    assert [bool(fault) for fault in faults] == [True, True, False, True]
+
+
 def test_a_folder_is_its_pictures_in_order(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
         (tmp_path / name).write_bytes(b"")

@@ -96,6 +96,7 @@ SWEEPS = [
     (["--add", "sunglasses", "--seed", "0,7", "--scale", "1,2"], 2),
     (["--add", "sunglasses", "--momentum-scale", "0.5", "--momentum-beta", "0,0.5"], 1),
     (["--source", "short black hair", "--target", "short blond hair", "--p2p", "--cross", "0,1", "--self", "0,1"], 1),
+    (["--source", "hat", "--target", "red hat", "--p2p", "blend=hat", "--add", "beard", "--mask", "both,noise"], 1),
 ]
 
 
@@ -127,8 +128,7 @@ def test_every_cell_is_the_edit_it_says(
             settings["momentum_beta"], attention=None if control is None else PromptToPrompt(**control),
         )  # fmt: skip
         assert fitted(alone.images[0], 128).tobytes() == one.picture.tobytes()
-        if control is None:
-            assert one.entry["evaluations"] == ledits.runner.evaluations["editing"]
+        assert one.entry["evaluations"] == ledits.runner.evaluations["editing"]
         means = [float(mask.mean()) for mask in alone.masks]
         assert [mask["mean"] for mask in one.entry["masks"]] == means
     pictures = {one.picture.tobytes() for row in edited for one in row}

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ledits_min import Concept, InputError, Inversion, LEdits, PromptToPrompt, Result
-from ledits_min.app.outputs import parameters_line
+from ledits_min.app.outputs import common, parameters_line, planned_settings
 from ledits_min.app.values import parse_p2p
 from ledits_min.engine.maps import Look, recording
 from ledits_min.engine.request import named_tokens
@@ -172,6 +172,7 @@ class TestEdit:
     def test_the_threshold_is_the_checkpoint_s_own(self, fast: LEdits) -> None:
         assert fast.defaults.blend_threshold == 0.6
         assert HAIR.resolve(fast.defaults) == PromptToPrompt(blend="hair", blend_threshold=0.6)
+        assert PromptToPrompt().resolve(fast.defaults) == PromptToPrompt()
         said = run(fast, HAIR.resolve(fast.defaults))[1]
         assert torch.equal(run(fast)[1].latents, said.latents)
 
@@ -210,12 +211,55 @@ class TestWords:
             run(fast, PromptToPrompt(blend=words))
         assert fast.runner.evaluations == before, "before anything is evaluated"
 
+    def test_a_word_that_was_cut_off_is_refused_with_the_reason(self, fast: LEdits) -> None:
+        words, length = fast.text.words, fast.text.length
+        long = " ".join(["hair"] * (length - 2)) + " beard"
+        for attention in (PromptToPrompt(blend="beard"), PromptToPrompt(reweight={"beard": 2.0})):
+            with pytest.raises(InputError, match=f"name words that are, among the {length - 2} tokens that the model"):
+                named_tokens(attention, words, "hair", long, length)
+
     @pytest.mark.parametrize("words", ["", " ", ("hat", ""), 3, None, {"hat": 1.0}, ("hat", 2)])
     def test_what_is_no_word_is_refused(self, words: Any) -> None:
         with pytest.raises(InputError, match="attention: blend is .*; words of the source or the target are wanted"):
             PromptToPrompt(blend=words)
         with pytest.raises(InputError, match="blend_threshold is 1.1"):
             PromptToPrompt(blend="hat", blend_threshold=1.1)
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ({"blend_threshold": 0.5}, "blend_threshold is 0.5 and has no effect without blend"),
+            ({"blend": "\ud800"}, "a word to blend around is '.ud800', which holds half a character"),
+            ({"reweight": {"\ud800": 2.0}}, "a word to reweight is '.ud800', which holds half a character"),
+            ({"reweight": {5: 2.0}}, "a word to reweight is int; a string is wanted"),
+            ({"reweight": {None: 2.0}}, "a word to reweight is NoneType; a string is wanted"),
+            ({"reweight": torch.ones(30, 4)}, "reweight is tensor.*; words and their factors are wanted"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused_in_one_line(self, given: dict[str, Any], says: str) -> None:
+        with pytest.raises(InputError, match=says) as refusal:
+            PromptToPrompt(**given)
+        assert "\n" not in str(refusal.value)
+
+    def test_a_reweight_that_never_acts_is_said(self, fast: LEdits) -> None:
+        with pytest.warns(UserWarning, match="reweight acts while cross-attention is lent"):
+            run(fast, PromptToPrompt(cross=0.0, reweight={"hair": 2.0}), num_steps=1, skip=0)
+
+    def test_where_maps_are_read_is_written_where_it_decides_pixels(self, fast: LEdits) -> None:
+        """ledits.json may change, and is no part of the fingerprint."""
+        inversion = fast.inversion_settings("hair")
+        read = {"attention_level": 1, "attention_places": ["up"]}
+        for concepts, attention, wanted in (
+            ([], HAIR, read),
+            ([], PromptToPrompt(), {}),
+            ([Concept("hat", mask="both")], None, read),
+            ([Concept("hat", mask="noise")], None, {}),
+        ):
+            values = planned_settings(fast, inversion, (128, 128), concepts, attention, {})
+            assert {name: value for name, value in values.items() if name.startswith("attention_")} == wanted
+            plain = [Concept("hat", mask="noise")] * len(concepts)
+            other = planned_settings(fast, inversion, (128, 128), plain, None, {})
+            assert "attention_level" not in common([values, other])
 
     def test_a_level_without_text_is_refused(self, fast: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fast, "defaults", replace(fast.defaults, attention_level=0))

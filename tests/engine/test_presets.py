@@ -64,7 +64,7 @@ def test_it_is_its_settings_written_out_and_what_is_given_stays(tiny: LEdits, pr
 def test_what_it_is_not_for_is_refused(tiny: LEdits) -> None:
     with pytest.raises(InputError, match="preset 'fast' was measured on the embedded model alone; .* num_steps 50"):
         preset_defaults("fast", EditDefaults(), False, False)
-    with pytest.raises(InputError, match="preset is 'quick'; the choices are leditspp and fast"):
+    with pytest.raises(InputError, match="preset is 'quick'; the choices are leditspp, fast"):
         tiny.with_preset("quick")
     with pytest.raises(InputError, match="preset is 'quick'"):
         LEdits.from_pretrained("tiny", device="cpu", dtype="float32", preset="quick")

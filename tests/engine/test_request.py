@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ledits_min import Concept, InputError, Inversion, LEdits, Progress
+from ledits_min import Concept, InputError, Inversion, LEdits, Progress, PromptToPrompt
 from ledits_min.config import EditDefaults
 from ledits_min.engine.progress import Reporting
 from ledits_min.engine.record import observer
@@ -32,6 +34,7 @@ def inversion(ledits: LEdits) -> Inversion:
 Call = Callable[[LEdits, Inversion], object]
 WRONG: Any = ["hat"]
 NOTHING: Any = [None]
+ARRAY: Any = np.ones((64, 64))
 SLIPS: list[tuple[Call, str]] = [
     (lambda ledits, x: ledits.edit(x, concepts="hat"), r"concepts is 'hat'; .*concepts=\[Concept\('hat'\)\]"),
     (lambda ledits, x: ledits.edit(x, concepts=WRONG), r"concepts holds 'hat'; write Concept\('hat'\)"),
@@ -46,8 +49,26 @@ SLIPS: list[tuple[Call, str]] = [
     (lambda ledits, x: ledits.generate("hat", concepts=WRONG), "concepts holds 'hat'"),
     (lambda ledits, x: ledits.edit(_with_channels(x, 3)), "latents of 3 channels, the model works with 4"),
     (lambda ledits, x: ledits.edit(_with_channels(x, 8)), "latents of 8 channels"),
+    (lambda ledits, x: ledits.edit(x, "\ud800"), "target is '.ud800', which holds half a character"),
+    (lambda ledits, x: ledits.edit(x, negative="\ud800"), "negative is '.ud800', which holds half"),
+    (lambda ledits, x: ledits.edit(x, concepts=[Concept("\ud800")]), "concept is '.ud800', which holds half"),
+    (lambda ledits, x: ledits.invert(SAMPLE, "\ud800"), "source is '.ud800', which holds half"),
+    (lambda ledits, x: _with_source(ledits, x, "\ud800"), "source is '.ud800', which holds half"),
+    (lambda ledits, x: Concept("hat", mask=ARRAY), r"mask is array\(.*; the choices are percentile, noise"),
+    (lambda ledits, x: Concept("hat", reverse=ARRAY), r"reverse is array\(.*; True or False"),
+    (lambda ledits, x: Concept("hat", threshold=ARRAY), r"threshold is array\(.*; a number in 0 .. 1"),
+    (lambda ledits, x: ledits.edit(x, output_size=ARRAY), r"output_size is array\(.*; the choices are input, model"),
+    (lambda ledits, x: ledits.with_preset(ARRAY), r"preset is array\(.*; the choices are leditspp, fast"),
+    (lambda ledits, x: LEdits.from_pretrained("tiny", engine=ARRAY), r"engine is array.*; the choices are fast, plain"),
+    (lambda ledits, x: ledits.edit(x, "hat", mask_image=ARRAY), "mask_image limits concepts, and there is none"),
     (lambda ledits, x: ledits.invert(SAMPLE, size=[64], **QUICK), r"size is \[64\]; two whole numbers"),
 ]
+
+
+def _with_source(ledits: LEdits, inversion: Inversion, source: str) -> None:
+    """As a file may bring it."""
+    damaged = replace(inversion, settings=replace(inversion.settings, source=source))
+    ledits.edit(damaged, "hat", attention=PromptToPrompt())
 
 
 def _with_channels(inversion: Inversion, channels: int) -> Inversion:
@@ -60,8 +81,37 @@ def _with_channels(inversion: Inversion, channels: int) -> Inversion:
 
 @pytest.mark.parametrize(("call", "says"), SLIPS)
 def test_a_slip_is_refused_with_the_way_out(ledits: LEdits, inversion: Inversion, call: Call, says: str) -> None:
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as refusal:
         call(ledits, inversion)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"mask_image": np.zeros((64, 64))}, "mask is black"),
+        ({"concepts": [Concept("", mask="both")], "negative": "beard"}, "the empty concept: mask is 'both'"),
+    ],
+)
+def test_prompt_to_prompt_refuses_before_the_inversion(ledits: LEdits, wrong: dict[str, Any], says: str) -> None:
+    ledits.runner.evaluations.clear()
+    asked = {"source": "hair", "target": "hat", "concepts": [Concept("beard")], "attention": PromptToPrompt()}
+    with pytest.raises(InputError, match=says):
+        ledits.invert_and_edit(SAMPLE, **{**QUICK, **asked, **wrong})
+    assert not ledits.runner.evaluations
+    with pytest.raises(InputError, match="mask_image limits concepts, and there is none"):
+        ledits.invert_and_edit(SAMPLE, target="hat", mask_image=ARRAY, **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:this model knows squares", "ignore:the embedded model was trained on drawn")
+def test_a_mask_beside_what_the_model_works_at_is_refused(ledits: LEdits) -> None:
+    """Of a wide picture the embedded model is given the square around what is drawn."""
+    wide = Image.new("RGB", (300, 100), "white")
+    wide.paste(Image.open(SAMPLE).convert("RGB").resize((80, 80)), (110, 10))
+    mask = np.zeros((100, 300))
+    mask[:, :20] = 1.0
+    with pytest.raises(InputError, match="mask is white only outside the square"):
+        ledits.invert_and_edit(wide, concepts=[Concept("hat")], mask_image=mask, **QUICK)
 
 
 def test_a_size_may_be_a_list(ledits: LEdits) -> None:

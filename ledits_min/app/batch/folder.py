@@ -95,6 +95,7 @@ def _is_whole(data: bytes) -> bool:
 def check_folder(folder: Path, jobs: Sequence[Job]) -> None:
     """InputError where the outputs cannot go there, or would replace what is not theirs to replace."""
     inputs = {os.path.realpath(job.path) for job in jobs}
+    inputs |= {os.path.realpath(mask) for job in jobs if (mask := job.options.get("only_where")) is not None}
     for job in jobs:
         if job.output and os.path.realpath(folder / job.output) in inputs:
             raise InputError(f"-o {quoted(folder)}: {quoted(job.output)} there is an input of this run; choose another")

@@ -204,6 +204,11 @@ def _job(line: int, row: Row, folder: Path, given: Mapping[str, Any]) -> Job:
     if "only_where" in values:
         values["only_where"] = str(folder / values["only_where"])
     concepts = _merged(given["concepts"], values.pop("add", None), values.pop("remove", None))
+    faults += [
+        f"line {line}, column {column}: it is of concepts, and this job has none; add or remove one, or leave it out"
+        for column in ("mask", "only_where")
+        if not concepts and (column in values or (column == "only_where" and given[column] is not None))
+    ]
     options = {**given, **values, "concepts": concepts}
     if not faults:
         try:

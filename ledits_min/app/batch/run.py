@@ -38,6 +38,7 @@ from ledits_min.app.batch.folder import (
 )
 from ledits_min.app.batch.jobs import Job
 from ledits_min.app.inputs import (
+    check_masks,
     check_prompt,
     concept_fields,
     edit_settings,
@@ -164,6 +165,7 @@ def _task(
         ledits.named_words(attention, made.source, edit["target"])
     worked_at, squared = ledits.worked_at(size, args.size)
     made = replace(made, squared=squared)
+    check_masks(args, ledits)
     concepts = [Concept(**fields) for fields in concept_fields(args)]
     return Task(job, picture, outputs.planned_settings(ledits, made, worked_at, concepts, attention, edit))
 
@@ -270,9 +272,10 @@ class Editor:
 
 
 def _decoded(task: Task) -> Image.Image:
-    picture = open_image(task.job.path)
-    if _sha256(task.job.path) != task.picture:
-        raise InputError(f"{quoted(task.job.path)} was changed during the run; run it again")
+    picture, mask = open_image(task.job.path), task.job.options.get("only_where")
+    for path, before in ((task.job.path, task.picture), (mask, task.settings.get("only_where"))):
+        if path is not None and _sha256(Path(path)) != before:
+            raise InputError(f"{quoted(path)} was changed during the run; run it again")
     return picture
 
 

@@ -14,11 +14,13 @@ from ledits_min.app.cli.options import check_attention, check_ranges
 from ledits_min.app.inputs import (
     check_concept_options,
     check_inversion_options,
+    check_masks,
     check_model,
     check_prompt,
     concept_fields,
     edit_picture,
     edit_settings,
+    engine_of,
     inversion_settings,
     invert_picture,
     is_saved_inversion,
@@ -100,6 +102,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
         check_prompt(ledits, text)  # now, not after minutes of inversion
     if attention is not None:
         ledits.named_words(attention, source, args.target)
+    check_masks(args, ledits)
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
     settings = edit_settings(args, ledits)
@@ -141,7 +144,11 @@ def _tell_plan(args: argparse.Namespace, picture: Image.Image | None) -> None:
 
     concepts = [Concept(**fields) for fields in concept_fields(args)]
     made = load_inversion(args) if picture is None else None
-    ledits, device = without_weights(args.model, args.device, args.dtype, **parts(args))
+    if made is not None:
+        users_mask(args, made.original_sizes[0])
+    elif picture is not None:
+        users_mask(args, picture.size)
+    ledits, device = without_weights(args.model, args.device, args.dtype, engine_of(args), **parts(args))
     ledits = ledits.with_preset(args.preset)
     for text in texts_of(args):
         check_prompt(ledits, text)
@@ -226,6 +233,9 @@ def run_batch(args: argparse.Namespace) -> None:
     if args.workers is not None and args.engine != "ray":
         raise InputError("--workers belongs to --engine ray; the local engine is one process")
     jobs = read_jobs(Path(args.jobs), args)
+    if not any(job.options["concepts"] for job in jobs):
+        check_concept_options(args)
+    only_where(args)
     check_folder(Path(args.output), jobs)
     check_model(args, texts_of(args))
     for text in left_out(Path(args.jobs)):

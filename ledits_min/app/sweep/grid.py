@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.cli.options import check_ranges
-from ledits_min.app.inputs import concept_fields, edit_settings, inversion_settings, invert_picture, only_where
+from ledits_min.app.inputs import (
+    check_masks,
+    concept_fields,
+    edit_settings,
+    inversion_settings,
+    invert_picture,
+    only_where,
+)
 from ledits_min.app.values import CONCEPT_KEYS, P2P_KEYS
 from ledits_min.errors import InputError
 
@@ -153,7 +160,9 @@ def run(
 
     groups: dict[tuple[Any, ...], list[tuple[int, int, argparse.Namespace]]] = {}
     for i, j, cell in grid:
-        inversion_settings(cell, ledits)  # a skip that the model's own steps do not allow: now, not after ten cells
+        # What the model does not allow (a skip beyond its own steps, masks of attention): now, not after ten cells.
+        inversion_settings(cell, ledits)
+        check_masks(cell, ledits)
         groups.setdefault(tuple(getattr(cell, name) for name in INVERSION), []).append((i, j, cell))
     edited: dict[tuple[int, int], Edited] = {}
     inversions: list[dict[str, Any]] = []
@@ -202,8 +211,7 @@ def _edited(
     seconds = time.perf_counter() - start
     settings = outputs.settings(ledits, inversion, concepts, attention, {**options, **only_where(cell)})
     numbers = {
-        # Prompt-to-Prompt keeps to the plain loop, which counts nothing.
-        "evaluations": None if attention else ledits.runner.evaluations["editing"],
+        "evaluations": ledits.runner.evaluations["editing"],
         "seconds": round(seconds, 3),
         "change_rms": _difference(picture, result.images[0]),
         "masks": outputs.mask_statistics(settings["concepts"], [mask[0] for mask in result.masks]),

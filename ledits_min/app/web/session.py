@@ -237,9 +237,11 @@ class Session:
             return self._stop.is_set()
 
         with self.models.use(model) as ledits, heard() as notices:
+            # Now, not after the inversion.
+            check_number("guidance scale", change.guidance_scale, 0.0, 1000.0)
+            ledits.edit_settings(change.target, change.guidance_scale, change.negative, change.concepts)
             for text in (basis.source, change.target, change.negative, *(concept.text for concept in change.concepts)):
                 check_prompt(ledits, text)
-            check_number("guidance scale", change.guidance_scale, 0.0, 1000.0)  # now, not after the inversion
             key = picture, ledits.fingerprint, basis
             started, inverted = time.perf_counter(), None
             inversion = self._inversions.get(key)
