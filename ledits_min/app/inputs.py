@@ -61,6 +61,8 @@ def check_inversion_options(args: argparse.Namespace) -> None:
                 f"--{option} has no effect on a saved inversion such as {quoted(args.image)}; leave it out, or pass "
                 "the picture instead"
             )
+    if args.preset is not None:
+        notice(args, f"--preset {args.preset}: a saved inversion keeps the steps and the solver that it was made with")
 
 
 def load_inversion(args: argparse.Namespace) -> Inversion:
