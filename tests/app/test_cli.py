@@ -173,6 +173,7 @@ def test_what_made_an_inversion_stays(place: Path, capsys: pytest.CaptureFixture
     assert main(["invert", "p.png", *FAST, "-o", "i.safetensors"]) == 0
     assert main(["edit", "i.safetensors", option]) == 2
     assert f"{option.partition('=')[0]} has no effect on a saved inversion" in capsys.readouterr().err
+    assert names(place) == {"p.png", "i.safetensors"}
 
 
 def test_a_preset_leaves_an_inversion_as_it_was_made(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +182,6 @@ def test_a_preset_leaves_an_inversion_as_it_was_made(place: Path, capsys: pytest
     assert capsys.readouterr().err.count("--preset leditspp: a saved inversion keeps the steps and the solver") == 1
     settings = json.loads((place / "r.json").read_text())["settings"]
     assert (settings["num_steps"], settings["concepts"][0]["mask"]) == (10, "both")
-    assert names(place) == {"p.png", "i.safetensors"}
 
 
 def test_an_inversion_of_another_model_is_refused(
