@@ -113,6 +113,9 @@ def targets(study: Json, files: Mapping[str, Json], megabytes: float) -> list[Ta
     if sample := files.get("edit", {}).get("edit_sample"):
         seconds = {"": sample["seconds"]["median"]}
         found.append(Target("README's sample edit", 15.0, seconds, lambda v: f"{v:.1f} s", at_most=True))
+    if masks := files.get("masks", {}).get("masks"):
+        ratios = {run: kinds["both"]["processor_ratio"] for run, kinds in masks.items()}
+        found.append(Target("a step with the mask 'both', to SEGA's", 1.05, ratios, ratio, at_most=True))
     return found
 
 

@@ -13,8 +13,8 @@ equally many can be compared line by line. *More* is against the first row, port
 side of 0 is a difference. Brackets are 95 % intervals."""
 REMOVALS = """\
 {portraits} portraits of each. In reverse, the prediction for the thing is guided away from; by phrase, the one for its
-absence ("no glasses") is guided to; at once, both. The mask says where: SEGA's by percentiles, or the places where the
-words are looked at, which for a phrase of absence are those of the thing that is there."""
+absence ("no glasses") is guided to; at once, both. The mask says where: SEGA's by percentiles, or where the words are
+attended to, or both."""
 
 
 def percent(value: float, interval: Sequence[float] | None = None) -> str:
@@ -48,7 +48,7 @@ def methods_text(found: Json) -> list[str]:
     lines = ["## LEDITS++'s masks and solver, and few steps: what they buy, evaluation by evaluation", ""]
     lines += [METHODS.format(portraits=found["portraits"], edits=len(first["edits"])), "", about(found), ""]
     header = ["method", "evaluations", "success", "kept", "nearer", "outside, dB", "gain, dB"]
-    header += ["more success, points", "more outside, dB", "more gain, dB", "gain: add", "change", "remove", "seconds"]
+    header += ["more success, points", "more outside, dB", "more gain, dB", "gain: add", "change", "remove"]
     rows = [
         [
             line["method"],
@@ -63,7 +63,6 @@ def methods_text(found: Json) -> list[str]:
                 for name, unit in (("success", 100.0), ("outside_db", 1.0), ("gain_db", 1.0))
             ),
             *(f"{line[f'gain_db_{group}']:.1f}" for group in ("add", "change", "remove")),
-            f"{line['seconds']:.2f}",
         ]
         for line in found["rows"]
     ]

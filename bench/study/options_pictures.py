@@ -53,11 +53,12 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: tuple[str, str], y: tuple[str, str]) -> None:
-    """Rows that would stand on one another are drawn side by side."""
-    there = [round(row[x[0]], 1) for row in rows]
+    """Rows of equally many evaluations, which would stand on one another, are drawn side by side."""
+    there = [row["evaluations"] for row in rows]
     for number, (row, method) in enumerate(zip(rows, METHODS, strict=True)):
         beside = there[:number].count(there[number]) - (there.count(there[number]) - 1) / 2.0
-        at, value, (low, high) = row[x[0]] + 1.6 * beside, row[y[0]], row[f"{y[0]}_interval"]
+        aside = 1.6 * beside if x[0] == "evaluations" else 0.0
+        at, value, (low, high) = row[x[0]] + aside, row[y[0]], row[f"{y[0]}_interval"]
         spread = [[value - low], [high - value]]
         axis.errorbar(at, value, yerr=spread, fmt="o", color=COLORS[method.mask], markersize=4, linewidth=1)
         axis.annotate(str(number + 1), (at, value), textcoords="offset points", xytext=(3, 4), fontsize=9)
