@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "masks.json")
     args = parser.parse_args()
     found = {
-        "embedded model, 10 steps": measure(of_the_embedded_model(10), 5 * args.rounds),
+        "embedded model, 10 steps": measure(of_the_embedded_model(10), 10 * args.rounds),
         f"SD 1.5, {args.size} px, {args.steps} steps": measure(of_stable_diffusion(args.size, args.steps), args.rounds),
     }
     write_json(args.out, {"masks": found, "rounds": args.rounds, "conditions": conditions()})
