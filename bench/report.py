@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.report_cells import Json, decibel, percent, ratio, spread, table
 from bench.report_options import options_text
-from bench.report_speed import Json, alone_text, benchmark_text, growth_text, peers_text, table
+from bench.report_speed import alone_text, benchmark_text, growth_text, peers_text
 
 BENCH = Path(__file__).resolve().parent
 TINY = BENCH.parent / "weights" / "tiny"
@@ -39,23 +40,6 @@ ELSEWHERE = """\
 The same edits on portraits of styles that nothing was trained on. The classifier has not seen them either, so its view
 before the edit stands beside its view after. Open Peeps by Pablo Stanley (CC0 1.0), ToonHead by Johan Melin and
 Personas by Draftbit (both CC BY 4.0), as remixed by DiceBear."""
-
-
-def percent(value: float) -> str:
-    return f"{100.0 * value:.1f} %"
-
-
-def decibel(value: float) -> str:
-    return f"{value:.1f} dB"
-
-
-def ratio(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def spread(interval: Sequence[float], unit: float = 1.0, digits: int = 1) -> str:
-    low, high = (f"{unit * bound:.{digits}f}" for bound in interval)
-    return f"[{low}, {high}]"
 
 
 # --- what was wanted, and whether it was reached ----------------------------------------------------------------------

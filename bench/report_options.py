@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report_speed import Json, table
+from bench.report_cells import Json, percent, ratio, spread, table
 
 METHODS = """\
 Each row edits the same unseen portraits, {portraits} of each of {edits} edits, at its own scale and threshold by what
@@ -17,16 +17,17 @@ absence ("no glasses") is guided to; at once, both. The mask says where: SEGA's 
 attended to, or both."""
 
 
-def percent(value: float, interval: Sequence[float] | None = None) -> str:
-    if interval is None:
-        return f"{100.0 * value:.1f} %"
-    low, high = (100.0 * bound for bound in interval)
-    return f"{100.0 * value:.1f} % [{low:.0f}, {high:.0f}]"
+def quality(line: Json) -> list[str]:
+    """Cells of every row: success, other attributes kept, fidelity, and nearness to the ideal."""
+    return [
+        f"{percent(line['success'])} {spread(line['success_interval'], 100.0, 0)}",
+        ratio(line["kept_ratio"]),
+        f"{line['outside_db']:.1f} {spread(line['outside_db_interval'])}",
+        f"{line['gain_db']:.1f} {spread(line['gain_db_interval'])}",
+    ]
 
 
-def decibel(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+QUALITY = ["success", "kept", "outside, dB", "gain, dB"]
 
 
 def more(value: float, interval: Sequence[float], unit: float = 1.0) -> str:
@@ -47,17 +48,14 @@ def methods_text(found: Json) -> list[str]:
     first = found["rows"][0]
     lines = ["## LEDITS++'s masks and solver, and few steps: what they buy, evaluation by evaluation", ""]
     lines += [METHODS.format(portraits=found["portraits"], edits=len(first["edits"])), "", about(found), ""]
-    header = ["method", "evaluations", "success", "kept", "nearer", "outside, dB", "gain, dB"]
+    header = ["method", "evaluations", *QUALITY, "nearer"]
     header += ["more success, points", "more outside, dB", "more gain, dB", "gain: add", "change", "remove"]
     rows = [
         [
             line["method"],
             f"{line['evaluations']:.0f}",
-            percent(line["success"], line["success_interval"]),
-            f"{line['kept_ratio']:.3f}",
-            percent(line["closer"], line["closer_interval"]),
-            decibel(line["outside_db"], line["outside_db_interval"]),
-            decibel(line["gain_db"], line["gain_db_interval"]),
+            *quality(line),
+            f"{percent(line['closer'])} {spread(line['closer_interval'], 100.0, 0)}",
             *(
                 "-" if line is first else more(line[f"{name}_more"], line[f"{name}_more_interval"], unit)
                 for name, unit in (("success", 100.0), ("outside_db", 1.0), ("gain_db", 1.0))
@@ -80,16 +78,5 @@ def removals_text(found: Json) -> list[str]:
     """The ways to remove something."""
     lines = ["## Removing: in reverse, by a phrase of absence, by both", ""]
     lines += [REMOVALS.format(portraits=found["portraits"]), "", about(found), ""]
-    rows = [
-        [
-            line["edit"],
-            line["way"],
-            f"{line['evaluations']:.0f}",
-            percent(line["success"], line["success_interval"]),
-            f"{line['kept_ratio']:.3f}",
-            decibel(line["outside_db"], line["outside_db_interval"]),
-            decibel(line["gain_db"], line["gain_db_interval"]),
-        ]
-        for line in found["rows"]
-    ]
-    return lines + table(["edit", "way", "evaluations", "success", "kept", "outside, dB", "gain, dB"], rows)
+    rows = [[line["edit"], line["way"], f"{line['evaluations']:.0f}", *quality(line)] for line in found["rows"]]
+    return lines + table(["edit", "way", "evaluations", *QUALITY], rows)

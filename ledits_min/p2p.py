@@ -88,8 +88,8 @@ def lent_tokens(source: Words, target: Words, pairs: Sequence[tuple[int, int]], 
     for i, n in pairs:
         same = len(source[i]) == len(target[n])
         lend[source_spans[i], target_spans[n]] = torch.eye(len(target[n])) if same else 1.0 / len(target[n])
-    for source_end, target_end in zip(tail(source, length), tail(target, length), strict=False):
-        lend[source_end, target_end] = 1.0
+    shared = min(len(tail(source, length)), len(tail(target, length)))
+    lend[list(tail(source, length)[:shared]), list(tail(target, length)[:shared])] = 1.0
     return lend
 
 

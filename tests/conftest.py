@@ -49,6 +49,12 @@ def ledits() -> LEdits:
     return LEdits.from_pretrained("tiny", device="cpu", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def plain() -> LEdits:
+    """The same through the loops of `edit.py` and plain networks."""
+    return LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine="plain")
+
+
 @pytest.fixture(scope="session")
 def layouts() -> dict[str, Any]:
     """Listings of published checkpoints, {file stem: {"keys": {name: [dtype, shape]}, ...}}."""

@@ -42,6 +42,7 @@ from bench.study.evaluate import (
 )
 from bench.study.scoring import bootstrap, mean_of
 from ledits_min import Concept, InputError, Inversion, LEdits
+from ledits_min.files.write import atomic_write
 from ledits_min.weights.train_tiny.classifier import Classifier
 from ledits_min.weights.train_tiny.export import processor, write_json
 from ledits_min.weights.train_tiny.portraits import Pixels, Portrait
@@ -152,7 +153,9 @@ class Bench:
         """What each of these portraits scores, and the evaluations and seconds of its inversion and edit."""
         file = self.folder / f"{self._key(task, portraits)}.json"
         if not file.is_file():
-            write_json(file, {name: values.tolist() for name, values in self._measure(task, portraits).items()})
+            scores = {name: values.tolist() for name, values in self._measure(task, portraits).items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, json.dumps(scores).encode())  # whole or not at all: a stopped run reads it again
         found: Mapping[str, list[float]] = json.loads(file.read_text())
         return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 

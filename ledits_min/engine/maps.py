@@ -189,12 +189,11 @@ def looking_eps_model(
     def look(x_t: Tensor, t: Tensor, context: Any, control: AttentionControl | None = None) -> Tensor:
         asked = context if isinstance(context, list) else [context]
         parts = torch.arange(len(x_t), device=x_t.device).chunk(len(asked))
-        of_source = [len(asked) > 1, False]
         seen = [
             (look, rows)
-            for one, rows, from_source in zip(asked, parts, of_source, strict=False)
+            for place, (one, rows) in enumerate(zip(asked, parts, strict=True))
             for look in recording.tokens
-            if contexts[look.text] is one and look.of_source == from_source
+            if contexts[look.text] is one and look.of_source == (place == 0 and len(asked) > 1)
         ]
         if not seen:
             return eps_model(x_t, t, context, control)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,6 @@ EDIT: dict[str, Any] = {
 }  # fmt: skip
 HAIR = PromptToPrompt(blend="hair")
 NOWHERE = PromptToPrompt(blend="hair", blend_threshold=1.0)
-
-
-@pytest.fixture(scope="module")
-def fast() -> Iterator[LEdits]:
-    with LEdits.from_pretrained("tiny", device="cpu", dtype="float32") as ledits:
-        yield ledits
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[LEdits]:
-    with LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine="plain") as ledits:
-        yield ledits
 
 
 def portrait(number: int = 2, size: tuple[int, int] = (128, 128)) -> Image.Image:
@@ -107,17 +94,17 @@ class TestEdit:
             {"source_guidance_scale": 1.0, "negative": "beard"},
         ],
     )
-    def test_the_fast_engine_is_the_plain_one(self, fast: LEdits, plain: LEdits, more: dict[str, Any]) -> None:
-        (_, found), (_, wanted) = (run(ledits, trace=True, **more) for ledits in (fast, plain))
+    def test_the_fast_engine_is_the_plain_one(self, ledits: LEdits, plain: LEdits, more: dict[str, Any]) -> None:
+        (_, found), (_, wanted) = (run(ledits, trace=True, **more) for ledits in (ledits, plain))
         assert apart(found.latents, wanted.latents) < 1e-4
-        assert fast.runner.evaluations == plain.runner.evaluations
+        assert ledits.runner.evaluations == plain.runner.evaluations
         for step, again in zip(found.trace, wanted.trace, strict=True):
             assert {*step["eps_rms"]} == {*again["eps_rms"]}
             assert step["x_rms"] == pytest.approx(again["x_rms"], abs=1e-4)
 
     @pytest.mark.parametrize("order", [1, 2])
     def test_what_is_outside_to_the_end_is_the_picture_itself(
-        self, fast: LEdits, order: int, monkeypatch: pytest.MonkeyPatch
+        self, ledits: LEdits, order: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         masks: list[Tensor] = []
         mask = LocalBlend.mask
@@ -127,8 +114,8 @@ class TestEdit:
             return masks[-1]
 
         monkeypatch.setattr(LocalBlend, "mask", noted)
-        inversion, result = run(fast, solver_order=order)
-        _, free = run(fast, PromptToPrompt(), solver_order=order)
+        inversion, result = run(ledits, solver_order=order)
+        _, free = run(ledits, PromptToPrompt(), solver_order=order)
         assert len(masks) == 5
         outside = ~masks[-1].expand_as(result.latents)
         assert 0.2 < outside.float().mean() < 0.8
@@ -138,26 +125,26 @@ class TestEdit:
 
     @pytest.mark.parametrize("order", [1, 2])
     def test_where_no_place_is_looked_at_enough_the_picture_comes_back(
-        self, fast: LEdits, plain: LEdits, order: int
+        self, ledits: LEdits, plain: LEdits, order: int
     ) -> None:
-        for ledits in (fast, plain):
-            inversion, result = run(ledits, NOWHERE, solver_order=order)
+        for engine in (ledits, plain):
+            inversion, result = run(engine, NOWHERE, solver_order=order)
             assert apart(result.latents, inversion.latents) < 3e-5
 
-    def test_a_mask_of_everything_changes_nothing(self, fast: LEdits) -> None:
-        everywhere = run(fast, PromptToPrompt(blend="hair", blend_threshold=0.0))[1]
-        assert apart(everywhere.latents, run(fast, PromptToPrompt())[1].latents) < 1e-4
+    def test_a_mask_of_everything_changes_nothing(self, ledits: LEdits) -> None:
+        everywhere = run(ledits, PromptToPrompt(blend="hair", blend_threshold=0.0))[1]
+        assert apart(everywhere.latents, run(ledits, PromptToPrompt())[1].latents) < 1e-4
 
-    def test_a_picture_of_a_batch_is_as_alone(self, fast: LEdits) -> None:
+    def test_a_picture_of_a_batch_is_as_alone(self, ledits: LEdits) -> None:
         pictures = [portrait(number) for number in (1, 2, 4)]
-        together = run(fast, picture=pictures, seed=[0, 1, 2])[1]
+        together = run(ledits, picture=pictures, seed=[0, 1, 2])[1]
         for i, picture in enumerate(pictures):
-            assert apart(together.latents[i], run(fast, picture=picture, seed=i)[1].latents[0]) < 1e-3
+            assert apart(together.latents[i], run(ledits, picture=picture, seed=i)[1].latents[0]) < 1e-3
 
-    def test_a_saved_inversion_gives_the_same(self, fast: LEdits, tmp_path: Path) -> None:
-        inversion, result = run(fast)
+    def test_a_saved_inversion_gives_the_same(self, ledits: LEdits, tmp_path: Path) -> None:
+        inversion, result = run(ledits)
         inversion.save(tmp_path / "x.safetensors")
-        again = fast.edit(
+        again = ledits.edit(
             Inversion.load(tmp_path / "x.safetensors"), EDIT["target"], EDIT["guidance_scale"], attention=HAIR,
             progress=False,
         )  # fmt: skip
@@ -169,30 +156,30 @@ class TestEdit:
             inversion, result = run(ledits, NOWHERE, portrait(2, (64, 64)), size=64, num_steps=2, skip=0)
         assert apart(result.latents, inversion.latents) < 0.1
 
-    def test_the_threshold_is_the_checkpoint_s_own(self, fast: LEdits) -> None:
-        assert fast.defaults.blend_threshold == 0.6
-        assert HAIR.resolve(fast.defaults) == PromptToPrompt(blend="hair", blend_threshold=0.6)
-        assert PromptToPrompt().resolve(fast.defaults) == PromptToPrompt()
-        said = run(fast, HAIR.resolve(fast.defaults))[1]
-        assert torch.equal(run(fast)[1].latents, said.latents)
+    def test_the_threshold_is_the_checkpoint_s_own(self, ledits: LEdits) -> None:
+        assert ledits.defaults.blend_threshold == 0.6
+        assert HAIR.resolve(ledits.defaults) == PromptToPrompt(blend="hair", blend_threshold=0.6)
+        assert PromptToPrompt().resolve(ledits.defaults) == PromptToPrompt()
+        said = run(ledits, HAIR.resolve(ledits.defaults))[1]
+        assert torch.equal(run(ledits)[1].latents, said.latents)
 
 
 class TestWords:
-    def test_they_stand_where_the_prompts_have_them(self, fast: LEdits) -> None:
+    def test_they_stand_where_the_prompts_have_them(self, ledits: LEdits) -> None:
         attention = PromptToPrompt(blend=("hair", "red hat"), reweight={"hat": 3.0})
-        factors, blended = named_tokens(attention, fast.text.words, "brown hair", "a red hat, brown hair", 9)
+        factors, blended = named_tokens(attention, ledits.text.words, "brown hair", "a red hat, brown hair", 9)
         assert blended.nonzero().tolist() == [[0, 2], [1, 2], [1, 3], [1, 5]]
         assert factors.tolist() == [1, 1, 1, 3, 1, 1, 1, 1, 1]
 
-    def test_what_is_recorded_of_which_row(self, fast: LEdits) -> None:
+    def test_what_is_recorded_of_which_row(self, ledits: LEdits) -> None:
         """A row's words for a mask, and the same row's words for a blend, are two things."""
-        settings = EditSettings("a hat", concepts=(Concept("a hat", mask="attention").resolve(fast.defaults),))
-        contexts = {"a hat": fast.text.encode(["a hat"])}
-        latents, length = torch.zeros(1, 4, 16, 12), fast.text.length
-        inversion = replace(fast.inversion_settings("hair", num_steps=5, skip=0))
+        settings = EditSettings("a hat", concepts=(Concept("a hat", mask="attention").resolve(ledits.defaults),))
+        contexts = {"a hat": ledits.text.encode(["a hat"])}
+        latents, length = torch.zeros(1, 4, 16, 12), ledits.text.length
+        inversion = replace(ledits.inversion_settings("hair", num_steps=5, skip=0))
         attention = PromptToPrompt(blend=("hair", "hat"))
-        lending = fast.lending(attention, inversion, settings, latents)
-        found = recording(fast.unet.config, settings, contexts, latents, "hair", lending)
+        lending = ledits.lending(attention, inversion, settings, latents)
+        found = recording(ledits.unet.config, settings, contexts, latents, "hair", lending)
         assert found is not None and found.size == (4, 3)
         places = {look: tokens.nonzero().flatten().tolist() for look, tokens in found.tokens.items()}
         assert places == {
@@ -203,16 +190,16 @@ class TestWords:
         assert len(found.looks(1, "a hat", False)) == 2 and not found.looks(1, "hair", False)
 
     @pytest.mark.parametrize("words", ["beard", "hair short", ("hair", "beard")])
-    def test_those_that_are_in_neither_prompt_are_refused(self, fast: LEdits, words: Any) -> None:
+    def test_those_that_are_in_neither_prompt_are_refused(self, ledits: LEdits, words: Any) -> None:
         wrong = words if isinstance(words, str) else words[-1]
         says = f"'{wrong}', which is neither in the source prompt 'short black hair' nor in the target prompt 'short b"
-        before = dict(fast.runner.evaluations)
+        before = dict(ledits.runner.evaluations)
         with pytest.raises(InputError, match=says):
-            run(fast, PromptToPrompt(blend=words))
-        assert fast.runner.evaluations == before, "before anything is evaluated"
+            run(ledits, PromptToPrompt(blend=words))
+        assert ledits.runner.evaluations == before, "before anything is evaluated"
 
-    def test_a_word_that_was_cut_off_is_refused_with_the_reason(self, fast: LEdits) -> None:
-        words, length = fast.text.words, fast.text.length
+    def test_a_word_that_was_cut_off_is_refused_with_the_reason(self, ledits: LEdits) -> None:
+        words, length = ledits.text.words, ledits.text.length
         long = " ".join(["hair"] * (length - 2)) + " beard"
         for attention in (PromptToPrompt(blend="beard"), PromptToPrompt(reweight={"beard": 2.0})):
             with pytest.raises(InputError, match=f"name words that are, among the {length - 2} tokens that the model"):
@@ -241,13 +228,13 @@ class TestWords:
             PromptToPrompt(**given)
         assert "\n" not in str(refusal.value)
 
-    def test_a_reweight_that_never_acts_is_said(self, fast: LEdits) -> None:
+    def test_a_reweight_that_never_acts_is_said(self, ledits: LEdits) -> None:
         with pytest.warns(UserWarning, match="reweight acts while cross-attention is lent"):
-            run(fast, PromptToPrompt(cross=0.0, reweight={"hair": 2.0}), num_steps=1, skip=0)
+            run(ledits, PromptToPrompt(cross=0.0, reweight={"hair": 2.0}), num_steps=1, skip=0)
 
-    def test_where_maps_are_read_is_written_where_it_decides_pixels(self, fast: LEdits) -> None:
+    def test_where_maps_are_read_is_written_where_it_decides_pixels(self, ledits: LEdits) -> None:
         """ledits.json may change, and is no part of the fingerprint."""
-        inversion = fast.inversion_settings("hair")
+        inversion = ledits.inversion_settings("hair")
         read = {"attention_level": 1, "attention_places": ["up"]}
         for concepts, attention, wanted in (
             ([], HAIR, read),
@@ -255,17 +242,17 @@ class TestWords:
             ([Concept("hat", mask="both")], None, read),
             ([Concept("hat", mask="noise")], None, {}),
         ):
-            values = planned_settings(fast, inversion, (128, 128), concepts, attention, {})
+            values = planned_settings(ledits, inversion, (128, 128), concepts, attention, {})
             assert {name: value for name, value in values.items() if name.startswith("attention_")} == wanted
             plain = [Concept("hat", mask="noise")] * len(concepts)
-            other = planned_settings(fast, inversion, (128, 128), plain, None, {})
+            other = planned_settings(ledits, inversion, (128, 128), plain, None, {})
             assert "attention_level" not in common([values, other])
 
-    def test_a_level_without_text_is_refused(self, fast: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fast, "defaults", replace(fast.defaults, attention_level=0))
+    def test_a_level_without_text_is_refused(self, ledits: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ledits, "defaults", replace(ledits.defaults, attention_level=0))
         with pytest.raises(InputError, match="blend is by attention, and this model attends to no text at level 0"):
-            run(fast)
-        run(fast, PromptToPrompt())
+            run(ledits)
+        run(ledits, PromptToPrompt())
 
     def test_they_are_read_and_written(self) -> None:
         fields = parse_p2p("blend=red hat,cross=0.5,blend=hair,blend_threshold=0.4")

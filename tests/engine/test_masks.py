@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,6 @@ def portrait(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.open(TINY / "samples" / f"portrait{number}.png").convert("RGB").resize(size)
 
 
-@pytest.fixture(scope="module")
-def fast() -> Iterator[LEdits]:
-    with LEdits.from_pretrained("tiny", device="cpu", dtype="float32") as ledits:
-        yield ledits
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[LEdits]:
-    with LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine="plain") as ledits:
-        yield ledits
-
-
 def apart(one: Result, other: Result) -> float:
     return float((one.latents - other.latents).abs().max())
 
@@ -45,11 +32,13 @@ def apart(one: Result, other: Result) -> float:
 class TestEngines:
     @pytest.mark.parametrize("mask", ["noise", "attention", "both"])
     @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
-    def test_the_fast_one_is_the_plain_one(self, fast: LEdits, plain: LEdits, mask: str, size: tuple[int, int]) -> None:
+    def test_the_fast_one_is_the_plain_one(
+        self, ledits: LEdits, plain: LEdits, mask: str, size: tuple[int, int]
+    ) -> None:
         concepts = [replace(concept, mask=mask) for concept in BOTH]
         found, wanted = (
             each.invert_and_edit(portrait(1, size), concepts=concepts, size=size, trace=True, **FAST)[1]
-            for each in (fast, plain)
+            for each in (ledits, plain)
         )
         assert apart(found, wanted) < 1e-4
         for one, other in zip(found.masks, wanted.masks, strict=True):
@@ -57,56 +46,56 @@ class TestEngines:
         for step, again in zip(found.trace, wanted.trace, strict=True):
             assert step["mask_fraction"] == pytest.approx(again["mask_fraction"], abs=0.01)
 
-    def test_with_prompt_to_prompt(self, fast: LEdits, plain: LEdits) -> None:
+    def test_with_prompt_to_prompt(self, ledits: LEdits, plain: LEdits) -> None:
         edit: dict[str, Any] = {
             "source": "a man", "target": "a woman", "concepts": [*BOTH, Concept("a woman", mask="attention")],
             "attention": PromptToPrompt(), "guidance_scale": 2.0,
         }  # fmt: skip
-        found, wanted = (each.invert_and_edit(portrait(1), **edit, **FAST)[1] for each in (fast, plain))
+        found, wanted = (each.invert_and_edit(portrait(1), **edit, **FAST)[1] for each in (ledits, plain))
         assert apart(found, wanted) < 1e-4
 
-    def test_a_picture_of_a_batch_is_as_alone(self, fast: LEdits) -> None:
+    def test_a_picture_of_a_batch_is_as_alone(self, ledits: LEdits) -> None:
         """Maps of several concepts, pictures and heads that are split in the wrong order mix them."""
         pictures = [portrait(number) for number in (1, 2, 3)]
-        _, together = fast.invert_and_edit(pictures, concepts=BOTH, seed=[0, 1, 2], **FAST)
+        _, together = ledits.invert_and_edit(pictures, concepts=BOTH, seed=[0, 1, 2], **FAST)
         for i, picture in enumerate(pictures):
-            _, alone = fast.invert_and_edit(picture, concepts=BOTH, seed=i, **FAST)
+            _, alone = ledits.invert_and_edit(picture, concepts=BOTH, seed=i, **FAST)
             differs = (together.latents[i] - alone.latents[0]).abs() > 1e-3
             assert differs.float().mean() < 0.01, "no more than what ties at a threshold"
             for one, other in zip(together.masks, alone.masks, strict=True):
                 assert (one[i] - other[0]).abs().mean() < 0.01
 
-    def test_one_pass_is_two(self, fast: LEdits) -> None:
+    def test_one_pass_is_two(self, ledits: LEdits) -> None:
         """Where a concept's text guides the source too, its prediction is not shared: its attention is looked at."""
         edit = {"concepts": [Concept("a man", reverse=True, mask="both", warmup_steps=0), *BOTH]}
-        inversion, result = fast.invert_and_edit(portrait(1), source="a man", **edit, **FAST)
-        assert apart(fast.edit(inversion, progress=False, **edit), result) < 1e-4
+        inversion, result = ledits.invert_and_edit(portrait(1), source="a man", **edit, **FAST)
+        assert apart(ledits.edit(inversion, progress=False, **edit), result) < 1e-4
 
     @pytest.mark.parametrize("mask", ["noise", "attention", "both"])
-    def test_masks_cost_no_evaluation_and_leave_the_network_as_it_was(self, fast: LEdits, mask: str) -> None:
-        _, before = fast.invert_and_edit(portrait(1), concepts=[Concept("sunglasses")], **FAST)
-        usual, kinds = dict(fast.runner.evaluations), [type(module) for module in fast.unet.modules()]
-        fast.invert_and_edit(portrait(1), concepts=[Concept("sunglasses", mask=mask)], **FAST)
-        assert fast.runner.evaluations == usual
-        assert [type(module) for module in fast.unet.modules()] == kinds
-        _, after = fast.invert_and_edit(portrait(1), concepts=[Concept("sunglasses")], **FAST)
+    def test_masks_cost_no_evaluation_and_leave_the_network_as_it_was(self, ledits: LEdits, mask: str) -> None:
+        _, before = ledits.invert_and_edit(portrait(1), concepts=[Concept("sunglasses")], **FAST)
+        usual, kinds = dict(ledits.runner.evaluations), [type(module) for module in ledits.unet.modules()]
+        ledits.invert_and_edit(portrait(1), concepts=[Concept("sunglasses", mask=mask)], **FAST)
+        assert ledits.runner.evaluations == usual
+        assert [type(module) for module in ledits.unet.modules()] == kinds
+        _, after = ledits.invert_and_edit(portrait(1), concepts=[Concept("sunglasses")], **FAST)
         assert torch.equal(before.latents, after.latents)
 
     @pytest.mark.parametrize("solver_order", [1, 2])
-    def test_what_is_not_edited_comes_back(self, fast: LEdits, solver_order: int) -> None:
+    def test_what_is_not_edited_comes_back(self, ledits: LEdits, solver_order: int) -> None:
         concepts = [Concept("sunglasses", mask="both", guidance_scale=0.0)]
-        inversion, result = fast.invert_and_edit(
+        inversion, result = ledits.invert_and_edit(
             portrait(1), concepts=concepts, solver_order=solver_order, mask_image=np.ones((8, 8)), **FAST
         )
         assert (result.latents - inversion.latents).abs().max() < 1e-5
 
-    def test_the_second_order_is_that_of_the_plain_engine(self, fast: LEdits, plain: LEdits) -> None:
+    def test_the_second_order_is_that_of_the_plain_engine(self, ledits: LEdits, plain: LEdits) -> None:
         edit = {"concepts": BOTH, "solver_order": 2}
-        (inverted, found), (_, wanted) = (each.invert_and_edit(portrait(1), **edit, **FAST) for each in (fast, plain))
+        (inverted, found), (_, wanted) = (each.invert_and_edit(portrait(1), **edit, **FAST) for each in (ledits, plain))
         assert apart(found, wanted) < 1e-4
         assert inverted.settings.solver_order == 2
-        assert apart(fast.edit(inverted, concepts=BOTH, progress=False), found) < 1e-4
-        _, first = fast.invert_and_edit(portrait(1), concepts=BOTH, **FAST)
+        assert apart(ledits.edit(inverted, concepts=BOTH, progress=False), found) < 1e-4
+        _, first = ledits.invert_and_edit(portrait(1), concepts=BOTH, **FAST)
         assert apart(first, found) > 1e-2
 
     def test_a_compiler_can_follow_it(self) -> None:
@@ -123,10 +112,10 @@ class TestEngines:
 
 
 class TestWords:
-    def test_the_own_tokens_are_counted_and_the_padding_is_not(self, fast: LEdits) -> None:
-        counted = {text: fast.text.encode([text]).own for text in ("beard", "a red hat", "")}
+    def test_the_own_tokens_are_counted_and_the_padding_is_not(self, ledits: LEdits) -> None:
+        counted = {text: ledits.text.encode([text]).own for text in ("beard", "a red hat", "")}
         assert counted == {"beard": (1,), "a red hat": (3,), "": (0,)}
-        assert fast.text.encode(["beard"]).tokens.shape[1] == fast.text.length > 10
+        assert ledits.text.encode(["beard"]).tokens.shape[1] == ledits.text.length > 10
 
 
 class TestLayers:
@@ -162,44 +151,45 @@ class TestLayers:
             wanted = {n for n, name in enumerate(called) if name.startswith(f"{place}_blocks.{at}.")}
             assert cross_attentions(config, 2, (place,)) == wanted
 
-    def test_a_level_without_text_is_refused(self, fast: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fast, "defaults", replace(fast.defaults, attention_level=0))
+    def test_a_level_without_text_is_refused(self, ledits: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ledits, "defaults", replace(ledits.defaults, attention_level=0))
         with pytest.raises(InputError, match="concept 'sunglasses': mask is 'both', and this model attends to no text"):
-            fast.invert_and_edit(portrait(1), concepts=BOTH, **FAST)
-        fast.invert_and_edit(portrait(1), concepts=[Concept("sunglasses", mask="noise")], **FAST)
+            ledits.invert_and_edit(portrait(1), concepts=BOTH, **FAST)
+        ledits.invert_and_edit(portrait(1), concepts=[Concept("sunglasses", mask="noise")], **FAST)
 
-    def test_a_concept_without_words_is_refused(self, fast: LEdits) -> None:
+    def test_a_concept_without_words_is_refused(self, ledits: LEdits) -> None:
         with pytest.raises(InputError, match="the empty concept: mask is 'attention', and it has no words"):
-            fast.invert_and_edit(portrait(1), negative="a man", concepts=[Concept("", mask="attention")], **FAST)
+            ledits.invert_and_edit(portrait(1), negative="a man", concepts=[Concept("", mask="attention")], **FAST)
 
 
 class TestUsersMask:
-    def test_nothing_is_pushed_outside_it(self, fast: LEdits, plain: LEdits) -> None:
+    def test_nothing_is_pushed_outside_it(self, ledits: LEdits, plain: LEdits) -> None:
         mask = np.zeros((64, 64), dtype=np.uint8)
         mask[:32] = 255
         edit: dict[str, Any] = {"concepts": [Concept("sunglasses"), *BOTH], "mask_image": mask}
-        found, wanted = (each.invert_and_edit(portrait(1), **edit, **FAST)[1] for each in (fast, plain))
+        found, wanted = (each.invert_and_edit(portrait(1), **edit, **FAST)[1] for each in (ledits, plain))
         assert apart(found, wanted) < 1e-4
         assert all(float(each[0, 9:].max()) == 0.0 and float(each[0, :8].max()) > 0.0 for each in found.masks)
 
-    def test_soft_edges_weigh_and_all_white_is_no_mask_but_for_rounding(self, fast: LEdits) -> None:
+    def test_soft_edges_weigh_and_all_white_is_no_mask_but_for_rounding(self, ledits: LEdits) -> None:
         edit: dict[str, Any] = {"concepts": [Concept("sunglasses", threshold=0.8)]}
-        _, free = fast.invert_and_edit(portrait(1), **edit, **FAST)
-        _, white = fast.invert_and_edit(portrait(1), mask_image=Image.new("L", (640, 640), 255), **edit, **FAST)
-        _, grey = fast.invert_and_edit(portrait(1), mask_image=np.full((40, 40), 0.5), **edit, **FAST)
-        inversion, half = fast.invert_and_edit(portrait(1), concepts=[replace(edit["concepts"][0], weight=0.5)], **FAST)
+        _, free = ledits.invert_and_edit(portrait(1), **edit, **FAST)
+        _, white = ledits.invert_and_edit(portrait(1), mask_image=Image.new("L", (640, 640), 255), **edit, **FAST)
+        _, grey = ledits.invert_and_edit(portrait(1), mask_image=np.full((40, 40), 0.5), **edit, **FAST)
+        weaker = [replace(edit["concepts"][0], weight=0.5)]
+        inversion, half = ledits.invert_and_edit(portrait(1), concepts=weaker, **FAST)
         assert apart(free, white) < 1e-4
         assert apart(grey, half) < 2e-3 < apart(grey, white)  # a last bit may move a place in or out of a mask
         assert float((grey.masks[0] - 0.5 * half.masks[0]).abs().mean()) < 0.01
 
-    def test_one_per_picture_and_a_file(self, fast: LEdits, tmp_path: Path) -> None:
+    def test_one_per_picture_and_a_file(self, ledits: LEdits, tmp_path: Path) -> None:
         top, left = np.zeros((64, 64), dtype=bool), np.zeros((64, 64), dtype=bool)
         top[:32], left[:, :32] = True, True
         Image.fromarray(left).save(tmp_path / "left.png")
         pictures, masks = [portrait(1), portrait(2)], [top, tmp_path / "left.png"]
-        _, together = fast.invert_and_edit(pictures, concepts=BOTH, mask_image=masks, seed=[0, 1], **FAST)
+        _, together = ledits.invert_and_edit(pictures, concepts=BOTH, mask_image=masks, seed=[0, 1], **FAST)
         for i in range(2):
-            _, alone = fast.invert_and_edit(pictures[i], concepts=BOTH, mask_image=masks[i], seed=i, **FAST)
+            _, alone = ledits.invert_and_edit(pictures[i], concepts=BOTH, mask_image=masks[i], seed=i, **FAST)
             assert (together.latents[i] - alone.latents[0]).abs().max() < 1e-3
 
     @pytest.mark.parametrize(
@@ -221,12 +211,12 @@ class TestUsersMask:
         ],
     )
     def test_what_is_no_mask_is_refused(
-        self, fast: LEdits, monkeypatch: pytest.MonkeyPatch, mask: Any, says: str
+        self, ledits: LEdits, monkeypatch: pytest.MonkeyPatch, mask: Any, says: str
     ) -> None:
-        inversion = fast.invert(portrait(1), num_steps=1, skip=0, progress=False)
+        inversion = ledits.invert(portrait(1), num_steps=1, skip=0, progress=False)
         for network in ("encode", "decode", "edit", "invert_and_edit"):  # before any of them runs
-            monkeypatch.setattr(fast.runner, network, pytest.fail)
+            monkeypatch.setattr(ledits.runner, network, pytest.fail)
         with pytest.raises(InputError, match=says):
-            fast.edit(inversion, concepts=BOTH, mask_image=mask, progress=False)
+            ledits.edit(inversion, concepts=BOTH, mask_image=mask, progress=False)
         with pytest.raises(InputError, match=says):
-            fast.invert_and_edit(portrait(1), concepts=BOTH, mask_image=mask, progress=False)
+            ledits.invert_and_edit(portrait(1), concepts=BOTH, mask_image=mask, progress=False)

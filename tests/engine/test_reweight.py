@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +20,6 @@ EDIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def fast() -> Iterator[LEdits]:
-    with LEdits.from_pretrained("tiny", device="cpu", dtype="float32") as ledits:
-        yield ledits
-
-
 def latents(ledits: LEdits, **reweight: float) -> torch.Tensor:
     picture, attention = Image.open(TINY / "samples/portrait1.png"), PromptToPrompt(reweight=reweight)
     return ledits.invert_and_edit(picture, attention=attention, **EDIT)[1].latents
@@ -41,19 +34,19 @@ def test_a_map_is_multiplied_and_the_others_stay() -> None:
     torch.testing.assert_close(mix_maps(source, target, TokenMapper(lend, own).reweighted(factors)), factors * plain)
 
 
-def test_both_engines_agree_and_a_factor_of_one_does_nothing(fast: LEdits) -> None:
+def test_both_engines_agree_and_a_factor_of_one_does_nothing(ledits: LEdits) -> None:
     with LEdits.from_pretrained("tiny", device="cpu", dtype="float32", engine="plain") as plain:
-        assert (latents(plain, hat=3.0) - latents(fast, hat=3.0)).abs().max() < 1e-4
-    assert torch.equal(latents(fast), latents(fast, hat=1.0))
-    assert (latents(fast) - latents(fast, hat=3.0)).abs().max() > 1e-2
+        assert (latents(plain, hat=3.0) - latents(ledits, hat=3.0)).abs().max() < 1e-4
+    assert torch.equal(latents(ledits), latents(ledits, hat=1.0))
+    assert (latents(ledits) - latents(ledits, hat=3.0)).abs().max() > 1e-2
 
 
-def test_words_that_are_not_there_are_refused(fast: LEdits) -> None:
+def test_words_that_are_not_there_are_refused(ledits: LEdits) -> None:
     picture = Image.open(TINY / "samples/portrait1.png")
-    inversion = fast.invert(picture, "a man", num_steps=2, skip=0, progress=False)
+    inversion = ledits.invert(picture, "a man", num_steps=2, skip=0, progress=False)
     for words in ("beard", "hat red", ""):
         with pytest.raises(InputError, match=f"'{words}' is not in the target prompt"):
-            fast.edit(inversion, "a red hat", attention=PromptToPrompt(reweight={words: 2.0}), progress=False)
+            ledits.edit(inversion, "a red hat", attention=PromptToPrompt(reweight={words: 2.0}), progress=False)
     with pytest.raises(InputError, match="reweight of 'hat' is 11"):
         PromptToPrompt(reweight={"hat": 11.0})
     with pytest.raises(InputError, match="reweight is 'hat'; words and their factors are wanted"):
