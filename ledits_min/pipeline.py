@@ -39,12 +39,12 @@ from ledits_min.engine.runner import Runner
 from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_choice, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
+from ledits_min.files.frame import Frame, Sizes
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
-from ledits_min.files.picture import fit_size, lay_change, to_images, to_tensor
-from ledits_min.files.region import MaskLike, Plane, open_masks, region_of
+from ledits_min.files.picture import lay_change, to_images
+from ledits_min.files.region import MaskLike, Plane, open_masks
 from ledits_min.files.result import Result
-from ledits_min.files.square import Square, find_square, over_pictures
 from ledits_min.guidance import EditSettings
 from ledits_min.inversion import InversionSettings, draw_noise
 from ledits_min.p2p import Lending, LocalBlend
@@ -256,6 +256,11 @@ class LEdits:
         """The longer side, in pixels, that the model was trained at."""
         return self.unet.config.sample_size * self.vae.config.factor
 
+    @property
+    def sizes(self) -> Sizes:
+        """What it can work at."""
+        return Sizes(self.native_size, self.vae.config.factor, self.defaults.one_size)
+
     @running
     @torch.no_grad()
     def invert(
@@ -299,8 +304,9 @@ class LEdits:
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
-        x_0, squares = self._encode(pictures, size)
-        settings = replace(settings, squared=bool(squares))
+        frame = self.sizes.frame(pictures, size)
+        x_0 = self._encode(frame.cut(pictures))
+        settings = replace(settings, squared=bool(frame.squares))
         noise = self._noise(noise, settings, x_0)
         contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
         x_T, residuals = self.runner.invert(contexts, x_0, noise, settings, Reporting(progress, callback=callback))
@@ -398,14 +404,14 @@ class LEdits:
         check_choice("output_size", output_size, ("input", "model"))
         check_attention(attention)
         settings = self.edit_settings(target, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
-        side = inversion.latents.shape[-1] * self.vae.config.factor
-        squares = [find_square(each, side) for each in inversion.pictures] if inversion.settings.squared else []
+        height, width = (side * self.vae.config.factor for side in inversion.latents.shape[-2:])
+        frame = Frame.of(inversion.pictures, (width, height), inversion.settings.squared)
         planes = _opened(mask_image, inversion.original_sizes, settings)
-        settings = self._limited(settings, planes, inversion.x_T, squares)
+        settings = _limited(settings, planes, frame, inversion.x_T, self.device)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
-        return self._result(edited, settings, output_size, inversion, squares)
+        return self._result(edited, settings, frame, output_size, inversion)
 
     @running
     @torch.no_grad()
@@ -469,16 +475,17 @@ class LEdits:
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
-        x_0, squares = self._encode(pictures, size)
-        inverting = replace(inverting, squared=bool(squares))
-        settings = self._limited(settings, planes, x_0, squares)
+        frame = self.sizes.frame(pictures, size)
+        x_0 = self._encode(frame.cut(pictures))
+        inverting = replace(inverting, squared=bool(frame.squares))
+        settings = _limited(settings, planes, frame, x_0, self.device)
         noise = self._noise(noise, inverting, x_0)
         contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
             contexts, x_0, noise, inverting, settings, Reporting(progress, trace, callback)
         )
         inversion = _inversion(pictures, x_0, x_T, residuals, inverting)
-        return inversion, self._result(edited, settings, output_size, inversion, squares)
+        return inversion, self._result(edited, settings, frame, output_size, inversion)
 
     @running
     @torch.no_grad()
@@ -515,54 +522,21 @@ class LEdits:
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
-        factor = self.vae.config.factor
-        width, height = fit_size((self.native_size, self.native_size), size, self.native_size, factor)
-        self._warn_of_size((width, height))
-        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        sizes = self.sizes
+        frame = Frame(sizes.worked_at((sizes.native, sizes.native), size)[0])
+        sizes.warn_of(frame)
+        width, height = frame.size
+        shape = (self.unet.config.in_channels, height // sizes.factor, width // sizes.factor)
         levels = InversionSettings(self.fingerprint, self.schedule, num_steps, skip=0, eta=eta, seeds=seeds)
         # Item 0 starts the trajectory, the others are z_t.
         noise = draw_noise(seeds, num_steps + 1, shape)
         residuals = levels.make_schedule().sigmas(eta).float().view(-1, 1, 1, 1, 1) * noise[1:]
         start, reporting = Start(noise[0], residuals, levels), Reporting(progress, trace, callback)
-        edited = self._denoise("generating", start, settings, [(width, height)], reporting)
-        return self._result(edited, settings, "model")
+        edited = self._denoise("generating", start, settings, [frame.size], reporting)
+        return self._result(edited, settings, frame)
 
-    def _limited(
-        self, settings: EditSettings, planes: Sequence[Plane], latents: Tensor, squares: Sequence[Square]
-    ) -> EditSettings:
-        """With the user's opened masks as the concepts' region, if any."""
-        if not planes:
-            return settings
-        height, width = latents.shape[-2:]
-        return replace(settings, region=region_of(planes, (height, width), squares).to(self.device))
-
-    def worked_at(
-        self, picture: tuple[int, int], size: int | tuple[int, int] | None = None
-    ) -> tuple[tuple[int, int], bool]:
-        """What `invert` works at, (width, height) in pixels, and whether a picture is made a square for it.
-
-        picture  its width and height; size  as in `invert`
-        """
-        if size is not None or not self.defaults.one_size:
-            return fit_size(picture, size, self.native_size, self.vae.config.factor), False
-        return (self.native_size, self.native_size), picture[0] != picture[1]
-
-    def _encode(self, pictures: list[Image.Image], size: int | tuple[int, int] | None) -> tuple[Tensor, list[Square]]:
-        """Scaled latents of all pictures, float32 (B, C, h, w) on the device, and the squares that they are of, if they
-        were made some; `size` as in `invert`."""
-        found = [self.worked_at(picture.size, size) for picture in pictures]
-        sizes, squared = {worked_at for worked_at, _ in found}, any(made for _, made in found)
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
-        worked_at = sizes.pop()
-        squares = [find_square(picture, worked_at[0]) for picture in pictures] if squared else []
-        self._warn_of_size(worked_at, squares)
-        if squares:
-            pairs = zip(squares, pictures, strict=True)
-            image = torch.cat([square.cut(to_tensor([picture], square.whole)) for square, picture in pairs])
-        else:
-            image = to_tensor(pictures, worked_at)
+    def _encode(self, image: Tensor) -> Tensor:
+        """Scaled latents of pictures (B, 3, H, W), float32 (B, C, h, w) on the device; says what it cannot copy."""
         image = image.to(self.device)
         x_0 = self.runner.encode(image)
         if self.embedded:
@@ -573,20 +547,7 @@ class LEdits:
                     f"the embedded model was trained on drawn portraits and cannot even copy this picture well "
                     f"({psnr:.0f} dB); it wants a larger model, such as a Stable Diffusion checkpoint"
                 )
-        return x_0, squares
-
-    def _warn_of_size(self, size: tuple[int, int], squares: Sequence[Square] = ()) -> None:
-        """Say what a model of one size is given: a part of the picture, a padded one, or a size it does not know."""
-        known = f"this model knows squares of {self.native_size} x {self.native_size} pixels alone"
-        if any(square.padded for square in squares):
-            warn(f"{known}: the picture is padded to one, its edges drawn out")
-        if any(not square.padded and square.whole != size for square in squares):
-            warn(f"{known}: it works at the one around what is drawn, and the rest follows its edges")
-        if self.defaults.one_size and size != (self.native_size, self.native_size):
-            warn(
-                f"{size[0]} x {size[1]} is worked at, but {known} and may not do what is asked; leave the size out, "
-                "and it is given such a square"
-            )
+        return x_0
 
     def _noise(self, noise: Tensor | None, settings: InversionSettings, x_0: Tensor) -> Tensor:
         """n_t of every executed step beside x_0: the given noise, else what the seeds draw."""
@@ -670,28 +631,26 @@ class LEdits:
         self,
         edited: Edited,
         settings: EditSettings,
-        output_size: str,
+        frame: Frame,
+        output_size: str = "model",
         inversion: Inversion | None = None,
-        squares: Sequence[Square] = (),
     ) -> Result:
         """Pictures, and a mask for concepts that are none too; without an inversion at the model's own size."""
         found = iter(edited.masks)
         nothing = torch.zeros_like(edited.latents[:, 0]).cpu()
         masks = [nothing if term.text == settings.negative else next(found) for term in settings.concepts]
-        after = self.runner.decode(edited.latents)
-        if inversion is None:
-            return Result(to_images(after), edited.latents.cpu(), masks, edited.trace, [], settings.concepts)
-        before = self.runner.decode(inversion.latents.to(self.device)) if output_size == "input" else after
-        originals = inversion.pictures
-        pairs = list(zip(before.cpu(), after.cpu(), strict=True))
-        if squares:
-            masks = [over_pictures(mask, squares) for mask in masks]
-            pairs = [(one.spread(old), one.spread(new)) for one, (old, new) in zip(squares, pairs, strict=True)]
-        if output_size == "model":
-            images = [to_images(new[None])[0] for _, new in pairs]
+        masks = [frame.spread_mask(mask) for mask in masks]
+        originals = [] if inversion is None else inversion.pictures
+        after = self._decode(edited.latents, frame)
+        if inversion is None or output_size == "model":
+            images = [to_images(image[None])[0] for image in after]
         else:
-            images = [lay_change(original, *pair) for original, pair in zip(originals, pairs, strict=True)]
+            before = self._decode(inversion.latents, frame)
+            images = [lay_change(*each) for each in zip(originals, before, after, strict=True)]
         return Result(images, edited.latents.cpu(), masks, edited.trace, originals, settings.concepts)
+
+    def _decode(self, latents: Tensor, frame: Frame) -> list[Tensor]:
+        return frame.spread(self.runner.decode(latents.to(self.device)).cpu())
 
 
 def _opened(
@@ -703,6 +662,13 @@ def _opened(
     if not settings.concepts:
         raise InputError("mask_image limits concepts, and there is none; pass concepts, or leave it out")
     return open_masks(masks, sizes)
+
+
+def _limited(
+    settings: EditSettings, planes: Sequence[Plane], frame: Frame, latents: Tensor, device: torch.device
+) -> EditSettings:
+    """With the user's opened masks as the concepts' region, if any."""
+    return replace(settings, region=frame.region(planes, latents).to(device)) if planes else settings
 
 
 def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:

@@ -105,8 +105,8 @@ TABLE: dict[str, set[str]] = {
     "weights.train_tiny.*": {"config", "schedule", "files.configs", "weights.train_tiny.*"} | NETWORKS,
     # The only file that knows all rooms.
     "pipeline": {"config", "errors", "p2p", "sega"}
-    | {"files.configs", "files.inversion", "files.opening", "files.picture", "files.region", "files.result"}
-    | {"files.square", "engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain"}
+    | {"files.configs", "files.frame", "files.inversion", "files.opening", "files.picture", "files.region"}
+    | {"files.result", "engine.ahead", "engine.maps", "engine.networks", "engine.ops", "engine.plain"}
     | {"engine.presets", "engine.progress", "engine.record", "engine.request", "engine.runner", "engine.usage"}
     | {"weights.embedding", "weights.load", "weights.lora"}
     | SETTINGS

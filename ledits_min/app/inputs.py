@@ -161,8 +161,8 @@ def edit_settings(args: argparse.Namespace, ledits: LEdits) -> dict[str, Any]:
     }
 
 
-def check_masks(args: argparse.Namespace, ledits: LEdits) -> None:
-    """InputError for concepts whose masks the model cannot make: before the inversion, which may take minutes."""
+def check_concepts(args: argparse.Namespace, ledits: LEdits) -> None:
+    """InputError for concepts that `LEdits.edit` would refuse: before the inversion, which may take minutes."""
     from ledits_min import Concept
 
     ledits.edit_settings(args.target, None, args.negative, [Concept(**fields) for fields in concept_fields(args)])

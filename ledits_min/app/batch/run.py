@@ -38,7 +38,7 @@ from ledits_min.app.batch.folder import (
 )
 from ledits_min.app.batch.jobs import Job
 from ledits_min.app.inputs import (
-    check_masks,
+    check_concepts,
     check_prompt,
     concept_fields,
     edit_settings,
@@ -163,9 +163,9 @@ def _task(
     if attention is not None:
         check_prompts(made.source, edit["target"], edit["negative"])
         ledits.named_words(attention, made.source, edit["target"])
-    worked_at, squared = ledits.worked_at(size, args.size)
+    worked_at, squared = ledits.sizes.worked_at(size, args.size)
     made = replace(made, squared=squared)
-    check_masks(args, ledits)
+    check_concepts(args, ledits)
     concepts = [Concept(**fields) for fields in concept_fields(args)]
     return Task(job, picture, outputs.planned_settings(ledits, made, worked_at, concepts, attention, edit))
 

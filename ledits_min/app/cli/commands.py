@@ -13,8 +13,8 @@ from ledits_min.app.batch.jobs import left_out, read_jobs
 from ledits_min.app.cli.options import check_attention, check_ranges
 from ledits_min.app.inputs import (
     check_concept_options,
+    check_concepts,
     check_inversion_options,
-    check_masks,
     check_model,
     check_prompt,
     concept_fields,
@@ -102,7 +102,7 @@ def _edit(args: argparse.Namespace, picture: Image.Image | None, out: Path, cloc
         check_prompt(ledits, text)  # now, not after minutes of inversion
     if attention is not None:
         ledits.named_words(attention, source, args.target)
-    check_masks(args, ledits)
+    check_concepts(args, ledits)
     _warn_of_doubtful(args, concepts)
     clock.lap("load")
     settings = edit_settings(args, ledits)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ledits_min.app.cli.options import check_ranges
 from ledits_min.app.inputs import (
-    check_masks,
+    check_concepts,
     concept_fields,
     edit_settings,
     inversion_settings,
@@ -162,7 +162,7 @@ def run(
     for i, j, cell in grid:
         # What the model does not allow (a skip beyond its own steps, masks of attention): now, not after ten cells.
         inversion_settings(cell, ledits)
-        check_masks(cell, ledits)
+        check_concepts(cell, ledits)
         groups.setdefault(tuple(getattr(cell, name) for name in INVERSION), []).append((i, j, cell))
     edited: dict[tuple[int, int], Edited] = {}
     inversions: list[dict[str, Any]] = []
