@@ -11,6 +11,7 @@ from ledits_min.app.values import SOLVERS
 from ledits_min.app.web.models import CUSTOM, Facts
 from ledits_min.app.web.session import Basis, Change, Edit, Remembered
 from ledits_min.config import MASKS
+from ledits_min.engine.request import check_text
 from ledits_min.errors import check_number, check_whole, quoted
 
 ROWS = 6  # concepts at a time
@@ -143,6 +144,7 @@ def _text(name: str, value: Any) -> str:
         raise InputError(f"{name} is no text; reload the page")
     if len(value) > MAX_WORDS:
         raise InputError(f"{name} has {len(value)} characters; at most {MAX_WORDS} are read")
+    check_text(name, value)
     return value.strip()
 
 
