@@ -209,6 +209,35 @@ def test_the_autoencoder_of_sdxl_stays_float32(checkpoints: ModuleType, tmp_path
         assert ledits.edit(inversion, TARGET, progress=False).latents.isfinite().all()
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("family", "prediction_type"), CASES)
+def test_local_blend(
+    checkpoints: ModuleType, tmp_path: Path, error: Error, family: str, prediction_type: str, order: int
+) -> None:
+    """Both engines do the same, and what no threshold lets through comes back as it was."""
+    checkpoints.write_family_folder(tmp_path / "model", family, ScheduleConfig(prediction_type=prediction_type))
+    (tmp_path / "model/ledits.json").write_text('{"attention_level": 1}')
+    pictures = [picture(), picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    quick: dict[str, Any] = {"source": SOURCE, "num_steps": 5, "skip": 1, "seed": [0, 1], "solver_order": order}
+    found: dict[str, list[Tensor]] = {}
+    for engine in ("fast", "plain"):
+        ledits = LEdits.from_pretrained(tmp_path / "model", device="cpu", dtype="float32", engine=engine)
+        inversion = ledits.invert(pictures, **quick, progress=False)
+        found[engine] = [
+            ledits.edit(inversion, TARGET, TARGET_SCALE, attention=attention, progress=False).latents
+            for attention in (
+                PromptToPrompt(blend=("cat", "dog"), blend_threshold=0.9),
+                PromptToPrompt(),
+                PromptToPrompt(blend="cat", blend_threshold=1.0),
+            )
+        ]
+        blended, free, nowhere = found[engine]
+        assert error(nowhere, inversion.latents) < 2e-3  # random weights amplify rounding: no edit at all has 4e-4
+        assert error(blended, free) > 0.1 and error(blended, inversion.latents) > 0.1
+    for one, other in zip(found["fast"], found["plain"], strict=True):
+        assert error(one, other) < 2e-3
+
+
 def test_generate_and_prompt_to_prompt_run_on_sdxl(checkpoints: ModuleType, tmp_path: Path) -> None:
     checkpoints.write_family_folder(tmp_path / "model", "SDXL")
     ledits = LEdits.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
