@@ -158,7 +158,9 @@ def write_folder(
     files = {
         "unet": (config_json(unet), states["unet"], "diffusion_pytorch_model"),
         "vae": (
-            config_json(vae), old_vae(states["vae"]) if old_vae_names else states["vae"], "diffusion_pytorch_model"
+            config_json(vae),
+            old_vae(states["vae"]) if old_vae_names else states["vae"],
+            "diffusion_pytorch_model",
         ),
         "text_encoder": (config_json(text), text_as(states["text"], text_layout), "model"),
     }

@@ -119,8 +119,7 @@ TABLE: dict[str, set[str]] = {
     "app.words": {"errors", "weights.read.tokenizer_json", "weights.words"},
     "app.sheet": set(),
     "app.places": {"errors", "files.write"},
-    "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"}
-    | {"inversion", "pipeline", "sega"},
+    "app.outputs": {"", "app.sheet", "errors", "files.display", "files.inversion"} | {"inversion", "pipeline", "sega"},
     "app.inputs": {"", "app.outputs", "app.terminal", "app.values", "app.words", "errors", "files.header"}
     | {"files.door", "files.opening", "files.region", "inversion", "weights.read.survey"},
     "app.cli": {"app.cli.command"},

@@ -75,9 +75,7 @@ class Checkpoint:
     zeros_for_empty_prompt: bool = False
 
 
-def load_checkpoint(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, **parts: Unpack[Parts]
-) -> Checkpoint:
+def load_checkpoint(model: str | Path, *, dtype: torch.dtype = torch.float32, **parts: Unpack[Parts]) -> Checkpoint:
     """Load a checkpoint: "tiny", a single .safetensors file, a diffusers folder, or an org/name in the local cache.
 
     Weights that a LoRA changes come in `dtype`. Raises InputError for whatever does not fit, before any tensor is read.

@@ -192,9 +192,7 @@ def _update(layer: str, module: _Module, shape: Shape, adapter: Adapter | None, 
     kind = next((kind for kind, wanted, _ in _FACTORS if wanted == set(factors)), None)
     if kind is None:
         needed = next((said for _, wanted, said in _FACTORS if said and wanted & set(factors)), "down and up")
-        raise InputError(
-            f"{layer} has only {' and '.join(sorted(roles))}; {needed} are needed, so the file is damaged"
-        )
+        raise InputError(f"{layer} has only {' and '.join(sorted(roles))}; {needed} are needed, so the file is damaged")
     sizes = {role: tensor.info.shape for role, tensor in factors.items()}
     if not _fits(shape, sizes):
         found = " and ".join(str(list(size)) for size in sizes.values())

@@ -141,9 +141,7 @@ class Runner:
     ) -> Recording | None:  # fmt: skip
         return recording(self.unet.config, settings, contexts, latents, source, lending)
 
-    def network(
-        self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device
-    ) -> Network:
+    def network(self, phase: Phase, contexts: Contexts, inversion: InversionSettings, device: torch.device) -> Network:
         """The UNet as `loop` asks it, in CUDA graphs where there are any."""
         texts = [contexts[text] for text in phase.texts]
         schedule = inversion.make_schedule()

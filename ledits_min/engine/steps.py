@@ -351,4 +351,3 @@ def standing_on(network: nn.Module, *more: object) -> object:
             return None
     weights = [(w.data_ptr(), w.dtype, 0 if w.is_inference() else version(w)) for w in network.parameters()]
     return weights, os.environ.get("LEDITS_KERNELS"), more
-

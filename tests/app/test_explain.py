@@ -98,9 +98,7 @@ def test_prompt_to_prompt_is_told_and_counted(
 
 
 @pytest.mark.parametrize("more", [[], ["--target", "a portrait with a beard", "--p2p", "cross=0.5,blend=beard"]])
-def test_the_plain_engine_shares_nothing(
-    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plain_engine_shares_nothing(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "x.json"
     assert main([*EDIT, *more, "--plain", "-o", str(tmp_path / "x.png"), "--report", str(report)]) == 0
     told = json.loads(report.read_text())["evaluations"]

@@ -138,8 +138,7 @@ def test_a_whole_visit_sends_nothing(visitor: Any, sealed: list[Any]) -> None:
     assert sealed == []
 
 
-def test_only_the_browser_that_a_picture_belongs_to_is_served_it(
-    bench_web: Any, served: Served, visitor: Any) -> None:
+def test_only_the_browser_that_a_picture_belongs_to_is_served_it(bench_web: Any, served: Served, visitor: Any) -> None:
     visitor.open(SAMPLE)
     (mine,) = visitor.pictures("slider")
     assert visitor.client.get(mine).headers["content-type"] == "image/png"
@@ -291,9 +290,7 @@ def test_malformed_requests_are_a_line_to_who_sent_them_and_none_to_the_terminal
 
 @pytest.mark.parametrize("index", [-100, -1, 6, 10**9, "x", None, True, 1.5, [], {}])
 @pytest.mark.parametrize("where", ["samples", "examples", "suggestions", "history"])
-def test_an_index_of_nothing_is_refused(
-    guest: Any, where: str, index: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_index_of_nothing_is_refused(guest: Any, where: str, index: Any, capfd: pytest.CaptureFixture[str]) -> None:
     index = 10 if (where, index) == ("suggestions", 6) else index
     guest.call(where, "select", told={"index": index})
     assert "there is no such" in guest.said and "fault" not in guest.said

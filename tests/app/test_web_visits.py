@@ -151,9 +151,7 @@ def test_memory_is_bounded(begin: Callable[..., Visits], clock: Clock, picture: 
         assert visits.session("late.x").memory == 0 and visits.memory == 3 * PIXELS  # made, and not kept
 
 
-def test_files_are_bounded_and_who_must_wait_is_told(
-    begin: Callable[..., Visits], clock: Clock, picture: Path
-) -> None:
+def test_files_are_bounded_and_who_must_wait_is_told(begin: Callable[..., Visits], clock: Clock, picture: Path) -> None:
     visits = begin(files=4_000_000)
     for number in range(8):
         clock.now = float(number)

@@ -200,9 +200,7 @@ def deferring(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
         fits = hidden.dim() == 3 or hidden.is_contiguous(memory_format=torch.channels_last)
         alike = all(weight.dtype == hidden.dtype for weight in weights)
-        waited.append(
-            torch_private.is_untouched(*layers) and alike and fits and not cpu._is_recorded(hidden, *weights)
-        )
+        waited.append(torch_private.is_untouched(*layers) and alike and fits and not cpu._is_recorded(hidden, *weights))
         return waited[-1]
 
     monkeypatch.setattr(fast_networks, "defers_sums", defers_sums)

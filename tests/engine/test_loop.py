@@ -177,8 +177,17 @@ class Run:
     negative=st.sampled_from(["", "blurry"]),
     concepts=st.sampled_from(
         [
-            (), (HAT,), (GONE,), (HAT, BEARD), (GONE, BEARD), (BEARD, SMILE), (replace(HAT, reverse=True), HAT),
-            (NOISE_HAT, BEARD), (BOTH_HAT,), (WORDS_SMILE, BOTH_HAT, BEARD), (WORDS_CAT, BOTH_HAT),
+            (),
+            (HAT,),
+            (GONE,),
+            (HAT, BEARD),
+            (GONE, BEARD),
+            (BEARD, SMILE),
+            (replace(HAT, reverse=True), HAT),
+            (NOISE_HAT, BEARD),
+            (BOTH_HAT,),
+            (WORDS_SMILE, BOTH_HAT, BEARD),
+            (WORDS_CAT, BOTH_HAT),
         ]
     ),
     momentum_scale=st.sampled_from([0.0, 0.4]),

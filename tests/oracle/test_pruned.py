@@ -111,9 +111,10 @@ def test_whole_files_of_full_size_are_inspected(checkpoints: ModuleType, tmp_pat
     assert sum("unet: pruned" in note for note in report.oddities) == 1
     fewer = {key: entry for key, entry in listing.items() if ".input_blocks.5." not in key}
     checkpoints.write_hollow(tmp_path / "x.safetensors", fewer)
-    assert "if it was pruned or distilled (like small-sd), pass its diffusers folder" in inspect(
-        tmp_path / "x.safetensors"
-    ).reason
+    assert (
+        "if it was pruned or distilled (like small-sd), pass its diffusers folder"
+        in inspect(tmp_path / "x.safetensors").reason
+    )
 
 
 def test_the_published_models_are_not_taken_for_pruned_ones(checkpoints: ModuleType, tmp_path: Path) -> None:

@@ -120,8 +120,7 @@ ODD_FILES = (
 def fetched(command: list[str], files: list[str]) -> set[str]:
     """What `hf download` would fetch of a repository with these files, by the library's own rule."""
     included, excluded = (
-        [value for option, value in pairwise(command) if option == name]
-        for name in ("--include", "--exclude")
+        [value for option, value in pairwise(command) if option == name] for name in ("--include", "--exclude")
     )
     return set(filter_repo_objects(files, allow_patterns=included, ignore_patterns=excluded))
 

@@ -129,7 +129,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "Flux": (only("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 2, 3), "is a LoRA for Flux"),
     "SD 3": (only("lora_unet_joint_blocks_0_x.lora_down.weight", 2, 3), "is a LoRA for SD 3"),
     "a transformer as ComfyUI has it": (
-        only("diffusion_model.blocks.0.self_attn.q.lora_A.weight", 2, 3), "is a LoRA for a transformer model"
+        only("diffusion_model.blocks.0.self_attn.q.lora_A.weight", 2, 3),
+        "is a LoRA for a transformer model",
     ),
     "Flux as ComfyUI has it": (only("diffusion_model.double_blocks.0.x.lora_A.weight", 2, 3), "is a LoRA for Flux"),
     "a transformer": (only("transformer.blocks.0.attn.to_q.lora_A.weight", 2, 3), "is a LoRA for a transformer model"),

@@ -148,9 +148,7 @@ def check_part(part: str, found: Mapping[str, TensorInfo], config: Config, sourc
         advice = "use an unmodified checkpoint with its own configs"
         if part == "unet" and len(missing) > _MANY:
             advice = "if it was pruned or distilled (like small-sd), pass its diffusers folder, whose config says how"
-        raise InputError(
-            f"{source}: the {part} tensors do not fit {_described(config)}: {'; '.join(faults)}; {advice}"
-        )
+        raise InputError(f"{source}: the {part} tensors do not fit {_described(config)}: {'; '.join(faults)}; {advice}")
 
 
 def _described(config: Config) -> str:

@@ -190,9 +190,7 @@ def layout_of(path: Path, header: Header, ema: bool = False, insist: bool = Fals
     return identify(tensors, insist=insist), notes
 
 
-def survey_folder(
-    path: Path, supplied: Collection[str] = (), ema: bool = False, insist: bool = False
-) -> Survey:
+def survey_folder(path: Path, supplied: Collection[str] = (), ema: bool = False, insist: bool = False) -> Survey:
     """A diffusers folder: its parts with their configs, a scheduler, tokenizers."""
     _refuse_other_folders(path, insist)
     if ema:

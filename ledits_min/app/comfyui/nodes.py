@@ -228,9 +228,7 @@ class LoadInversion:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {
-                "inversion": _choice(host.saved_inversions(), "What the save node wrote, or a file of input.")
-            }
+            "required": {"inversion": _choice(host.saved_inversions(), "What the save node wrote, or a file of input.")}
         }
 
     @classmethod

@@ -241,7 +241,9 @@ class Door:
         told, trigger = asked.get("event_data"), asked.get("trigger_id")
         index, token = (told.get("index"), told.get("token")) if isinstance(told, dict) else (None, None)
         return {
-            "data": values, "fn_index": number, "session_hash": self._name(owner, client),
+            "data": values,
+            "fn_index": number,
+            "session_hash": self._name(owner, client),
             "trigger_id": trigger if type(trigger) is int else None,
             "event_data": {
                 "index": index if type(index) is int else None,

@@ -237,9 +237,7 @@ class Page:
         numbers = ["", "", "", defaults.guidance_scale, defaults.num_steps, skip, 0, 1, 0, solver]
         return Answer([*self._view(session), *self._past(session), *numbers, *_shown_rows(1, [row], facts)], ())
 
-    def _take_suggestion(
-        self, asked: Asked, model: str, steps: Any, skip: Any, count: Any, *values: Any
-    ) -> Answer:
+    def _take_suggestion(self, asked: Asked, model: str, steps: Any, skip: Any, count: Any, *values: Any) -> Answer:
         """Into the first row without words, with its preset."""
         facts, kinds_now, rows = self.models.facts(model), list(values[:ROWS]), in_rows(values[ROWS:])
         count = min(max(int(count), 1), ROWS)
@@ -299,9 +297,7 @@ class Page:
     def _edit(self, asked: Asked, model: str, *values: Any) -> Answer:
         basis, change = read_form(values)
         with self.visits.computing(asked.visit) as session:
-            made = session.edit(
-                model, basis, change, lambda done, what: asked.progress(done, desc=what.capitalize())
-            )
+            made = session.edit(model, basis, change, lambda done, what: asked.progress(done, desc=what.capitalize()))
         return Answer([*self._view(session, made), *self._past(session, made), *self._told(made)], made.notices)
 
     def _restore(self, asked: Asked) -> Answer:
@@ -386,9 +382,7 @@ def _idle() -> list[Any]:
     return [gr.update(visible=True), gr.update(visible=False)]
 
 
-def _skip_of(
-    facts: Facts, names: Sequence[Any], index: int, steps: Any, skip: Any
-) -> tuple[int, list[str]]:
+def _skip_of(facts: Facts, names: Sequence[Any], index: int, steps: Any, skip: Any) -> tuple[int, list[str]]:
     """The skip that all presets in use can do with, and what to say of it: the largest change wants the least."""
     count = steps if isinstance(steps, int) and steps > 0 else facts.defaults.num_steps
     wanted = {name: round(facts.presets[name].skip * count) for name in names if name in facts.presets}
