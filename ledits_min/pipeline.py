@@ -176,6 +176,7 @@ class LEdits:
 
     @property
     def usage(self) -> Usage:
+        """Who uses the networks at the moment."""
         return self.runner.usage
 
     @property
@@ -286,8 +287,7 @@ class LEdits:
                    paper's 3.5
         num_steps  steps from pure noise to the picture, 1 .. 500; None: the checkpoint's own, else the paper's 100
         skip       how many of the noisiest of them are left out, 0 .. num_steps - 1: fewer let an edit change more.
-                   None: the checkpoint's own for its own num_steps (the paper's: 36 of 100), else
-                   num_steps * 36 // 100
+                   None: as large a share as the checkpoint's own of its own num_steps, or the paper's, 36 of 100
         eta        noise of the steps, 0 .. 1: 1 is DDPM, 0 DDIM
         seed       0 .. 2^63 - 1, one number or one per picture: it alone decides the noise
         noise      float32 (num_steps - skip, B, C, h, w), item i is n_t of timesteps[skip + i]; replaces the seed
@@ -305,7 +305,7 @@ class LEdits:
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         frame = self.sizes.frame(pictures, size)
-        x_0 = self._encode(frame.cut(pictures))
+        x_0 = self._encode(pictures, frame)
         settings = replace(settings, squared=bool(frame.squares))
         noise = self._noise(noise, settings, x_0)
         contexts = self._contexts(["", source], [picture.size for picture in pictures], x_0)
@@ -407,7 +407,7 @@ class LEdits:
         height, width = (side * self.vae.config.factor for side in inversion.latents.shape[-2:])
         frame = Frame.of(inversion.pictures, (width, height), inversion.settings.squared)
         planes = _opened(mask_image, inversion.original_sizes, settings)
-        settings = _limited(settings, planes, frame, inversion.x_T, self.device)
+        settings = self._limited(settings, planes, frame)
         start = Start(inversion.x_T, inversion.residuals, inversion.settings)
         reporting = Reporting(progress, trace, callback)
         edited = self._denoise("editing", start, settings, inversion.original_sizes, reporting, attention)
@@ -461,6 +461,8 @@ class LEdits:
         pictures = open_pictures(image)
         sizes = [picture.size for picture in pictures]
         planes = _opened(mask_image, sizes, settings)
+        frame = self.sizes.frame(pictures, size)
+        settings = self._limited(settings, planes, frame)
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
             self.named_words(attention, source, target)  # now, not behind the inversion
@@ -475,10 +477,8 @@ class LEdits:
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         inverting = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
         warn_of_idle(settings, inverting.executed_steps)
-        frame = self.sizes.frame(pictures, size)
-        x_0 = self._encode(frame.cut(pictures))
+        x_0 = self._encode(pictures, frame)
         inverting = replace(inverting, squared=bool(frame.squares))
-        settings = _limited(settings, planes, frame, x_0, self.device)
         noise = self._noise(noise, inverting, x_0)
         contexts = self._contexts(["", source, *edit_texts(settings)], sizes, x_0)
         x_T, residuals, edited = self.runner.invert_and_edit(
@@ -515,7 +515,8 @@ class LEdits:
         seed            one number, or a list: one picture per seed
         size            the side in pixels of a square, or (width, height); None: the model's native size
         The same loop as an edit. It starts from noise at the first timestep, and its residuals sigma_t z_t are drawn
-        instead of found by inversion (eta = 0, DDIM, has none). Returns a `Result`; InputError and Stopped as there.
+        instead of found by inversion (eta = 0, DDIM, has none). Steps are of first order, whatever the checkpoint's or
+        a preset's edits take. Returns a `Result`; InputError and Stopped as there.
         """
         check_call(concepts, callback)
         settings = self.edit_settings(prompt, guidance_scale, negative, concepts, momentum_scale, momentum_beta)
@@ -535,9 +536,15 @@ class LEdits:
         edited = self._denoise("generating", start, settings, [frame.size], reporting)
         return self._result(edited, settings, frame)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        """Scaled latents of pictures (B, 3, H, W), float32 (B, C, h, w) on the device; says what it cannot copy."""
-        image = image.to(self.device)
+    def _limited(self, settings: EditSettings, planes: Sequence[Plane], frame: Frame) -> EditSettings:
+        """With the user's opened masks as the concepts' region, if any."""
+        factor = self.vae.config.factor
+        return replace(settings, region=frame.region(planes, factor).to(self.device)) if planes else settings
+
+    def _encode(self, pictures: Sequence[Image.Image], frame: Frame) -> Tensor:
+        """Scaled latents, float32 (B, C, h, w) on the device; says what is unlike the pictures, or cannot be copied."""
+        self.sizes.warn_of(frame)
+        image = frame.cut(pictures).to(self.device)
         x_0 = self.runner.encode(image)
         if self.embedded:
             error = (self.runner.decode(x_0).clamp(-1.0, 1.0) - image).square().mean(dim=(1, 2, 3)).max()
@@ -601,11 +608,11 @@ class LEdits:
         return named_tokens(attention, self.text.words, source, target, self.text.length)
 
     def _steps(self, num_steps: int | None, skip: int | None) -> tuple[int, int]:
-        """The defaults' skip belongs to the defaults' step count; any other count gets the paper's 36 %."""
+        """The defaults' skip belongs to the defaults' step count: of another count it is the same share."""
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2, optional=True)
         count = self.defaults.num_steps if num_steps is None else num_steps
         if skip is None:
-            skip = self.defaults.skip if count == self.defaults.num_steps else count * 36 // 100
+            skip = min(round(count * self.defaults.skip / self.defaults.num_steps), count - 1)
         check_whole(f"skip (with {count} steps)", skip, 0, count - 1)
         return count, skip
 
@@ -664,15 +671,8 @@ def _opened(
     return open_masks(masks, sizes)
 
 
-def _limited(
-    settings: EditSettings, planes: Sequence[Plane], frame: Frame, latents: Tensor, device: torch.device
-) -> EditSettings:
-    """With the user's opened masks as the concepts' region, if any."""
-    return replace(settings, region=frame.region(planes, latents).to(device)) if planes else settings
-
-
 def _kernel_calls(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
-    """What has the kernels compiled that an edit at the checkpoint's own size needs."""
+    """Calls that compile the kernels which an edit at the checkpoint's own size needs."""
     unet = checkpoint.unet_config
     latents = unet.in_channels, unet.sample_size, unet.sample_size
     return kernel_calls(device, dtype, unet.block_out_channels, unet.norm_num_groups, latents)

@@ -22,7 +22,7 @@ from ledits_min.errors import InputError, warn
 from ledits_min.p2p import AttentionControl
 
 Replay = Callable[[], object]
-Record = Callable[[Callable[[], Tensor], list[Any]], tuple[Replay, Tensor]]
+Record = Callable[[Callable[[], list[Tensor]], list[Any]], tuple[Replay, list[Tensor]]]
 
 
 def use_graphs(device: torch.device) -> bool:
@@ -33,8 +33,8 @@ def use_graphs(device: torch.device) -> bool:
     return mode == "auto" and device.type == "cuda"
 
 
-def record_on_cuda(call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
-    """The work that `call` launches as a graph, and the tensor that every replay writes its result to.
+def record_on_cuda(call: Callable[[], list[Tensor]], pool: list[Any]) -> tuple[Replay, list[Tensor]]:
+    """The work that `call` launches as a graph, and the tensors that every replay writes its results to.
 
     Its memory is that of `pool`, a list of one, or of none yet: graphs that are never replayed at once may share it.
     """
@@ -42,23 +42,24 @@ def record_on_cuda(call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay,
         pool.append(torch.cuda.graph_pool_handle())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool[0]):
-        output = call()
-    return graph.replay, output
+        outputs = call()
+    return graph.replay, outputs
 
 
 @dataclass(frozen=True)
 class Tape:
-    """A recorded call: fill `inputs`, `replay`, read `output`."""
+    """A recorded call: fill `inputs`, `replay`, read `outputs`: eps, and what was seen of the attention."""
 
     inputs: list[Tensor]
     replay: Replay
-    output: Tensor
+    outputs: list[Tensor]
 
 
 class Graphed:
     """A network(x_t, *numbers) -> eps that is recorded when it meets a batch size again, and replayed from then on.
 
-    A batch size is the number of x_t and that of evaluations, which may share them.
+    A batch size is the number of x_t and that of evaluations, which may share them, and of how many of these the
+    attention is recorded. Attention that is controlled differs from step to step: such a call stays plain.
 
     A size that is met once is not worth recording, and the first, plain call does what a recording may not: it compiles
     kernels and finds out whether the memory is enough. Where recording fails, that size stays plain, with a warning.
@@ -71,38 +72,52 @@ class Graphed:
         record: Record = record_on_cuda,
     ) -> None:
         self.network, self.overhead, self.record = network, overhead, record
-        self.met: set[tuple[int, int]] = set()
-        self.tapes: dict[tuple[int, int], Tape | None] = {}  # None: it could not be recorded
+        self.met: set[object] = set()
+        self.tapes: dict[object, Tape | None] = {}  # None: it could not be recorded
 
     def __call__(
         self, x_t: Tensor, inputs: Tensor, steps: Tensor, texts: Tensor, images: Tensor,
         attention: AttentionControl | Recorder | None = None,
     ) -> Tensor:  # fmt: skip
-        numbers = (inputs, steps, texts, images)
-        if attention is not None:  # it differs from step to step
-            return self.network(x_t, *numbers, attention)
-        size = len(x_t), len(inputs)
+        values = [x_t, inputs, steps, texts, images]
+        if isinstance(attention, AttentionControl) or (attention is not None and attention.control is not None):
+            return self.network(x_t, inputs, steps, texts, images, attention)
+        recorded = None if attention is None else (len(attention.rows), attention.layers)
+        size = len(x_t), len(inputs), recorded
         if size not in self.met:
             self.met.add(size)
-            return self.network(x_t, *numbers)
+            return self.network(x_t, inputs, steps, texts, images, attention)
+        values += [] if attention is None else [attention.rows, attention.tokens]
         if size not in self.tapes:
             with self.overhead.timed("record"):
-                self.tapes[size] = self._recorded(x_t, numbers)
+                self.tapes[size] = self._recorded(values, attention)
         tape = self.tapes[size]
         if tape is None:
-            return self.network(x_t, *numbers)
-        for buffer, value in zip(tape.inputs, (x_t, *numbers), strict=True):
+            return self.network(x_t, inputs, steps, texts, images, attention)
+        for buffer, value in zip(tape.inputs, values, strict=True):
             buffer.copy_(value)
         tape.replay()
-        return tape.output.clone()  # the next replay writes over it
+        eps, *seen = (output.clone() for output in tape.outputs)  # the next replay writes over them
+        if attention is not None:
+            attention.seen += seen
+        return eps
 
-    def _recorded(self, x_t: Tensor, numbers: tuple[Tensor, ...]) -> Tape | None:
-        buffers = [value.clone() for value in (x_t, *numbers)]
+    def _recorded(self, values: list[Tensor], recorder: Recorder | None) -> Tape | None:
+        buffers = [value.clone() for value in values]
+        x_t, inputs, steps, texts, images = buffers[:5]
+
+        def call() -> list[Tensor]:
+            if recorder is None:
+                return [self.network(x_t, inputs, steps, texts, images)]
+            rows, tokens = buffers[5:]
+            looking = Recorder(rows, tokens, recorder.layers, recorder.attend)
+            eps = self.network(x_t, inputs, steps, texts, images, looking)
+            return [eps, *looking.seen]
+
         try:
-            x_t, inputs, steps, texts, images = buffers
-            replay, output = self.record(lambda: self.network(x_t, inputs, steps, texts, images), [])
+            replay, outputs = self.record(call, [])
         except RuntimeError as error:
             why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
-            warn(f"{len(numbers[0])} evaluations per call run without a CUDA graph: {why}")
+            warn(f"{len(inputs)} evaluations per call run without a CUDA graph: {why}")
             return None
-        return Tape(buffers, replay, output)
+        return Tape(buffers, replay, outputs)

@@ -106,26 +106,28 @@ class Recorder:
     tokens  bool (P, L) whose maps are summed, of each
     layers  which cross-attentions are recorded, counted in the order in which they are called
 
-    `on_self` and `on_text` compute the attention. A map is the row's own, whatever is lent to it.
+    `attend` computes the attention, or `control` does, if there is one. A map is the row's own, whatever is lent to it.
     """
 
     rows: Tensor
     tokens: Tensor
     layers: frozenset[int]
-    on_self: Attend = F.scaled_dot_product_attention
-    on_text: Attend = F.scaled_dot_product_attention
+    attend: Attend = F.scaled_dot_product_attention
+    control: AttentionControl | None = None
     calls: int = 0
-    seen: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  # (P, heads, h' w'), layer by layer
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.on_self(q, k, v)
+        attend = self.attend if self.control is None else self.control.self_attention
+        return attend(q, k, v)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.calls in self.layers:
             maps = attention_maps(q[self.rows], k[self.rows])
             self.seen.append((maps @ self.tokens.to(maps)[:, None, :, None]).squeeze(-1))
         self.calls += 1
-        return self.on_text(q, k, v)
+        attend = self.attend if self.control is None else self.control.cross_attention
+        return attend(q, k, v)
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """(P, h', w'): summed over the tokens, then the mean over the heads of all layers [2311.16711, 2208.01626]."""
@@ -157,10 +159,7 @@ class Recording:
 
     def recorder(self, rows: Tensor, tokens: Tensor, control: AttentionControl | None, attend: Attend) -> Recorder:
         """One for a call in which `control` attends, if there is one, else `attend`."""
-        on_self, on_text = attend, attend
-        if control is not None:
-            on_self, on_text = control.self_attention, control.cross_attention
-        return Recorder(rows, tokens, self.layers, on_self, on_text)
+        return Recorder(rows, tokens, self.layers, attend, control)
 
 
 @dataclass(frozen=True)

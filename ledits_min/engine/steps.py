@@ -238,9 +238,9 @@ class WholeSteps:
         return True
 
     def _recorded(self, step: Step, kind: Kind) -> Replay | bool:
-        def whole() -> Tensor:
+        def whole() -> list[Tensor]:
             self._advance(kind, *self._predict(step))
-            return self.state.x_t
+            return [self.state.x_t]
 
         graphs = self.network.graphs
         with graphs.overhead.timed("record"):

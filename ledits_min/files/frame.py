@@ -20,7 +20,7 @@ class Frame:
     """What is worked at of a batch of pictures.
 
     size     (width, height) in pixels
-    squares  one per picture where squares of pictures of another shape are worked at, else none: the whole pictures
+    squares  one per picture, where squares are worked at; empty: the whole pictures
     """
 
     size: tuple[int, int]
@@ -28,6 +28,7 @@ class Frame:
 
     @classmethod
     def of(cls, pictures: Sequence[Image.Image], size: tuple[int, int], squared: bool) -> Frame:
+        """Of pictures that are worked at in `size`; `squared`: of their squares."""
         return cls(size, tuple(find_square(picture, size[0]) for picture in pictures) if squared else ())
 
     def cut(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -47,10 +48,11 @@ class Frame:
         """A concept's mask (B, h, w) over the whole pictures, in as many places."""
         return over_pictures(mask, self.squares) if self.squares else mask
 
-    def region(self, planes: Sequence[Plane], latents: Tensor) -> Tensor:
-        """The user's masks over latents (B, C, h, w): float32 (1 or B, 1, h, w). InputError as in `region_of`."""
-        height, width = latents.shape[-2:]
-        return region_of(planes, (height, width), self.squares)
+    def region(self, planes: Sequence[Plane], factor: int) -> Tensor:
+        """The user's masks, a value per latent of `factor` pixels: float32 (1 or B, 1, h, w). InputError as in
+        `region_of`."""
+        width, height = self.size
+        return region_of(planes, (height // factor, width // factor), self.squares)
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,13 @@ class Sizes:
         return (self.native, self.native), picture[0] != picture[1]
 
     def frame(self, pictures: Sequence[Image.Image], size: Size | None) -> Frame:
-        """What is worked at of pictures, said where it is unlike them; InputError where they do not fit one batch."""
+        """What is worked at of pictures; InputError where they do not fit one batch."""
         found = [self.worked_at(picture.size, size) for picture in pictures]
         sizes = {worked_at for worked_at, _ in found}
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
             raise InputError(f"the pictures would have different sizes ({listed}); pass size=(width, height)")
-        frame = Frame.of(pictures, sizes.pop(), any(squared for _, squared in found))
-        self.warn_of(frame)
-        return frame
+        return Frame.of(pictures, sizes.pop(), any(squared for _, squared in found))
 
     def warn_of(self, frame: Frame) -> None:
         """Say what a model of one size is given: a part of the picture, a padded one, or a size it does not know."""

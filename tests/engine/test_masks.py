@@ -104,7 +104,7 @@ class TestEngines:
             few: dict[str, Any] = {"num_steps": 2, "skip": 0, "progress": False}
             _, plain = ledits.invert_and_edit(portrait(1), concepts=BOTH[:1], **few)
             torch._dynamo.reset()
-            ledits.unet.compile(dynamic=False, backend="eager")
+            ledits.unet.compile(dynamic=False, backend="eager", fullgraph=True)
             ledits.runner.compiled = True
             _, traced = ledits.invert_and_edit(portrait(1), concepts=BOTH[:1], **few)
             torch._dynamo.reset()

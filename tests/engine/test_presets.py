@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +34,18 @@ def test_leditspp_executes_as_many_steps_as_diffusers(is_sdxl: bool, theirs: int
     assert abs(int(ours[0]) - their_first) < 30, "the same noise to begin with, but for the stride"
     assert (defaults.mask, defaults.solver_order, defaults.threshold, defaults.warmup_steps) == ("both", 2, 0.9, 0)
     assert (defaults.concept_guidance_scale, defaults.source_guidance_scale) == (5.0, 3.5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "skips"), [(None, {25: 4, 50: 8, 1: 0}), ("fast", {10: 1, 20: 2, 1: 0}), ("leditspp", {34: 4, 57: 7})]
+)
+def test_another_number_of_steps_skips_the_same_share(tiny: LEdits, preset: str | None, skips: dict[int, int]) -> None:
+    ledits = tiny.with_preset(preset)
+    assert {steps: ledits.inversion_settings(num_steps=steps).skip for steps in skips} == skips
+    paper = replace(tiny.defaults, num_steps=100, skip=36)
+    other = copy(tiny)
+    other.defaults = paper
+    assert [other.inversion_settings(num_steps=steps).skip for steps in (100, 50, 20, 1)] == [36, 18, 7, 0]
 
 
 def make_schedule_of(defaults: EditDefaults) -> Any:

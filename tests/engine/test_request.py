@@ -110,8 +110,12 @@ def test_a_mask_beside_what_the_model_works_at_is_refused(ledits: LEdits) -> Non
     wide.paste(Image.open(SAMPLE).convert("RGB").resize((80, 80)), (110, 10))
     mask = np.zeros((100, 300))
     mask[:, :20] = 1.0
-    with pytest.raises(InputError, match="mask is white only outside the square"):
-        ledits.invert_and_edit(wide, concepts=[Concept("hat")], mask_image=mask, **QUICK)
+    ledits.runner.evaluations.clear()
+    for attention in (None, PromptToPrompt()):
+        asked = {"source": "hair", "target": "hat", "concepts": [Concept("beard")], "attention": attention}
+        with pytest.raises(InputError, match="mask is white only outside the square"):
+            ledits.invert_and_edit(wide, mask_image=mask, **asked, **QUICK)
+    assert not ledits.runner.evaluations, "before the inversion"
 
 
 def test_a_size_may_be_a_list(ledits: LEdits) -> None:

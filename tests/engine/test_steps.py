@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[str] = []
         self._inside = False
 
-    def __call__(self, call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
+    def __call__(self, call: Callable[[], list[Tensor]], pool: list[Any]) -> tuple[Replay, list[Tensor]]:
         pool[:] = ["the memory of all"]
         self.recorded += 1
 
@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
             finally:
                 self._inside = False
 
-        return replay, torch.empty(0)
+        return replay, []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._inside:
@@ -243,7 +243,7 @@ def test_an_edit_inside_an_edit_goes_the_usual_way(graphs: StepGraphs) -> None:
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not while capturing\na long story")]
 )
 def test_what_cannot_be_recorded_goes_the_usual_way_and_says_so(error: Exception) -> None:
-    def failing(call: Callable[[], Tensor], pool: list[Any]) -> tuple[Replay, Tensor]:
+    def failing(call: Callable[[], list[Tensor]], pool: list[Any]) -> tuple[Replay, list[Tensor]]:
         raise error
 
     graphs, run = StepGraphs(Overhead(), failing), Edit()
