@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip import CLIPTextModel
 
-from ledits_min import Concept, LEdits, PromptToPrompt
-from ledits_min.config import ScheduleConfig
+from ledits_min import Concept, Inversion, LEdits, PromptToPrompt
+from ledits_min.config import MASKS, ScheduleConfig
 from ledits_min.files.picture import to_tensor
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
 from ledits_min.weights.load import fetch
@@ -207,6 +207,36 @@ def test_the_autoencoder_of_sdxl_stays_float32(checkpoints: ModuleType, tmp_path
         assert ledits.dtype == getattr(torch, dtype) and ledits.vae.quant_conv.weight.dtype == wanted
         inversion = ledits.invert(picture(), SOURCE, num_steps=3, skip=0, progress=False)
         assert ledits.edit(inversion, TARGET, progress=False).latents.isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("family", "prediction_type"), CASES)
+def test_what_is_not_edited_comes_back(
+    checkpoints: ModuleType, tmp_path: Path, family: str, prediction_type: str, order: int, engine: str
+) -> None:
+    """Every residual is kept, also the last ones, whichever masks are cut: the concepts have next to no strength.
+
+    Random weights amplify rounding, so the error is compared with the largest of what was added up.
+    """
+    checkpoints.write_family_folder(tmp_path / "model", family, ScheduleConfig(prediction_type=prediction_type))
+    (tmp_path / "model/ledits.json").write_text('{"attention_level": 1}')
+    ledits = LEdits.from_pretrained(tmp_path / "model", device="cpu", dtype="float32", engine=engine)
+    pictures = [picture(), picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    inversion = ledits.invert(
+        pictures, SOURCE, SOURCE_SCALE, num_steps=6, skip=0, seed=[0, 1], solver_order=order, progress=False
+    )
+    concepts = [Concept("sunglasses", 1e-30, 0.8, 0, mask=mask) for mask in MASKS]
+
+    def apart(inversion: Inversion) -> float:
+        result = ledits.edit(inversion, SOURCE, SOURCE_SCALE, concepts=concepts, progress=False)
+        assert all(mask.mean() > 0.01 for mask in result.masks)
+        return float((result.latents - inversion.latents).abs().max() / inversion.residuals.abs().max())
+
+    assert apart(inversion) < 5e-4
+    without = inversion.residuals.clone()
+    without[-1] = 0.0
+    assert apart(replace(inversion, residuals=without)) > 5e-3
 
 
 @pytest.mark.parametrize("order", [1, 2])
