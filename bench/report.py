@@ -98,8 +98,9 @@ def targets(study: Json, files: Mapping[str, Json], megabytes: float) -> list[Ta
         seconds = {"": sample["seconds"]["median"]}
         found.append(Target("README's sample edit", 15.0, seconds, lambda v: f"{v:.1f} s", at_most=True))
     if masks := files.get("masks", {}).get("masks"):
-        ratios = {run: kinds["both"]["processor_ratio"] for run, kinds in masks.items()}
-        found.append(Target("a step with the mask 'both', to SEGA's", 1.05, ratios, ratio, at_most=True))
+        for run, kinds in masks.items():  # each by itself: there is no mean over models
+            claim, values = f"a step with the mask 'both', to SEGA's ({run})", {"": kinds["both"]["processor_ratio"]}
+            found.append(Target(claim, 1.05, values, ratio, at_most=True))
     return found
 
 

@@ -8,7 +8,8 @@ from bench.report_cells import Json, percent, ratio, spread, table
 
 METHODS = """\
 Each row edits the same unseen portraits, {portraits} of each of {edits} edits, at its own scale and threshold by what
-is edited (`METHODS` of bench/study/options.py). *Evaluations*: of the UNet per picture, inversion and edit; rows with
+is edited: what is small, what is large, what goes in reverse (`METHODS` of bench/study/options.py; the preset `fast`
+has the tuned numbers of what is small, for all). *Evaluations*: of the UNet per picture, inversion and edit; rows with
 equally many can be compared line by line. *More* is against the first row, portrait by portrait: an interval on one
 side of 0 is a difference. Brackets are 95 % intervals."""
 REMOVALS = """\
@@ -68,10 +69,14 @@ def methods_text(found: Json) -> list[str]:
     lines += ["**Success by edit** (gain towards the ideal edit, dB)", ""]
     edits = list(first["edits"])
     rows = [
-        [line["method"], *(f"{percent(e['success'])} ({e['gain_db']:.1f})" for e in line["edits"].values())]
+        [
+            line["method"],
+            f"{line['evaluations']:.0f}",
+            *(f"{percent(e['success'])} ({e['gain_db']:.1f})" for e in line["edits"].values()),
+        ]
         for line in found["rows"]
     ]
-    return lines + table(["method", *edits], rows)
+    return lines + table(["method", "evaluations", *edits], rows)
 
 
 def removals_text(found: Json) -> list[str]:

@@ -217,9 +217,10 @@ class LEdits:
         """The same networks under other defaults, which is what every None stands for.
 
         preset      None: these, or one of
-        "leditspp"  those of LEDITS++ [2311.16711] in diffusers: scale 5, threshold 0.9, no warm-up, masks of attention
-                    and noise, the second-order solver, 30 executed steps (50 with SDXL)
-        "fast"      10 steps of the embedded model, which lose little
+        "leditspp"  those of LEDITS++ [2311.16711] in diffusers: scale 5, threshold 0.9, no warm-up, the second-order
+                    solver, masks of attention and noise in 30 executed steps (with SDXL masks of noise in 50)
+        "fast"      10 steps of the embedded model, with the scale 1.5 and the threshold 0.95, for what is small; give
+                    what is large (hair, a background) 2.5 and 0.8. "What they buy" in app/README.md says what it loses
 
         InputError for another name, and where the preset is not for this model.
         """

@@ -85,14 +85,14 @@ THEIRS: dict[str, Any] = {"local": (5.0, 0.9), "wide": (5.0, 0.9), "reverse": (5
 METHODS = (
     Method("LEDITS, 25 steps, the study's settings", 25, 4, **SHIPPED),
     Method("LEDITS, 25 steps, tuned", 25, 2, **TUNED),
-    Method("LEDITS, 10 steps (preset fast)", 10, 1, **TUNED),
-    Method("LEDITS, 6 steps", 6, 0, **TUNED),
+    Method("LEDITS, 10 steps, tuned", 10, 1, **TUNED),
+    Method("LEDITS, 6 steps, tuned", 6, 0, **TUNED),
     Method("10 steps, noise mask", 10, 1, **MASKED, mask="noise"),
     Method("10 steps, attention mask", 10, 1, **MASKED, mask="attention"),
     Method("10 steps, both masks", 10, 1, **MASKED, mask="both"),
     Method("10 steps, second order", 10, 1, **TUNED, solver_order=2),
     Method("10 steps, second order, both masks", 10, 1, **MASKED, mask="both", solver_order=2),
-    Method("LEDITS++'s settings (preset leditspp)", 34, 4, **THEIRS, mask="both", solver_order=2),
+    Method("LEDITS++'s numbers (preset leditspp)", 34, 4, **THEIRS, mask="both", solver_order=2),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from statistics import mode
 from typing import Any
 
 import matplotlib
@@ -32,18 +33,24 @@ from matplotlib.lines import Line2D
 CELL = 96
 SHOWN = ("+ sunglasses", "+ beard", "a red shirt", "- glasses")
 # Okabe and Ito's colours by how far a concept acts; the numbers name the rows.
+GREY = "#BBBBBB"
 COLORS = {"percentile": "#0072B2", "noise": "#E69F00", "attention": "#009E73", "both": "#D55E00"}
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Quality over evaluations, and fidelity against compliance, with 95 % intervals."""
+    """Quality over evaluations, and fidelity against compliance, with 95 % intervals.
+
+    The latter of the rows of equally many evaluations, as most have; the others stand there in grey.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(14.0, 4.6))
+    count = mode(row["evaluations"] for row in rows)
     gain, outside = ("gain_db", "nearer to the ideal edit, dB"), ("outside_db", "PSNR outside the region, dB")
     evaluations = ("evaluations", "UNet evaluations per picture, inversion and edit")
     success = ("success", "success, as the classifier sees it")
     _scatter(axes[0], rows, evaluations, gain)
     _scatter(axes[1], rows, evaluations, outside)
-    _scatter(axes[2], rows, outside, success)
+    _scatter(axes[2], rows, outside, success, count)
+    axes[2].set_title(f"at {count:.0f} evaluations (grey: at others)", fontsize=9)
     names = "\n".join(f"{number}  {row['method']}" for number, row in enumerate(rows, start=1))
     dots = [Line2D([], [], marker="o", linestyle="", color=color, label=mask) for mask, color in COLORS.items()]
     figure.legend(handles=dots, title="mask", loc="upper left", bbox_to_anchor=(0.55, 0.0), frameon=False)
@@ -52,15 +59,19 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: tuple[str, str], y: tuple[str, str]) -> None:
-    """Rows of equally many evaluations, which would stand on one another, are drawn side by side."""
+def _scatter(
+    axis: Axes, rows: Sequence[Mapping[str, Any]], x: tuple[str, str], y: tuple[str, str], count: float | None = None
+) -> None:
+    """Rows of equally many evaluations, which would stand on one another, are drawn side by side; all but those of
+    `count` evaluations in grey."""
     there = [row["evaluations"] for row in rows]
     for number, (row, method) in enumerate(zip(rows, METHODS, strict=True)):
         beside = there[:number].count(there[number]) - (there.count(there[number]) - 1) / 2.0
         aside = 1.6 * beside if x[0] == "evaluations" else 0.0
         at, value, (low, high) = row[x[0]] + aside, row[y[0]], row[f"{y[0]}_interval"]
         spread = [[value - low], [high - value]]
-        axis.errorbar(at, value, yerr=spread, fmt="o", color=COLORS[method.mask], markersize=4, linewidth=1)
+        color = COLORS[method.mask] if count in (None, row["evaluations"]) else GREY
+        axis.errorbar(at, value, yerr=spread, fmt="o", color=color, markersize=4, linewidth=1)
         axis.annotate(str(number + 1), (at, value), textcoords="offset points", xytext=(3, 4), fontsize=9)
     axis.set_xlabel(x[1], fontsize=9)
     axis.set_ylabel(y[1], fontsize=9)

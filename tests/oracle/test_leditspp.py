@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip import CLIPTextModel
 
 from ledits_min import Concept, LEdits
-from ledits_min.config import CROSS_DOWN, CROSS_UP, ScheduleConfig
+from ledits_min.config import CROSS_DOWN, CROSS_UP, EditDefaults, ScheduleConfig
+from ledits_min.engine.presets import preset_defaults
 from ledits_min.files.configs import config_json
 from ledits_min.schedule import Schedule, make_schedule
 from ledits_min.weights.clip_bpe import clip_merges, clip_vocabulary
@@ -118,6 +120,23 @@ def unbounded(schedule: Schedule) -> list[float]:
     h = 0.5 * (snr_prev / snr).log()
     middle = snr[1:-1].sqrt() * h[1:-1] / (2.0 * h[:-2])
     return [0.0, *middle.tolist(), 0.0]
+
+
+@pytest.mark.parametrize("is_sdxl", [False, True])
+def test_the_preset_has_the_numbers_of_their_signatures(is_sdxl: bool) -> None:
+    pipeline: Any = sdxl.LEditsPPPipelineStableDiffusionXL if is_sdxl else sd.LEditsPPPipelineStableDiffusion
+    theirs: dict[str, Any] = {}
+    for function in (pipeline.__call__, pipeline.invert):
+        theirs |= {name: parameter.default for name, parameter in signature(function).parameters.items()}
+    ours = preset_defaults("leditspp", EditDefaults(), False, is_sdxl)
+    total = int(theirs["num_inversion_steps"] * (1 + theirs["skip"]))
+    assert (ours.num_steps, ours.skip) == (total, total - theirs["num_inversion_steps"])
+    assert ours.concept_guidance_scale == theirs["edit_guidance_scale"]
+    assert ours.source_guidance_scale == theirs["source_guidance_scale"]
+    assert (ours.threshold, ours.warmup_steps) == (theirs["edit_threshold"], theirs["edit_warmup_steps"])
+    flags = MASKS[ours.mask]
+    assert flags["use_intersect_mask"] == theirs["use_intersect_mask"]
+    assert flags["use_cross_attn_mask"] == (theirs["use_cross_attn_mask"] or theirs["use_intersect_mask"])
 
 
 @pytest.mark.parametrize("mask", MASKS)

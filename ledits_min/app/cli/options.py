@@ -301,7 +301,8 @@ def add_inversion_options(parser: argparse.ArgumentParser, action: ValueAction =
     group = parser.add_argument_group("the inversion")
     number = functools.partial(group.add_argument, action=action)
     group.add_argument("--preset", choices=PRESETS, help="other defaults, for every option that is not given: "
-                       "leditspp, those of LEDITS++; fast, 10 steps of the embedded model")  # fmt: skip
+                       "leditspp, those of LEDITS++; fast, 10 steps of the embedded model, at the scale and threshold "
+                       "of what is small (what is large, like hair, wants :scale=2.5,threshold=0.8)")  # fmt: skip
     group.add_argument("--source", type=parse_prompt, metavar="T", help="description of the picture as it is")
     number("--source-guidance-scale", type=parse_number, metavar="S", help="strength of --source")
     number("--steps", type=parse_whole, metavar="N", help="denoising steps, 1 .. 500 (default: the model's, else 100)")
