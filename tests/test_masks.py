@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ledits_min.config import EditDefaults
+from ledits_min.config import MASKS, EditDefaults
 from ledits_min.engine.maps import Recorder
 from ledits_min.errors import InputError
+from ledits_min.guidance import EditSettings, edited_eps
 from ledits_min.p2p import attention_maps
 from ledits_min.sega import Concept, ConceptTerm, Where, attention_mask, concept_mask, percentile_mask
 
@@ -189,3 +190,20 @@ def test_the_default_is_the_checkpoints() -> None:
     assert Concept("hat").resolve(EditDefaults()).mask == "percentile"
     assert Concept("hat").resolve(replace(EditDefaults(), mask="both")).mask == "both"
     assert Concept("hat", mask="noise").resolve(replace(EditDefaults(), mask="both")).mask == "noise"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_concepts_add_up(mask: str) -> None:
+    """What a list of concepts adds is the sum of what each adds alone, where its own mask lets it."""
+    eps = {text: normal(2, 4, *SIZE, seed=seed) for seed, text in enumerate(("", "hat", "beard"))}
+    maps = {"hat": attention(1), "beard": attention(2)}
+
+    def added(*texts: str) -> Tensor:
+        settings = EditSettings(concepts=tuple(replace(term(mask), text=text) for text in texts))
+        _, guidance = edited_eps(eps, settings, 0, torch.zeros(2, 4, *SIZE), maps)
+        assert guidance is not None
+        return guidance.gamma
+
+    hat, beard = added("hat"), added("beard")
+    torch.testing.assert_close(added("hat", "beard"), hat + beard)
+    assert hat.count_nonzero() and beard.count_nonzero() and not torch.equal(hat, beard)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ledits_min import Concept, InputError, LEdits, PromptToPrompt, Result
 from ledits_min.config import MASKS, SD15_UNET, SDXL_UNET, UNetConfig
-from ledits_min.engine.maps import cross_attentions
+from ledits_min.engine.maps import Recorder, cross_attentions
 from ledits_min.unet import TransformerBlock, UNet
 from ledits_min.weights.read.survey import TINY
 
@@ -80,6 +80,19 @@ class TestEngines:
         assert [type(module) for module in ledits.unet.modules()] == kinds
         _, after = ledits.invert_and_edit(portrait(1), concepts=[Concept("sunglasses")], **FAST)
         assert torch.equal(before.latents, after.latents)
+
+    def test_what_looks_at_attention_changes_no_prediction(self, plain: LEdits) -> None:
+        unet, config = plain.unet, plain.unet.config
+        x_t = torch.randn(3, 4, 12, 8, generator=torch.Generator().manual_seed(0))
+        tokens, t = plain.text.encode(["a red hat"]).tokens.expand(3, -1, -1), torch.tensor([900, 500, 100])
+        own = torch.arange(tokens.shape[1])[None].expand(2, -1) < 4
+        layers = cross_attentions(config, plain.defaults.attention_level, plain.defaults.attention_places)
+        recorder = Recorder(torch.tensor([0, 2]), own, layers)
+        with torch.no_grad():
+            eps, looked_at = (unet(x_t, t, tokens, None, attention) for attention in (None, recorder))
+        torch.testing.assert_close(looked_at, eps, rtol=1e-6, atol=1e-6)
+        maps = recorder.maps((6, 4))
+        assert maps.dtype == torch.float32 and maps.shape == (2, 6, 4) and maps.std() > 0.0
 
     @pytest.mark.filterwarnings("ignore:96 x 64 is worked at, but this model knows squares")
     @pytest.mark.parametrize(("num_steps", "skip"), [(6, 0), (50, 18)])
