@@ -1,6 +1,6 @@
 """LEDITS++'s options on the embedded model: masks, the second-order solver, few steps; and removals in several ways.
 
-    python -m bench.study.options --portraits 50        some 70 minutes on one core, four times that for all 200
+    python -m bench.study.options                       200 portraits, some 70 minutes on one core for every 50
     python -m bench.study.options --round 2             the second 50 portraits, beside a process for the first
     python -m bench.study.options --portraits 50 --only removals
 

@@ -19,7 +19,7 @@ LEDITSPP: dict[str, Any] = {
     "solver_order": 2,
 }
 # Measured on portraits that the embedded model has never seen (bench/study/options.py): with 27 evaluations instead of
-# 66 edits come 1 dB nearer to the ideal and leave more of the rest alone, and 75 % instead of 90 % succeed: what is
+# 66 edits come 0.7 dB nearer to the ideal and leave more of the rest alone, and 76 % instead of 91 % succeed: what is
 # lost are removals in reverse, beards and backgrounds. This is for what is small (glasses); what is large (hair, a
 # background) wants the scale 2.5 and the threshold 0.8.
 FAST: dict[str, Any] = {
