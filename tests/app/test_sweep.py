@@ -226,7 +226,7 @@ def test_steps_tell_which_skip_they_bring(place: Path, monkeypatch: pytest.Monke
         sheets, "contact_sheet", lambda rows, **more: seen.update(more, rows=rows) or plain(rows, **more)
     )
     assert main(["sweep", "p.png", "--add", "hat", "--steps", "5,10", "--scale", "1,2"]) == 0
-    assert seen["columns"] == ["steps 5 (skip 1)", "steps 10 (skip 3)"] and seen["sides"] == ["scale 1", "scale 2"]
+    assert seen["columns"] == ["steps 5 (skip 1)", "steps 10 (skip 2)"] and seen["sides"] == ["scale 1", "scale 2"]
 
 
 def test_what_is_doubtful_is_said_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
