@@ -39,7 +39,7 @@ from ledits_min.engine.runner import Runner
 from ledits_min.engine.usage import Usage, running
 from ledits_min.errors import InputError, check_choice, check_number, check_whole, warn
 from ledits_min.files.configs import read_config
-from ledits_min.files.frame import Frame, Sizes
+from ledits_min.files.frame import Frame, Framing
 from ledits_min.files.inversion import Inversion, check_inversion, check_inversion_settings
 from ledits_min.files.opening import ImageLike, open_pictures
 from ledits_min.files.picture import lay_change, to_images
@@ -259,9 +259,9 @@ class LEdits:
         return self.unet.config.sample_size * self.vae.config.factor
 
     @property
-    def sizes(self) -> Sizes:
-        """What it can work at."""
-        return Sizes(self.native_size, self.vae.config.factor, self.defaults.one_size)
+    def framing(self) -> Framing:
+        """How it frames pictures."""
+        return Framing(self.native_size, self.vae.config.factor, self.defaults.one_size)
 
     @running
     @torch.no_grad()
@@ -305,7 +305,7 @@ class LEdits:
         pictures = open_pictures(image)
         seeds = check_seeds(seed, len(pictures)) if noise is None else ()
         settings = self.inversion_settings(source, source_guidance_scale, num_steps, skip, eta, seeds, solver_order)
-        frame = self.sizes.frame(pictures, size)
+        frame = self.framing.frame(pictures, size)
         x_0 = self._encode(pictures, frame)
         settings = replace(settings, squared=bool(frame.squares))
         noise = self._noise(noise, settings, x_0)
@@ -462,7 +462,7 @@ class LEdits:
         pictures = open_pictures(image)
         sizes = [picture.size for picture in pictures]
         planes = _opened(mask_image, sizes, settings)
-        frame = self.sizes.frame(pictures, size)
+        frame = self.framing.frame(pictures, size)
         settings = self._limited(settings, planes, frame)
         if attention is not None:
             check_prompts(check_prompt("source", source), target, negative)
@@ -524,11 +524,11 @@ class LEdits:
         seeds = check_seeds(seed, len(seed) if isinstance(seed, list | tuple) else 1)
         check_whole("num_steps", num_steps, 1, self.schedule.num_train_timesteps // 2)
         check_number("eta", eta, 0.0, 1.0)
-        sizes = self.sizes
-        frame = Frame(sizes.worked_at((sizes.native, sizes.native), size)[0])
-        sizes.warn_of(frame)
+        framing = self.framing
+        frame = Frame(framing.worked_at((framing.native, framing.native), size)[0])
+        framing.warn_of(frame)
         width, height = frame.size
-        shape = (self.unet.config.in_channels, height // sizes.factor, width // sizes.factor)
+        shape = (self.unet.config.in_channels, height // framing.factor, width // framing.factor)
         levels = InversionSettings(self.fingerprint, self.schedule, num_steps, skip=0, eta=eta, seeds=seeds)
         # Item 0 starts the trajectory, the others are z_t.
         noise = draw_noise(seeds, num_steps + 1, shape)
@@ -544,7 +544,7 @@ class LEdits:
 
     def _encode(self, pictures: Sequence[Image.Image], frame: Frame) -> Tensor:
         """Scaled latents, float32 (B, C, h, w) on the device; says what is unlike the pictures, or cannot be copied."""
-        self.sizes.warn_of(frame)
+        self.framing.warn_of(frame)
         image = frame.cut(pictures).to(self.device)
         x_0 = self.runner.encode(image)
         if self.embedded:

@@ -109,10 +109,10 @@ def test_a_size_that_the_model_does_not_know_is_worked_at_and_said(ledits: LEdit
 
 
 def test_a_model_of_many_sizes_is_given_the_picture_as_it_is(ledits: LEdits, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ledits.sizes.worked_at((170, 128)) == ((128, 128), True)
-    assert ledits.sizes.worked_at((170, 128), 128) == ((128, 96), False)
+    assert ledits.framing.worked_at((170, 128)) == ((128, 128), True)
+    assert ledits.framing.worked_at((170, 128), 128) == ((128, 96), False)
     monkeypatch.setattr(ledits, "defaults", replace(ledits.defaults, one_size=False))
-    assert ledits.sizes.worked_at((170, 128)) == ((128, 96), False)
+    assert ledits.framing.worked_at((170, 128)) == ((128, 96), False)
 
 
 @pytest.mark.parametrize(

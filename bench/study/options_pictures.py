@@ -32,8 +32,8 @@ from matplotlib.lines import Line2D
 
 CELL = 96
 SHOWN = ("+ sunglasses", "+ beard", "a red shirt", "- glasses")
-# Okabe and Ito's colours by how far a concept acts; the numbers name the rows.
 GREY = "#BBBBBB"
+# Okabe and Ito's colours by how far a concept acts; the numbers name the rows.
 COLORS = {"percentile": "#0072B2", "noise": "#E69F00", "attention": "#009E73", "both": "#D55E00"}
 
 

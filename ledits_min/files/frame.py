@@ -56,8 +56,8 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a model can work at.
+class Framing:
+    """How a model frames pictures: what it can work at.
 
     native    the longer side, in pixels, that it was trained at
     factor    pixels per latent, of which every side is a multiple

@@ -103,10 +103,10 @@ class TestEngines:
     ) -> None:
         """Of a batch that is no square, whichever masks are cut: concepts have next to no strength."""
         used = {"fast": ledits, "plain": plain}[engine]
-        pictures, wish = [portrait(1).resize((96, 64)), portrait(2).resize((96, 64))], {"source": "a portrait"}
+        pictures = [portrait(number, (96, 64)) for number in (1, 2)]
         inversion = used.invert(
-            pictures, **wish, num_steps=num_steps, skip=skip, solver_order=solver_order, size=(96, 64), seed=[0, 1],
-            progress=False,
+            pictures, "a portrait", num_steps=num_steps, skip=skip, solver_order=solver_order, size=(96, 64),
+            seed=[0, 1], progress=False,
         )  # fmt: skip
         concepts = [Concept("sunglasses", 1e-30, 0.8, 0, mask=mask) for mask in MASKS]
         result = used.edit(

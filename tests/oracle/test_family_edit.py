@@ -264,8 +264,8 @@ def test_local_blend(
         blended, free, nowhere = found[engine]
         assert error(nowhere, inversion.latents) < 2e-3  # random weights amplify rounding: no edit at all has 4e-4
         assert error(blended, free) > 0.1 and error(blended, inversion.latents) > 0.1
-    for one, other in zip(found["fast"], found["plain"], strict=True):
-        assert error(one, other) < 2e-3
+    for one, other, bound in zip(found["fast"], found["plain"], (1e-4, 1e-4, 2e-3), strict=True):
+        assert error(one, other) < bound
 
 
 def test_generate_and_prompt_to_prompt_run_on_sdxl(checkpoints: ModuleType, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def _task(
     if attention is not None:
         check_prompts(made.source, edit["target"], edit["negative"])
         ledits.named_words(attention, made.source, edit["target"])
-    worked_at, squared = ledits.sizes.worked_at(size, args.size)
+    worked_at, squared = ledits.framing.worked_at(size, args.size)
     made = replace(made, squared=squared)
     check_concepts(args, ledits)
     concepts = [Concept(**fields) for fields in concept_fields(args)]

@@ -42,7 +42,7 @@ def latent_size(inversion: Inversion) -> tuple[int, int]:
 def fitted_size(ledits: LEdits, picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Of the latents that a picture would have at `--size`, (h, w)."""
     factor = ledits.vae.config.factor
-    (width, height), _ = ledits.sizes.worked_at(picture.size, size)
+    (width, height), _ = ledits.framing.worked_at(picture.size, size)
     return height // factor, width // factor
 
 
